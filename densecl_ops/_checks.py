@@ -1,0 +1,140 @@
+"""Argument checks and normal forms shared by every operation.
+
+Each check names the argument, what came and what was expected. Shapes, dtypes and devices are known to the
+host; values are looked at only where the tensor already lives there, so that no check waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def require_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    return value
+
+
+def require_float(name: str, value: object) -> Tensor:
+    tensor = require_tensor(name, value)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64")
+    return tensor
+
+
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: got shape {shape_of(tensor)}, expected {shape}")
+
+
+def require_same_device(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{name}: got a tensor on {tensor.device}, expected {reference.device}, where {reference_name} is"
+        )
+
+
+def flatten_map(name: str, value: object) -> Tensor:
+    """Returns the (B, C, P) normal form of a (B, C, H, W) map, a (B, C, P) sequence or a (B, C) vector.
+
+    A view wherever the strides allow one: channels_last maps and transposed token sequences are not copied.
+    """
+    tensor = require_float(name, value)
+    if tensor.ndim not in (2, 3, 4):
+        raise ValueError(f"{name}: got shape {shape_of(tensor)}, expected (B, C, H, W), (B, C, P) or (B, C)")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name}: got an empty tensor of shape {shape_of(tensor)}, expected every size above 0")
+    return tensor.unsqueeze(2) if tensor.ndim == 2 else tensor.flatten(2)
+
+
+def require_paired_maps(query_name: str, query: Tensor, key_name: str, key: Tensor) -> None:
+    """Two flattened maps of the same images: equal batch, equal channels, one device. Grids may differ."""
+    if query.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"{key_name}: got {key.shape[0]} images of {key.shape[1]} channels, "
+            f"expected {query.shape[0]} of {query.shape[1]} as in {query_name}"
+        )
+    require_same_device(key_name, key, query_name, query)
+
+
+def require_positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, expected an int")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1")
+    return value
+
+
+def require_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {number}, expected a finite number")
+    return number
+
+
+def require_positive(name: str, value: object) -> float:
+    number = require_number(name, value)
+    if number <= 0:
+        raise ValueError(f"{name}: got {number}, expected a number above 0")
+    return number
+
+
+def require_cosine(name: str, value: object) -> float:
+    number = require_number(name, value)
+    if not -1.0 <= number <= 1.0:
+        raise ValueError(f"{name}: got {number}, expected a cosine similarity within -1 to 1")
+    return number
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def require_grid_size(value: object, name: str = "grid_size") -> tuple[int, int] | None:
+    """None, S (for S x S) or (H, W)."""
+    if value is None:
+        return None
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"{name}: got {value!r}, expected an int or a pair (height, width)")
+        return require_positive_int(name, value[0]), require_positive_int(name, value[1])
+    side = require_positive_int(name, value)
+    return side, side
+
+
+def require_rows_in_range(name: str, index: Tensor, size: int) -> None:
+    """Raises for an index outside [0, size) where that needs no device synchronisation.
+
+    On other devices the gather itself traps, as it does for every index in torch; under torch.compile a look at
+    the values would break the graph.
+    """
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: got indices from {low} to {high}, expected them within 0 to {size - 1}")
+
+
+def require_index(name: str, value: object, shape: tuple[int, ...], size: int, reference: Tensor) -> Tensor:
+    """An integer tensor of the given shape with values in [0, size), as int64."""
+    index = require_tensor(name, value)
+    if index.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}: got dtype {index.dtype}, expected an integer dtype such as int64")
+    require_shape(name, index, shape)
+    require_same_device(name, index, "query", reference)
+    require_rows_in_range(name, index, size)
+    return index.long()

@@ -1,0 +1,47 @@
+"""Public tuples and protocols that several rooms share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Correspondence(NamedTuple):
+    """For every query position, the matching key position of the same image.
+
+    Attributes:
+        index: (B, P_q) int64, position in the key grid, row-major.
+        score: (B, P_q) float32, how well the two agree; cosine similarity in [-1, 1] for feature matching.
+        valid: (B, P_q) bool, False where the match is to be left out of the loss.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # the contract's name hides tuple.index
+    score: Tensor
+    valid: Tensor
+
+
+class Projection(NamedTuple):
+    """What a projection head makes of one backbone map. Nothing in it is normalised.
+
+    Attributes:
+        image: (B, D) image-level vector.
+        dense: (B, D, S, S) dense map, or (B, D, P) when the head was given (B, C, P).
+        pooled: (B, D) spatial mean of `dense`; what the dense queue stores.
+    """
+
+    image: Tensor
+    dense: Tensor
+    pooled: Tensor
+
+
+class NegativeQueue(Protocol):
+    """Anything that stores negatives as MomentumQueue does."""
+
+    @property
+    def rows(self) -> Tensor:
+        """(K, D) unit rows."""
+
+    @property
+    def count(self) -> Tensor:
+        """0-d int64: how many of the first rows are negatives."""

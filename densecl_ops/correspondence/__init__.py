@@ -1,0 +1,1 @@
+"""Which position of one view matches which of the other: one operation, its module and its backends."""

@@ -1,0 +1,66 @@
+"""The matching rule as a module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from densecl_ops import _backends, _checks
+from densecl_ops._types import Correspondence
+from densecl_ops.correspondence.functional import dense_correspondence
+
+
+class DenseCorrespondence(nn.Module):
+    """Matches the positions of two views of the same images by their backbone features.
+
+    Stateless; see :func:`densecl_ops.functional.dense_correspondence` for the equation.
+
+    Args:
+        grid_size: Average-pools both maps to S x S (or (H, W)) first. Give it the head's grid_size. Default: none.
+        mutual: Marks as valid only mutual nearest neighbours. Default: every query has a valid match.
+        min_score: Marks as valid only pairs of at least this cosine similarity. Default: no threshold.
+        backend: "auto" (default), "eager", "blockwise" or "triton".
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops import DenseCorrespondence
+        >>> match = DenseCorrespondence(grid_size=7)
+        >>> correspondence = match(torch.randn(4, 512, 14, 14), torch.randn(4, 512, 14, 14))
+        >>> correspondence.index.shape, correspondence.index.dtype
+        (torch.Size([4, 49]), torch.int64)
+    """
+
+    def __init__(
+        self,
+        grid_size: int | tuple[int, int] | None = None,
+        mutual: bool = False,
+        min_score: float | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _checks.require_grid_size(grid_size)
+        if min_score is not None:
+            _checks.require_cosine("min_score", min_score)
+        _checks.require_choice("backend", backend, _backends.BACKENDS)
+        self.grid_size = grid_size
+        self.mutual = mutual
+        self.min_score = min_score
+        self.backend = backend
+
+    def forward(self, query_features: Tensor, key_features: Tensor) -> Correspondence:
+        """Returns the Correspondence of (B, C, H_q, W_q) and (B, C, H_k, W_k) backbone maps."""
+        return dense_correspondence(
+            query_features,
+            key_features,
+            grid_size=self.grid_size,
+            mutual=self.mutual,
+            min_score=self.min_score,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"grid_size={self.grid_size}, mutual={self.mutual}, min_score={self.min_score}, backend={self.backend!r}"

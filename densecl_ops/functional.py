@@ -1,0 +1,7 @@
+"""Stateless forms of the operations; the modules are thin over them."""
+
+from densecl_ops.correspondence.functional import dense_correspondence
+from densecl_ops.correspondence.location import location_correspondence
+from densecl_ops.info_nce.functional import dense_info_nce
+
+__all__ = ["dense_correspondence", "dense_info_nce", "location_correspondence"]

@@ -1,0 +1,87 @@
+"""The projection head: one image-level and one dense branch over the same backbone map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from densecl_ops import _checks
+from densecl_ops._types import Projection
+from densecl_ops.correspondence.functional import pool_to_grid
+
+
+class DenseProjectionHead(nn.Module):
+    """Projects a backbone map to an image vector and a dense map (DenseCL, arXiv 2011.09157, section 3.2).
+
+    Image branch: global average pool, Linear, ReLU, Linear. Dense branch: optional adaptive average pool to
+    S x S, 1x1 conv, ReLU, 1x1 conv. Nothing is normalised: the loss and the queue normalise what they are given.
+
+    Args:
+        in_channels: C of the backbone map. Default 2048, a ResNet-50's.
+        hidden_channels: Width of both hidden layers. Default 2048.
+        out_channels: D. Default 128.
+        grid_size: S, or (H, W), of the dense branch. Default: the backbone's own grid. Give the same value to
+            DenseCorrespondence, whose indices must speak of the same positions.
+        norm_layer: Called with hidden_channels for each branch, put before the ReLU and applied to (B, C, H, W) maps
+            (1 x 1 in the image branch): nn.BatchNorm2d, nn.SyncBatchNorm, ... Default: no norm, as in DenseCL.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A size is below 1, or the features have other channels than in_channels.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops import DenseProjectionHead
+        >>> head = DenseProjectionHead(in_channels=512, hidden_channels=512, grid_size=7)
+        >>> image, dense, pooled = head(torch.randn(2, 512, 14, 14))
+        >>> image.shape, dense.shape, pooled.shape
+        (torch.Size([2, 128]), torch.Size([2, 128, 7, 7]), torch.Size([2, 128]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 2048,
+        hidden_channels: int = 2048,
+        out_channels: int = 128,
+        grid_size: int | tuple[int, int] | None = None,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_channels", in_channels),
+            ("hidden_channels", hidden_channels),
+            ("out_channels", out_channels),
+        ):
+            _checks.require_positive_int(name, value)
+        self.in_channels = in_channels
+        self.grid_size = _checks.require_grid_size(grid_size)
+        image: list[nn.Module] = [nn.Linear(in_channels, hidden_channels)]
+        dense: list[nn.Module] = [nn.Conv2d(in_channels, hidden_channels, 1)]
+        if norm_layer is not None:
+            image += [nn.Unflatten(1, (hidden_channels, 1, 1)), norm_layer(hidden_channels), nn.Flatten()]
+            dense += [norm_layer(hidden_channels)]
+        self.image_mlp = nn.Sequential(*image, nn.ReLU(inplace=True), nn.Linear(hidden_channels, out_channels))
+        self.dense_mlp = nn.Sequential(*dense, nn.ReLU(inplace=True), nn.Conv2d(hidden_channels, out_channels, 1))
+
+    def forward(self, features: Tensor) -> Projection:
+        """Projects backbone features.
+
+        Args:
+            features: (B, C, H, W), any strides; (B, C, P) tokens and (B, C) vectors also work, without grid_size.
+
+        Returns:
+            Projection(image (B, D), dense (B, D, S, S), pooled (B, D)); `dense` is (B, D, P) or (B, D) for tokens or
+            vectors. `pooled` is the spatial mean of the un-normalised dense map.
+        """
+        flat = _checks.flatten_map("features", features)
+        if flat.shape[1] != self.in_channels:
+            raise ValueError(
+                f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
+            )
+        grid = pool_to_grid("features", features, self.grid_size)
+        image = self.image_mlp(flat.mean(2))
+        dense = self.dense_mlp(grid if grid.ndim == 4 else flat[:, :, :, None])
+        pooled = dense.mean((2, 3))
+        shape = (*dense.shape[:2], *grid.shape[2:])
+        return Projection(image, dense.reshape(shape), pooled)

@@ -1,0 +1,1 @@
+"""The dense InfoNCE loss: one operation, its module and its backends."""

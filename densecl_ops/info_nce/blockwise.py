@@ -1,0 +1,201 @@
+"""The dense InfoNCE loss one tile of the queue at a time, in plain PyTorch, on any device.
+
+Over the negatives alone, loss and gradient are attention with K = V = negatives. With L the log-sum-exp of the
+negatives' logits, o their softmax-weighted mean row and s+ the positive's logit,
+
+    loss = softplus(L - s+)        d loss / d q^ = sigmoid(L - s+) * (o - k^) / t
+
+so one pass gives both, nothing of size N x K is ever held, and a small loss keeps its relative precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from densecl_ops.info_nce.problem import Problem, Rows, gather_matches, through_norm, unit_rows
+
+# exp() without any shift overflows float32 near 88; |logit| <= 70 leaves room for a sum over e^18 negatives.
+UNSHIFTED_LIMIT = 70.0
+
+# torch's CPU flash-attention operator: 0.83 of the tile loop's time in float32 at N = 1,568, K = 65,536, D = 128,
+# because its tiles never leave the cache. In bfloat16 it loses (1.3 of the loop's time).
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Rows:
+    """Loss of every query row and, when asked for, its gradient and the rank of its positive."""
+    query, inverse_norm = unit_rows(problem.query, problem.dtype)
+    key = gather_matches(unit_rows(problem.key, problem.dtype)[0], problem.match_index)
+    scale = problem.inverse_temperature
+    positive = (query * key).sum(2) * scale
+
+    seen = _attend((query * scale).flatten(0, 1), problem, want_grad, positive.view(-1, 1) if want_rank else None)
+
+    log_sum_exp = seen.log_sum_exp.view_as(positive)
+    margin = log_sum_exp - positive
+    loss = torch.logaddexp(margin, torch.zeros_like(margin))
+    pull = margin.sigmoid()
+    rank = loss.new_empty(0, dtype=torch.int64) if seen.rank is None else seen.rank.view_as(positive)
+    if seen.mean is None:
+        return Rows(loss, rank, log_sum_exp, pull, loss.new_empty(0), loss.new_empty(0))
+    grad = (seen.mean.view_as(query) - key) * pull[:, :, None]
+    grad_query = through_norm(grad, query, inverse_norm * scale)
+    return Rows(loss, rank, log_sum_exp, pull, grad_query, (grad * query).sum(2))
+
+
+def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) -> Tensor:
+    """d (sum_i w_i loss_i) / d negatives, (K, D): the same tiles once more, summed over the queries.
+
+    Args:
+        problem: As given to `forward`.
+        log_sum_exp: (B, P_q) as `forward` returned it.
+        row_weight: (B, P_q) upstream gradient times `pull` of `forward`.
+    """
+    query, _ = unit_rows(problem.query, problem.dtype)
+    scaled = query.flatten(0, 1) * problem.inverse_temperature
+    weighted = scaled * row_weight.reshape(-1, 1)
+    shift = _finite(log_sum_exp).reshape(-1, 1)
+    grad = torch.zeros(problem.negatives.shape, dtype=problem.dtype, device=query.device)
+    for tile in _tiles(scaled, problem):
+        probability = tile.logits.sub_(shift).exp_()
+        grad[tile.span] = torch.mm(probability.t().to(tile.rows.dtype), weighted.to(tile.rows.dtype))
+    return grad
+
+
+class _Attention(NamedTuple):
+    log_sum_exp: Tensor  # (N,)
+    mean: Tensor | None  # (N, D), softmax-weighted mean of the negatives
+    rank: Tensor | None  # (N,), how many logits lie above the positive's
+
+
+class _Tile(NamedTuple):
+    span: slice  # rows of the queue
+    rows: Tensor  # (T, D) in the matmul dtype
+    logits: Tensor  # (N, T) in the accumulation dtype, -inf where masked; a buffer the next tile reuses
+
+
+def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor | None) -> _Attention:
+    """Log-sum-exp over the negatives of each scaled query row (N, D), with mean and rank as asked."""
+    if want_mean and positive is None and _flash_is_exact(problem):
+        return _flash_attend(scaled, _existing_negatives(problem))
+
+    total = scaled.new_zeros(scaled.shape[0], 1)
+    mean = torch.zeros_like(scaled) if want_mean else None
+    rank = None if positive is None else total.new_zeros(total.shape, dtype=torch.int64)
+    top = None if _is_bounded(problem) else torch.full_like(total, float("-inf"))
+    for tile in _tiles(scaled, problem):
+        logits = tile.logits
+        if rank is not None and positive is not None:
+            rank += (logits > positive).sum(1, keepdim=True)
+        if top is not None:  # running maximum: rescale what is there to the new shift
+            higher = torch.maximum(top, logits.amax(1, keepdim=True))
+            shift = _finite(higher)
+            rescale = (top - shift).exp_()
+            total *= rescale
+            if mean is not None:
+                mean *= rescale
+            logits.sub_(shift)
+            top = higher
+        logits.exp_()
+        total += logits.sum(1, keepdim=True)
+        if mean is not None:
+            if tile.rows.dtype == mean.dtype:
+                mean.addmm_(logits, tile.rows)
+            else:
+                mean += torch.mm(logits.to(tile.rows.dtype), tile.rows)
+    log_sum_exp = total.log() if top is None else _finite(top) + total.log()
+    if mean is not None:
+        mean /= total.masked_fill(total == 0, 1.0)  # no negative at all: a mean of zero, which pull = 0 ignores
+    return _Attention(log_sum_exp, mean, rank)
+
+
+def _tiles(scaled: Tensor, problem: Problem) -> Iterator[_Tile]:
+    """Cuts over the queue only: cutting the query rows too makes the products slower on a CPU."""
+    negatives = _existing_negatives(problem)
+    dtype = _product_dtype(problem)
+    queries, size = scaled.shape[0], negatives.shape[0]
+    width = min(size, _tile_rows(queries, scaled.device.type, dtype))
+    excluded = None
+    if problem.exclude is not None:
+        excluded = problem.exclude.repeat_interleave(queries // problem.exclude.shape[0])
+    count = problem.negatives_count if scaled.device.type != "cpu" else None  # on a CPU, `negatives` ends there
+    scaled = scaled.to(dtype)
+    buffer = scaled.new_empty(queries * width)
+    for start in range(0, size, width):
+        span = slice(start, min(size, start + width))
+        rows = negatives[span].to(dtype)
+        logits = buffer[: queries * rows.shape[0]].view(queries, -1)
+        torch.mm(scaled, rows.t(), out=logits)
+        logits = logits.to(problem.dtype)
+        if count is not None:
+            column = torch.arange(span.start, span.stop, device=logits.device)
+            logits.masked_fill_(column >= count, float("-inf"))
+        if excluded is not None:  # N gathers and scatters instead of an N x T comparison
+            column = (excluded - start)[:, None]
+            inside = (column >= 0) & (column < rows.shape[0])
+            column = column.clamp(0, rows.shape[0] - 1)
+            logits.scatter_(1, column, logits.gather(1, column).masked_fill(inside, float("-inf")))
+        yield _Tile(span, rows, logits)
+
+
+def _existing_negatives(problem: Problem) -> Tensor:
+    """The rows filled so far, where the host can read the count without waiting for a device."""
+    if problem.negatives_count is None or problem.query.device.type != "cpu":
+        return problem.negatives
+    return problem.negatives[: int(problem.negatives_count)]
+
+
+def _product_dtype(problem: Problem) -> torch.dtype:
+    """float16 products are slower than float32 ones on a CPU, so they only lose there."""
+    if problem.matmul_dtype == torch.float16 and problem.query.device.type == "cpu":
+        return torch.float32
+    return problem.matmul_dtype
+
+
+def _tile_rows(queries: int, device_type: str, dtype: torch.dtype) -> int:
+    """Queue rows per tile; measured on 2 cores, see docs/performance.md."""
+    if device_type != "cpu":
+        return max(128, 2**24 // queries)  # 64 MiB of logits: few launches, still nothing like N x K
+    logits = 2**21 if dtype == torch.bfloat16 else 2**20
+    return max(128, min(1024, logits // queries))
+
+
+def _is_bounded(problem: Problem) -> bool:
+    """Whether no logit can overflow exp() unshifted. Read on the CPU only, where reading costs no waiting."""
+    if problem.query.device.type != "cpu" or _product_dtype(problem) == torch.float16:
+        return False
+    longest = torch.linalg.vector_norm(problem.negatives, dim=1, dtype=problem.dtype).max()
+    return float(longest) * float(problem.inverse_temperature) <= UNSHIFTED_LIMIT
+
+
+def _flash_is_exact(problem: Problem) -> bool:
+    """The operator knows neither `exclude` nor mixed dtypes, and reads rows as if they were contiguous."""
+    return (
+        _FLASH is not None
+        and problem.query.device.type == "cpu"
+        and problem.exclude is None
+        and problem.negatives.dtype == problem.matmul_dtype == problem.dtype
+        and problem.negatives.stride(1) == 1
+    )
+
+
+def _flash_attend(scaled: Tensor, negatives: Tensor) -> _Attention:
+    queries, channels = scaled.shape
+    if negatives.shape[0] == 0:
+        return _Attention(scaled.new_full((queries,), float("-inf")), torch.zeros_like(scaled), None)
+    # It shares work out by head and block of 256 rows; one head per thread balances: 0.75 of the time of one head.
+    threads = torch.get_num_threads()
+    heads = threads if queries % threads == 0 else 1
+    rows = negatives.expand(1, heads, -1, -1)
+    assert _FLASH is not None
+    mean, log_sum_exp = _FLASH(scaled.view(1, heads, -1, channels), rows, rows, 0.0, False, scale=1.0)
+    return _Attention(log_sum_exp.reshape(-1), mean.reshape(queries, channels), None)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """-inf, the log-sum-exp of nothing, becomes 0 so that subtracting it gives no NaN."""
+    return x.masked_fill(x == float("-inf"), 0.0)
