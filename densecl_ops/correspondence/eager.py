@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from densecl_ops._numerics import accumulation_dtype, normalize
@@ -21,7 +22,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
         position's own nearest query position is this one (all True when mutual is False).
     """
     dtype = accumulation_dtype(query, key)
-    similarity = torch.einsum("bci,bcj->bij", normalize(query.to(dtype), dim=1), normalize(key.to(dtype), dim=1))
+    similarity = einsum(normalize(query.to(dtype), 1), normalize(key.to(dtype), 1), "b c i, b c j -> b i j")
     score, index = similarity.max(dim=2)  # torch's max takes the lowest index of a tie
     agreed = torch.ones_like(index, dtype=torch.bool)
     if mutual:

@@ -118,7 +118,7 @@ def _tiles(scaled: Tensor, problem: Problem) -> Iterator[_Tile]:
     negatives = _existing_negatives(problem)
     dtype = _product_dtype(problem)
     queries, size = scaled.shape[0], negatives.shape[0]
-    width = min(size, _tile_rows(queries, scaled.device.type, dtype))
+    width = min(max(size, 1), _tile_rows(queries, scaled.device.type, dtype))
     excluded = None
     if problem.exclude is not None:
         excluded = problem.exclude.repeat_interleave(queries // problem.exclude.shape[0])
