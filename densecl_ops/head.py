@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from einops import reduce
 from torch import Tensor, nn
 
 from densecl_ops import _checks
@@ -80,8 +81,8 @@ class DenseProjectionHead(nn.Module):
                 f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
             )
         grid = pool_to_grid("features", features, self.grid_size)
-        image = self.image_mlp(flat.mean(2))
+        image = self.image_mlp(reduce(flat, "b c p -> b c", "mean"))
         dense = self.dense_mlp(grid if grid.ndim == 4 else flat[:, :, :, None])
-        pooled = dense.mean((2, 3))
+        pooled = reduce(dense, "b d h w -> b d", "mean")
         shape = (*dense.shape[:2], *grid.shape[2:])
         return Projection(image, dense.reshape(shape), pooled)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from densecl_ops.info_nce.problem import Problem, Rows, gather_matches, through_norm, unit_rows
@@ -121,7 +122,7 @@ def _tiles(scaled: Tensor, problem: Problem) -> Iterator[_Tile]:
     width = min(max(size, 1), _tile_rows(queries, scaled.device.type, dtype))
     excluded = None
     if problem.exclude is not None:
-        excluded = problem.exclude.repeat_interleave(queries // problem.exclude.shape[0])
+        excluded = repeat(problem.exclude, "b -> (b p)", p=problem.query.shape[2])
     count = problem.negatives_count if scaled.device.type != "cpu" else None  # on a CPU, `negatives` ends there
     scaled = scaled.to(dtype)
     buffer = scaled.new_empty(queries * width)

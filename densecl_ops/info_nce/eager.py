@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from torch import Tensor
 
 from densecl_ops.info_nce.problem import Problem, gather_matches, unit_rows
@@ -19,8 +20,8 @@ def row_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     # A frozen queue is enqueued into before backward() reads it: the copy that MoCo makes.
     negatives = problem.negatives if problem.negatives.requires_grad else problem.negatives.clone()
 
-    positive = torch.einsum("bpd,bpd->bp", query, key)
-    negative = torch.einsum("bpd,kd->bpk", query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype))
+    positive = einsum(query, key, "b p d, b p d -> b p")
+    negative = einsum(query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype), "b p d, k d -> b p k")
     positive = positive * problem.inverse_temperature
     negative = negative.to(problem.dtype) * problem.inverse_temperature
 
@@ -30,9 +31,7 @@ def row_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     if problem.exclude is not None:
         negative = negative.masked_fill(column == problem.exclude[:, None, None], float("-inf"))
 
-    logits = torch.cat([positive[:, :, None], negative], dim=2)
-    loss = F.cross_entropy(
-        logits.flatten(0, 1), logits.new_zeros(positive.numel(), dtype=torch.int64), reduction="none"
-    )
+    logits = rearrange(torch.cat([positive[:, :, None], negative], dim=2), "b p k -> (b p) k")
+    loss = F.cross_entropy(logits, logits.new_zeros(logits.shape[0], dtype=torch.int64), reduction="none")
     rank = (negative > positive[:, :, None]).sum(2)
     return loss.view_as(positive), rank

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from densecl_ops._numerics import inverse_norm
@@ -58,7 +59,7 @@ class Rows(NamedTuple):
 
 def unit_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(B, D, P) raw -> normalised rows (B, P, D), and the inverse norms (B, P, 1) that made them."""
-    rows = x.transpose(1, 2).to(dtype).contiguous()
+    rows = rearrange(x, "b d p -> b p d").to(dtype).contiguous()
     inverse = inverse_norm(rows, dim=2)
     return rows * inverse, inverse
 
