@@ -91,7 +91,8 @@ def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor 
     for tile in _tiles(scaled, problem):
         logits = tile.logits
         if rank is not None and positive is not None:
-            rank += (logits > positive).sum(1, keepdim=True)
+            above = torch.gt(logits, positive, out=torch.empty_like(logits))  # float sums: 0.2 of the time of bool ones
+            rank += above.sum(1, keepdim=True).long()
         if top is not None:  # running maximum: rescale what is there to the new shift
             higher = torch.maximum(top, logits.amax(1, keepdim=True))
             shift = _finite(higher)

@@ -1,0 +1,1 @@
+"""Measurements of what the library claims. `python -m benchmarks --help`."""
