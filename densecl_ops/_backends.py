@@ -4,30 +4,60 @@ from __future__ import annotations
 
 import functools
 import warnings
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
+from densecl_ops import _devices
 from densecl_ops._checks import require_choice
 
 BACKENDS = ("auto", "eager", "blockwise", "triton")
 
 
-def resolve(requested: str, device: torch.device) -> str:
-    """Turns a `backend` argument into "eager", "blockwise" or "triton", or raises ValueError with the reason."""
+def resolve(requested: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    """Turns a `backend` argument into "eager", "blockwise" or "triton".
+
+    Args:
+        requested: As the user gave it.
+        tensor: Any input; tells the device.
+        dtype: The accumulation dtype of the call.
+
+    Raises:
+        ValueError: There is no such backend, or it cannot serve this call; says why.
+    """
     require_choice("backend", requested, BACKENDS)
+    if requested in ("eager", "blockwise"):
+        return requested
+    obstacle = _triton_obstacle(tensor.device.type, dtype)
     if requested == "triton":
-        raise ValueError(f"backend: got 'triton', which cannot serve: {_why_no_triton()}")
-    if requested == "auto":
-        if device.type == "cuda" and not torch.compiler.is_compiling():
-            _warn_slow(_why_no_triton())
+        if obstacle is not None:
+            raise ValueError(f"backend: got 'triton', which cannot serve this call: {obstacle}")
+        return "triton"
+    if tensor.device.type != "cuda":  # torch calls ROCm devices cuda too
         return "blockwise"
-    return requested
+    if obstacle is None:
+        return "triton"
+    if not torch.compiler.is_compiling():
+        _warn_slow(obstacle)
+    return "blockwise"
 
 
-def _why_no_triton() -> str:
-    return "this release has no Triton kernels; use 'auto', 'blockwise' or 'eager'"
+def _triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+    if not _has_triton():
+        return "the triton package is not installed"
+    if device_type != "cuda" and not (device_type == "cpu" and _devices.interpreting()):
+        return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
+    if dtype == torch.float64:
+        return "it has no float64 kernels"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @functools.cache  # once per process and reason
 def _warn_slow(reason: str) -> None:
-    warnings.warn(f"densecl_ops runs its 'blockwise' backend on a GPU: {reason}", stacklevel=4)
+    warnings.warn(f"densecl_ops runs its slower 'blockwise' backend on a GPU: {reason}", stacklevel=4)

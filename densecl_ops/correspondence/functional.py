@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densecl_ops import _backends, _checks
-from densecl_ops._numerics import no_autocast
+from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._types import Correspondence
 from densecl_ops.correspondence import blockwise, eager
 
@@ -62,7 +62,7 @@ def dense_correspondence(
     query = _checks.flatten_map("query_features", pool_to_grid("query_features", query_features, grid))
     key = _checks.flatten_map("key_features", pool_to_grid("key_features", key_features, grid))
     _checks.require_paired_maps("query_features", query, "key_features", key)
-    chosen = _backends.resolve(backend, query.device)
+    chosen = _backends.resolve(backend, query, accumulation_dtype(query, key))
     with torch.no_grad(), no_autocast(query):
         if chosen == "eager":
             index, score, agreed = eager.match(query, key, mutual)

@@ -6,23 +6,23 @@ any reduction. Key gradients follow from what the rows kept; only gradients to t
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from densecl_ops._numerics import no_autocast
 from densecl_ops.info_nce import blockwise
-from densecl_ops.info_nce.problem import Problem, Rows, scatter_matches, through_norm, unit_rows
+from densecl_ops.info_nce.problem import Problem, Rows
 
 
-def row_loss(problem: Problem, want_rank: bool) -> tuple[Tensor, Tensor]:
+def row_loss(problem: Problem, want_rank: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Same contract as eager.row_loss, without its memory: loss (B, P_q) and rank (B, P_q), (0,) if not wanted."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in problem):
-        loss, rank = _InfoNCE.apply(*problem, want_rank)  # type: ignore[no-untyped-call]
+        loss, rank = _InfoNCE.apply(*problem, want_rank, backend)  # type: ignore[no-untyped-call]
         return loss, rank
-    rows = _forward(problem, want_grad=False, want_rank=want_rank)
+    rows = _forward(problem, False, want_rank, backend)
     return rows.loss, rows.rank
 
 
@@ -31,9 +31,9 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *fields, want_rank = args
+        *fields, want_rank, backend = args
         problem = Problem(*fields)
-        rows = _forward(problem, want_grad=True, want_rank=want_rank)
+        rows = _forward(problem, True, want_rank, backend)
         ctx.mark_non_differentiable(rows.rank)
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
@@ -41,28 +41,36 @@ class _InfoNCE(torch.autograd.Function):
         views = (problem.query, problem.key, problem.match_index) if needs_key or needs_negatives else (None,) * 3
         queue = (problem.negatives, problem.exclude, problem.negatives_count) if needs_negatives else (None,) * 3
         ctx.save_for_backward(*rows[2:], *views, *queue)
-        ctx.inverse_temperature = problem.inverse_temperature
-        ctx.query_dtype, ctx.dtypes = problem.query.dtype, (problem.dtype, problem.matmul_dtype)
+        ctx.inverse_temperature, ctx.query_dtype, ctx.backend = (
+            problem.inverse_temperature,
+            problem.query.dtype,
+            backend,
+        )
+        ctx.precision = (problem.unit_negatives, problem.dtype, problem.matmul_dtype)
         return rows.loss, rows.rank
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # on inside backward: create_graph=True
+            raise RuntimeError(
+                f"dense_info_nce: the {ctx.backend!r} backend can be differentiated once only, got create_graph=True; "
+                "use backend='eager' for second derivatives"
+            )
         log_sum_exp, pull, grad_query, grad_scale, query, key, index, negatives, exclude, count = ctx.saved_tensors
-        needs_query, needs_key, needs_negatives, needs_scale, *_ = ctx.needs_input_grad
-        scale, (dtype, matmul_dtype) = ctx.inverse_temperature, ctx.dtypes
-        to_query = to_key = to_negatives = to_scale = None
+        needs_query, needs_key, needs_negatives, needs_scale, *not_differentiable = ctx.needs_input_grad
+        scale = ctx.inverse_temperature
         row_weight = _weigh(grad_loss, pull)
+        to_query = to_key = to_negatives = to_scale = None
         if needs_query:
             to_query = _weigh(grad_loss[:, :, None], grad_query).transpose(1, 2).to(ctx.query_dtype)
         if needs_key:
-            to_key = _grad_key(query, key, index, row_weight * scale, dtype)
+            to_key = _grad_key(query, key, index, row_weight * scale, grad_loss.dtype, ctx.backend).to(key.dtype)
         if needs_negatives:
-            problem = Problem(query, key, negatives, scale, index, exclude, count, dtype, matmul_dtype)
-            to_negatives = _grad_negatives(problem, log_sum_exp, row_weight).to(negatives.dtype)
+            problem = Problem(query, key, negatives, scale, index, exclude, count, *ctx.precision)
+            to_negatives = _grad_negatives(problem, log_sum_exp, row_weight, ctx.backend).to(negatives.dtype)
         if needs_scale:
             to_scale = _weigh(grad_loss, grad_scale).sum().to(scale.dtype)
-        return to_query, to_key, to_negatives, to_scale, *(None,) * 6
+        return to_query, to_key, to_negatives, to_scale, *(None,) * len(not_differentiable)
 
 
 def _weigh(grad: Tensor, row: Tensor) -> Tensor:
@@ -70,64 +78,79 @@ def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     return torch.where(grad == 0, 0.0, grad * row)
 
 
-def _grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """d loss_i / d k^ = -(1 - p+) q^ / t, summed over the queries that share a key, then through the key's norm."""
-    unit_query, _ = unit_rows(query, dtype)
-    unit_key, inverse_norm = unit_rows(key, dtype)
-    grad = scatter_matches(unit_query * -row_weight[:, :, None], index, key.shape[2])
-    return through_norm(grad, unit_key, inverse_norm).transpose(1, 2).to(key.dtype)
-
-
 # ---- calls into the backend: directly in eager mode, as one opaque node each in a compiled graph -------------------
+# A registered operator costs about 60 us of host time per eager call, so eager mode goes around it.
 
 
-def _forward(problem: Problem, want_grad: bool, want_rank: bool) -> Rows:
+def _module(backend: str) -> ModuleType:
+    if backend == "blockwise":
+        return blockwise
+    from densecl_ops.info_nce import triton  # imported on first use: it needs the triton package
+
+    return triton
+
+
+def _forward(problem: Problem, want_grad: bool, want_rank: bool, backend: str) -> Rows:
     with no_autocast(problem.query):
         if torch.compiler.is_compiling():
-            return Rows(*_forward_op(*_op_arguments(problem), want_grad, want_rank))
-        return blockwise.forward(problem, want_grad, want_rank)
+            return Rows(*_forward_op(*_flatten(problem), want_grad, want_rank, backend))
+        rows: Rows = _module(backend).forward(problem, want_grad, want_rank)
+        return rows
 
 
-def _grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) -> Tensor:
+def _grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, backend: str) -> Tensor:
     with no_autocast(problem.query):
         if torch.compiler.is_compiling():
-            grad: Tensor = _grad_negatives_op(*_op_arguments(problem), log_sum_exp, row_weight)
-            return grad
-        return blockwise.grad_negatives(problem, log_sum_exp, row_weight)
+            grad: Tensor = _grad_negatives_op(*_flatten(problem), log_sum_exp, row_weight, backend)
+        else:
+            grad = _module(backend).grad_negatives(problem, log_sum_exp, row_weight)
+        return grad
 
 
-def _op_arguments(problem: Problem) -> tuple[Any, ...]:
+def _grad_key(
+    query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    with no_autocast(query):
+        if torch.compiler.is_compiling():
+            grad: Tensor = _grad_key_op(query, key, index, row_weight, dtype, backend)
+        else:
+            grad = _module(backend).grad_key(query, key, index, row_weight, dtype)
+        return grad.transpose(1, 2)
+
+
+def _flatten(problem: Problem) -> tuple[Any, ...]:
     """An operator's schema has no "number or tensor": the inverse temperature takes two places."""
     scale = problem.inverse_temperature
     pair = (None, scale) if isinstance(scale, Tensor) else (scale, None)
     return *problem[:3], *pair, *problem[4:]
 
 
-def _problem_of(arguments: tuple[Any, ...]) -> Problem:
+def _unflatten(arguments: list[Any]) -> Problem:
     query, key, negatives, number, learned, *rest = arguments
     return Problem(query, key, negatives, number if learned is None else learned, *rest)
 
 
-_PROBLEM_SCHEMA = (
-    "Tensor query, Tensor key, Tensor negatives, float? scale, Tensor? learned_scale, "
-    "Tensor? index, Tensor? exclude, Tensor? count, ScalarType dtype, ScalarType matmul_dtype"
+_PROBLEM = (
+    "Tensor query, Tensor key, Tensor negatives, float? scale, Tensor? learned_scale, Tensor? index, "
+    "Tensor? exclude, Tensor? count, bool unit_negatives, ScalarType dtype, ScalarType matmul_dtype"
 )
 
 
 @torch.library.custom_op(
-    "densecl_ops::info_nce_blockwise",
+    "densecl_ops::info_nce",
     mutates_args=(),
-    schema=f"({_PROBLEM_SCHEMA}, bool want_grad, bool want_rank) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_PROBLEM}, bool want_grad, bool want_rank, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    *problem, want_grad, want_rank = arguments
-    return tuple(blockwise.forward(_problem_of(tuple(problem)), want_grad, want_rank))
+    *problem, want_grad, want_rank, backend = arguments
+    return tuple(_module(backend).forward(_unflatten(problem), want_grad, want_rank))
 
 
 @_forward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *fields, want_grad, want_rank = arguments
-    problem = _problem_of(tuple(fields))
+    *fields, want_grad, want_rank, _ = arguments
+    problem = _unflatten(fields)
     batch, channels, queries = problem.query.shape
     row = problem.query.new_empty((batch, queries), dtype=problem.dtype)
     none = (0,)
@@ -142,16 +165,34 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
-    "densecl_ops::info_nce_blockwise_grad_negatives",
+    "densecl_ops::info_nce_grad_negatives",
     mutates_args=(),
-    schema=f"({_PROBLEM_SCHEMA}, Tensor log_sum_exp, Tensor row_weight) -> Tensor",
+    schema=f"({_PROBLEM}, Tensor log_sum_exp, Tensor row_weight, str backend) -> Tensor",
 )
 def _grad_negatives_op(*arguments: Any) -> Tensor:
-    *problem, log_sum_exp, row_weight = arguments
-    return blockwise.grad_negatives(_problem_of(tuple(problem)), log_sum_exp, row_weight)
+    *problem, log_sum_exp, row_weight, backend = arguments
+    grad: Tensor = _module(backend).grad_negatives(_unflatten(problem), log_sum_exp, row_weight)
+    return grad
 
 
 @_grad_negatives_op.register_fake
 def _(*arguments: Any) -> Tensor:
-    problem = _problem_of(arguments[:-2])
+    problem = _unflatten(list(arguments[:-3]))
     return torch.empty(problem.negatives.shape, dtype=problem.dtype, device=problem.negatives.device)
+
+
+@torch.library.custom_op(
+    "densecl_ops::info_nce_grad_key",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor? index, Tensor row_weight, ScalarType dtype, str backend) -> Tensor",
+)
+def _grad_key_op(*arguments: Any) -> Tensor:
+    *inputs, backend = arguments
+    grad: Tensor = _module(backend).grad_key(*inputs)
+    return grad
+
+
+@_grad_key_op.register_fake
+def _(query: Tensor, key: Tensor, index: Tensor, row_weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    batch, channels, positions = key.shape
+    return torch.empty((batch, positions, channels), dtype=dtype, device=key.device)

@@ -77,7 +77,8 @@ def dense_info_nce(
             position i, and the two grids must agree.
         temperature: t above 0; a number, or a 0-d tensor, which receives a gradient if it asks for one.
         reduction: "mean" (over the total weight), "sum" or "none".
-        weight: (B, P_q) scales the rows. A row of weight 0 or with an invalid match is left out, NaN and all.
+        weight: (B, P_q) scales the rows. A row of weight 0 or with an invalid match is left out (NaN
+            and all, except in the gradients of "eager").
         exclude: (B,) integer, the row of `negatives` that belongs to the same image, left out of its sum.
         return_rank: Also return how many negatives score above each positive (0: the positive wins).
         backend: "auto", "eager", "blockwise" or "triton".
@@ -113,12 +114,12 @@ def dense_info_nce(
     _checks.require_choice("reduction", reduction, REDUCTIONS)
     problem, valid = _normal_form(query, key, negatives, correspondence, temperature, exclude)
     row_weight = _row_weight(weight, valid, problem)
-    chosen = _backends.resolve(backend, problem.query.device)
+    chosen = _backends.resolve(backend, problem.query, problem.dtype)
     with no_autocast(problem.query):
         if chosen == "eager":
             loss, rank = eager.row_loss(problem)
         else:
-            loss, rank = autograd.row_loss(problem, return_rank)
+            loss, rank = autograd.row_loss(problem, return_rank, chosen)
         loss = _reduce(loss, row_weight, reduction)
     return (loss, rank) if return_rank else loss
 
@@ -167,7 +168,8 @@ def _normal_form(
     elif torch.is_autocast_enabled(q.device.type):
         matmul_dtype = torch.get_autocast_dtype(q.device.type)
     scale = _inverse_temperature(temperature, q, dtype)
-    return Problem(q, k, rows, scale, index, exclude, count, dtype, matmul_dtype), valid
+    unit = count is not None  # only a queue brings a count, and it normalises what it stores
+    return Problem(q, k, rows, scale, index, exclude, count, unit, dtype, matmul_dtype), valid
 
 
 def _queue_contents(queue: NegativeQueue) -> tuple[Tensor, Tensor]:

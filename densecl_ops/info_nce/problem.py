@@ -22,6 +22,7 @@ class Problem(NamedTuple):
         match_index: (B, P_q) int64 positions in the key grid, or None where position i matches position i.
         exclude: (B,) int64 row of `negatives` that image b must not see, or None.
         negatives_count: 0-d int64, how many of the first negatives exist; None for all.
+        unit_negatives: Whether the negatives are known to be unit rows, as those of a queue are; bounds the logits.
         dtype: float32 or float64, for norms, sums, logits and the loss.
         matmul_dtype: What the products with the negatives run in.
     """
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
     match_index: Tensor | None
     exclude: Tensor | None
     negatives_count: Tensor | None
+    unit_negatives: bool
     dtype: torch.dtype
     matmul_dtype: torch.dtype
 

@@ -1,0 +1,42 @@
+"""What the Triton backends need to know of a device: whether they can run there, and its size."""
+
+from __future__ import annotations
+
+import functools
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+
+class Device(NamedTuple):
+    """A compilation target.
+
+    Attributes:
+        architecture: "sm_80", "gfx942", ...; "interpreter" for Triton's interpreter on the CPU.
+        multiprocessors: How many programs can run side by side, at one per multiprocessor.
+    """
+
+    architecture: str
+    multiprocessors: int
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter; read as Triton does, at the time its kernels are defined."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def describe(device: torch.device) -> Device:
+    if device.type == "cpu":
+        return Device("interpreter", 4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def launching_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
