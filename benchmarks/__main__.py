@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import loss
+from benchmarks import kernels, loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = parser.add_subparsers(dest="suite", required=True)
     loss.add_arguments(suites.add_parser("loss", help="the loss, forward and backward, against its rivals"))
-    loss.main(parser.parse_args())
+    kernels.add_arguments(suites.add_parser("kernels", help="compile every Triton kernel for GPUs that are not here"))
+    arguments = parser.parse_args()
+    {"loss": loss.main, "kernels": kernels.main}[arguments.suite](arguments)
 
 
 if __name__ == "__main__":

@@ -92,5 +92,5 @@ class DenseInfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         learned = "" if self.logit_scale is None else ", learnable_temperature=True"
-        temperature = float(self.temperature)
+        temperature = float(torch.as_tensor(self.temperature).detach())
         return f"temperature={temperature:.4g}, reduction={self.reduction!r}{learned}, backend={self.backend!r}"

@@ -1,6 +1,7 @@
 """The dense InfoNCE loss in fused Triton kernels: plans and launches. The kernels stand in triton_kernels.py.
 
-attend_kernel makes partial sums in one pass over the queue, combine_kernel turns them into rows. The queue is split
+prepare_kernel reads and normalises the rows, attend_kernel makes partial sums in one pass over the queue,
+combine_kernel turns them into loss and gradient. The queue is split
 when the blocks of query rows alone would not fill the device; the number of splits depends on shapes and device only
 and the parts are added in a fixed order, so results repeat bit by bit.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from densecl_ops import _devices
@@ -17,7 +17,6 @@ from densecl_ops.info_nce import blockwise, triton_configs
 from densecl_ops.info_nce import triton_kernels as kernels
 from densecl_ops.info_nce.problem import Problem, Rows, unit_rows
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _LOG2_E = 1.4426950408889634
 
 
@@ -44,45 +43,57 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
     )
     scale = problem.inverse_temperature
     running_max = not blockwise.is_bounded_by_contract(problem)
-    shared = {
+    scaled = new(rows, channels, dtype=_product_dtype(problem))
+    positive = new(rows)
+    parts = {
+        "total_ptr": new(splits, rows),
+        "top_ptr": new(splits, rows, wanted=running_max),
+        "mean_ptr": new(splits, rows, channels, wanted=want_grad),
+        "above_ptr": new(splits, rows, dtype=torch.int32, wanted=want_rank),
+    }
+    raw = {
         "query_ptr": query,
         "key_ptr": problem.key,
         "index_ptr": problem.match_index,
         "scale_ptr": scale if isinstance(scale, Tensor) else None,
         "scale": 0.0 if isinstance(scale, Tensor) else scale,
-        "total_ptr": new(splits, rows),
-        "top_ptr": new(splits, rows, wanted=running_max),
-        "mean_ptr": new(splits, rows, channels, wanted=want_grad),
-        "above_ptr": new(splits, rows, dtype=torch.int32, wanted=want_rank),
-        "rows": rows,
-        "positions": positions,
-        "channels": channels,
         **_strides("query", query, "bdp"),
         **_strides("key", problem.key, "bdp"),
-        "RUNNING_MAX": running_max,
-        "WANT_RANK": want_rank,
+        "QUERY_POSITION_FASTEST": query.stride(2) == 1,
+        "KEY_POSITION_FASTEST": problem.key.stride(2) == 1,
+    }
+    common = {
+        "rows": rows,
+        "positions": positions,
+        "CHANNELS": channels,
         "BLOCK_D": triton_configs.block_d(channels),
     }
+    row_block = triton_configs.row_block(channels)
+    row_grid = (triton.cdiv(rows, row_block),)
     with _devices.launching_on(query):
+        kernels.prepare_kernel[row_grid](scaled_ptr=scaled, positive_ptr=positive, **raw, **common, BLOCK_N=row_block)
         kernels.attend_kernel[(triton.cdiv(rows, config.block_n), splits)](
-            **shared,
-            **_strides("negatives", problem.negatives, "kd"),
+            query_ptr=scaled,
+            positive_ptr=positive,
             negatives_ptr=problem.negatives,
             exclude_ptr=problem.exclude,
             count_ptr=problem.negatives_count,
             size=size,
             per_split=per_split,
+            **_strides("negatives", problem.negatives, "kd"),
+            **parts,
+            **common,
+            RUNNING_MAX=running_max,
             WANT_MEAN=want_grad,
-            PRODUCT=_TYPES[_product_dtype(problem)],
+            WANT_RANK=want_rank,
             PRECISION=input_precision(problem.matmul_dtype, device.architecture),
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        block_n = triton_configs.combine_rows(channels)
-        kernels.combine_kernel[(triton.cdiv(rows, block_n),)](
-            **shared,
+        kernels.combine_kernel[row_grid](
+            positive_ptr=positive,
             loss_ptr=result.loss,
             rank_ptr=result.rank,
             log_sum_exp_ptr=result.log_sum_exp,
@@ -90,8 +101,13 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
             grad_query_ptr=result.grad_query,
             grad_scale_ptr=result.grad_inverse_temperature,
             splits=splits,
+            **parts,
+            **raw,
+            **common,
+            RUNNING_MAX=running_max,
             WANT_GRAD=want_grad,
-            BLOCK_N=block_n,
+            WANT_RANK=want_rank,
+            BLOCK_N=row_block,
         )
     return result
 
@@ -125,12 +141,12 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
             out_ptr=parts,
             rows=rows,
             positions=positions,
-            channels=channels,
             size=size,
             per_split=per_split,
             **_strides("negatives", problem.negatives, "kd"),
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            CHANNELS=channels,
             BLOCK_D=triton_configs.block_d(channels),
             PRECISION=input_precision(problem.matmul_dtype, device.architecture),
             num_warps=config.num_warps,
@@ -158,10 +174,10 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
             out_ptr=grad,
             positions=positions,
             key_positions=key_positions,
-            channels=channels,
             **_strides("query", query, "bdp"),
             **_strides("key", key, "bdp"),
             BLOCK_P=8,
+            CHANNELS=channels,
             BLOCK_D=triton_configs.block_d(channels),
             num_warps=1,
         )

@@ -45,8 +45,8 @@ def block_d(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def combine_rows(channels: int) -> int:
-    """Rows per program of combine_kernel: 4,096 elements of four row matrices fit the registers of 4 warps."""
+def row_block(channels: int) -> int:
+    """Rows per program of the kernels that do no products: 4,096 elements of each matrix fit 4 warps' registers."""
     return max(1, 4096 // block_d(channels))
 
 

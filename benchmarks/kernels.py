@@ -1,0 +1,262 @@
+"""What the compiler makes of every Triton kernel, for GPUs that need not be here: registers, spills, shared memory.
+
+The launchers of the package run on meta tensors with the device description of the target; their launches are caught
+and compiled ahead of time with the specialisation that Triton's just-in-time compiler would choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
+    "sm_80": (108, 166_912),
+    "sm_86": (84, 101_376),
+    "sm_89": (128, 101_376),
+    "sm_90": (132, 232_448),
+    "sm_100": (148, 232_448),
+    "sm_120": (170, 101_376),
+    "gfx942": (304, 65_536),
+}
+MATRIX_INSTRUCTIONS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "v_mfma": "mfma", "UTCQMMA": "tcgen05"}
+
+
+class Case(NamedTuple):
+    """One kernel as one call would launch it."""
+
+    target: str
+    kernel: str
+    dtype: str
+    channels: int
+    variant: str
+
+
+class Compiled(NamedTuple):
+    """What came out; `error` stands for everything else if it did not compile."""
+
+    case: Case
+    config: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+    asynchronous: bool
+    serialised: bool
+    error: str
+
+
+def compile_case(case: Case) -> Compiled:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as triton_compile
+
+    try:
+        kernel, arguments = _catch_launch(case)
+        options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+        signature, constants, attributes = _specialise(kernel.arg_names, arguments)
+        if case.target.startswith("gfx"):
+            target = GPUTarget("hip", case.target, 64)
+        else:
+            target = GPUTarget("cuda", int(case.target[3:]), 32)
+        compiled = triton_compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    except Exception as error:  # a report, not a crash: the table shows it
+        return Compiled(case, "", 0, 0, 0, "", False, False, f"{type(error).__name__}: {str(error)[:300]}")
+    blocks = "x".join(
+        str(arguments[name]) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_D") if name in arguments
+    )
+    config = f"{blocks} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
+    read = _read_amd if case.target.startswith("gfx") else _read_nvidia
+    return Compiled(case, config, *read(case.target, compiled), "")
+
+
+def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
+    import triton
+
+    assembly = compiled.asm["sass"]
+    name = "ptxas-blackwell" if int(target[3:]) >= 100 else "ptxas"
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    suffix = "a" if int(target[3:]) >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        command = [str(ptxas), "-v", f"--gpu-name={target}{suffix}", str(source), "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.findall(r"Used (\d+) registers", report)[0])
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+    found = [label for mark, label in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)]
+    asynchronous = "LDGSTS" in assembly or "UTMALDG" in assembly
+    return registers, spills, compiled.metadata.shared, found[0] if found else "none", asynchronous, "C7510" in report
+
+
+def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
+    assembly = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])
+
+    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+    matrix = "mfma" if "v_mfma" in assembly else "none"
+    return field("vgpr_count"), spills, compiled.metadata.shared, matrix, False, False
+
+
+def _specialise(names: list[str], arguments: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and divisibility of a launch, by the rules of triton.jit."""
+    pointers = {
+        torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+        torch.int32: "*i32", torch.bool: "*i1",
+    }  # fmt: skip
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for place, name in enumerate(names):
+        value = arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = pointers[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif name.isupper() or value is None or value == 1:
+            signature[name] = "constexpr"
+            constants[(place,)] = value
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
+    """The arguments with which the package would launch this kernel on the target."""
+    from densecl_ops import _devices
+
+    caught: dict[str, dict[str, Any]] = {}
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda **arguments: caught.__setitem__(self.name, arguments)
+
+    module, run = LAUNCHES[case.kernel]
+    names = [name for name in vars(module().kernels) if name.endswith("_kernel")]
+    originals = {name: getattr(module().kernels, name) for name in names}
+    device = _devices.Device(case.target, TARGETS[case.target][0])
+    patches = [mock.patch.object(module().kernels, name, Recorder(name)) for name in names]
+    patches.append(mock.patch.object(_devices, "describe", lambda _: device))
+    for patch in patches:
+        patch.start()
+    try:
+        run(case)
+    finally:
+        for patch in patches:
+            patch.stop()
+    return originals[case.kernel], caught[case.kernel]
+
+
+def _info_nce() -> Any:
+    from densecl_ops.info_nce import triton
+
+    return triton
+
+
+def _problem(case: Case) -> Any:
+    from densecl_ops.info_nce.problem import Problem
+
+    dtype = getattr(torch, case.dtype)
+    tokens = "tokens" in case.variant
+
+    def projections() -> torch.Tensor:
+        if tokens:  # channels_last maps and token sequences
+            return torch.empty(32, 49, case.channels, dtype=dtype, device="meta").transpose(1, 2)
+        return torch.empty(32, case.channels, 49, dtype=dtype, device="meta")
+
+    return Problem(
+        query=projections(),
+        key=projections(),
+        negatives=torch.empty(65536, case.channels, dtype=dtype, device="meta"),
+        inverse_temperature=5.0,
+        match_index=torch.empty(32, 49, dtype=torch.int64, device="meta"),
+        exclude=torch.empty(32, dtype=torch.int64, device="meta") if "exclude" in case.variant else None,
+        negatives_count=torch.empty((), dtype=torch.int64, device="meta"),
+        unit_negatives="running" not in case.variant,
+        dtype=torch.float32,
+        matmul_dtype=dtype,
+    )
+
+
+def _run_forward(case: Case) -> None:
+    _info_nce().forward(_problem(case), "forward" not in case.variant, "rank" in case.variant)
+
+
+def _run_grad_negatives(case: Case) -> None:
+    rows = torch.empty(32, 49, device="meta")
+    _info_nce().grad_negatives(_problem(case), rows, rows)
+
+
+def _run_grad_key(case: Case) -> None:
+    problem, rows = _problem(case), torch.empty(32, 49, device="meta")
+    _info_nce().grad_key(problem.query, problem.key, problem.match_index, rows, torch.float32)
+
+
+LAUNCHES: dict[str, tuple[Callable[[], Any], Callable[[Case], None]]] = {
+    "attend_kernel": (_info_nce, _run_forward),
+    "combine_kernel": (_info_nce, _run_forward),
+    "grad_negatives_kernel": (_info_nce, _run_grad_negatives),
+    "grad_key_kernel": (_info_nce, _run_grad_key),
+}
+
+
+def cases(targets: list[str]) -> Iterator[Case]:
+    """Every row of the configuration tables, and the variants of the kernels that change their loops."""
+    for target in targets:
+        for dtype in ("bfloat16", "float16", "float32"):
+            for channels in (64, 128, 256, 512):
+                yield Case(target, "attend_kernel", dtype, channels, "constant shift")
+                yield Case(target, "attend_kernel", dtype, channels, "running max, rank, exclude")
+                yield Case(target, "grad_negatives_kernel", dtype, channels, "")
+        yield Case(target, "attend_kernel", "bfloat16", 128, "forward only")
+        yield Case(target, "combine_kernel", "bfloat16", 128, "running max, rank")
+        yield Case(target, "combine_kernel", "bfloat16", 512, "running max, rank")
+        yield Case(target, "grad_key_kernel", "bfloat16", 128, "")
+        yield Case(target, "grad_key_kernel", "bfloat16", 512, "")
+
+
+def compile_all(chosen: list[Case], workers: int | None = None) -> list[Compiled]:
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(pool.map(compile_case, chosen))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    rows = compile_all(list(cases(arguments.target)))
+    print(
+        f"{'target':8} {'kernel':22} {'dtype':9} {'D':>4} {'variant':27} {'config':22} regs spill  smem  matrix   async"
+    )
+    for row in rows:
+        case = row.case
+        line = f"{case.target:8} {case.kernel:22} {case.dtype:9} {case.channels:4} {case.variant:27} {row.config:22}"
+        if row.error:
+            print(f"{line} {row.error}")
+            continue
+        flags = f"{row.matrix:8} {'yes' if row.asynchronous else 'no'}{' SERIALISED' if row.serialised else ''}"
+        print(f"{line} {row.registers:4} {row.spills:5} {row.shared // 1024:4}K  {flags}")
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps([{**r._asdict(), "case": r.case._asdict()} for r in rows], indent=1) + "\n"
+        )
