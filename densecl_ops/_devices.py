@@ -40,3 +40,18 @@ def describe(device: torch.device) -> Device:
 def launching_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def strides(prefix: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
+    """Keyword arguments of a kernel: `{prefix}_stride_{dim}`."""
+    start = f"{prefix}_stride_" if prefix else "stride_"
+    return {start + dim: stride for dim, stride in zip(dims, tensor.stride(), strict=True)}
+
+
+def exact_precision(tensor: torch.Tensor) -> str:
+    """The `input_precision` of tl.dot that is float32 to the last bits, where Triton's own default would be tf32.
+
+    Three tf32 products on NVIDIA's tensor cores; true float32 has none there and spills at every useful tile.
+    """
+    nvidia = torch.version.hip is None and tensor.device.type != "cpu"
+    return "tf32x3" if tensor.dtype == torch.float32 and nvidia else "ieee"

@@ -67,9 +67,9 @@ def dense_correspondence(
         if chosen == "eager":
             index, score, agreed = eager.match(query, key, mutual)
         elif torch.compiler.is_compiling():
-            index, score, agreed = _match_op(query, key, mutual)
+            index, score, agreed = _match_op(query, key, mutual, chosen)
         else:
-            index, score, agreed = blockwise.match(query, key, mutual)
+            index, score, agreed = _match(query, key, mutual, chosen)
         valid = agreed if min_score is None else agreed & ~(score < min_score)
     return Correspondence(index, score, valid)
 
@@ -86,13 +86,21 @@ def pool_to_grid(name: str, features: Tensor, grid: tuple[int, int] | None) -> T
     return features if features.shape[2:] == grid else F.adaptive_avg_pool2d(features, grid)
 
 
+def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "blockwise":
+        return blockwise.match(query, key, mutual)
+    from densecl_ops.correspondence import triton  # imported on first use: it needs the triton package
+
+    return triton.match(query, key, mutual)
+
+
 # One opaque node in a compiled graph: traced, the tile loops would unroll.
-@torch.library.custom_op("densecl_ops::match_blockwise", mutates_args=())
-def _match_op(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return blockwise.match(query, key, mutual)
+@torch.library.custom_op("densecl_ops::match", mutates_args=())
+def _match_op(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _match(query, key, mutual, backend)
 
 
 @_match_op.register_fake
-def _(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     index = query.new_empty((query.shape[0], query.shape[2]), dtype=torch.int64)
     return index, torch.empty_like(index, dtype=torch.float32), torch.empty_like(index, dtype=torch.bool)

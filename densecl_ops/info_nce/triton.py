@@ -57,8 +57,8 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
         "index_ptr": problem.match_index,
         "scale_ptr": scale if isinstance(scale, Tensor) else None,
         "scale": 0.0 if isinstance(scale, Tensor) else scale,
-        **_strides("query", query, "bdp"),
-        **_strides("key", problem.key, "bdp"),
+        **_devices.strides("query", query, "bdp"),
+        **_devices.strides("key", problem.key, "bdp"),
         "QUERY_POSITION_FASTEST": query.stride(2) == 1,
         "KEY_POSITION_FASTEST": problem.key.stride(2) == 1,
     }
@@ -80,13 +80,13 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
             count_ptr=problem.negatives_count,
             size=size,
             per_split=per_split,
-            **_strides("negatives", problem.negatives, "kd"),
+            **_devices.strides("negatives", problem.negatives, "kd"),
             **parts,
             **common,
             RUNNING_MAX=running_max,
             WANT_MEAN=want_grad,
             WANT_RANK=want_rank,
-            PRECISION=input_precision(problem.matmul_dtype, device.architecture),
+            PRECISION=_precision(problem),
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             num_warps=config.num_warps,
@@ -143,12 +143,12 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
             positions=positions,
             size=size,
             per_split=per_split,
-            **_strides("negatives", problem.negatives, "kd"),
+            **_devices.strides("negatives", problem.negatives, "kd"),
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             CHANNELS=channels,
             BLOCK_D=triton_configs.block_d(channels),
-            PRECISION=input_precision(problem.matmul_dtype, device.architecture),
+            PRECISION=_precision(problem),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -174,8 +174,8 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
             out_ptr=grad,
             positions=positions,
             key_positions=key_positions,
-            **_strides("query", query, "bdp"),
-            **_strides("key", key, "bdp"),
+            **_devices.strides("query", query, "bdp"),
+            **_devices.strides("key", key, "bdp"),
             BLOCK_P=8,
             CHANNELS=channels,
             BLOCK_D=triton_configs.block_d(channels),
@@ -197,18 +197,12 @@ def plan_split(items: int, length: int, block: int, step: int, slots: int, split
     return int(triton.cdiv(steps, splits)) * step
 
 
-def input_precision(dtype: torch.dtype, architecture: str) -> str:
-    """float32 products follow torch.set_float32_matmul_precision; Triton's own default would be tf32."""
-    if dtype != torch.float32 or architecture == "interpreter" or architecture.startswith("gfx"):
-        return "ieee"
-    # Three tf32 products are float32 to the last bits; true float32 has no tensor cores and spills at every size.
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _precision(problem: Problem) -> str:
+    """float32 products follow torch.set_float32_matmul_precision."""
+    exact = _devices.exact_precision(problem.query.new_empty(0, dtype=problem.matmul_dtype))
+    return "tf32" if exact == "tf32x3" and torch.get_float32_matmul_precision() != "highest" else exact
 
 
 def _product_dtype(problem: Problem) -> torch.dtype:
     """The interpreter silently miscomputes bfloat16, so it takes the products in float32."""
     return torch.float32 if problem.query.device.type == "cpu" else problem.matmul_dtype
-
-
-def _strides(name: str, tensor: Tensor, dims: str) -> dict[str, int]:
-    return {f"{name}_stride_{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=True)}

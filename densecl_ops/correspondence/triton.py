@@ -1,0 +1,110 @@
+"""Feature matching in a fused Triton kernel: plans and launches. The kernels stand in triton_kernels.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from densecl_ops import _devices
+from densecl_ops.correspondence import triton_kernels as kernels
+
+
+class Config(NamedTuple):
+    """Tile of query positions, key positions and channels, warps per program, tiles in flight."""
+
+    block_q: int
+    block_k: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as eager.match."""
+    if query.dtype != key.dtype:
+        dtype = torch.promote_types(query.dtype, key.dtype)
+        query, key = query.to(dtype), key.to(dtype)
+    queries, keys = query.shape[2], key.shape[2]
+    config = choose(_devices.describe(query.device).architecture, query.dtype, max(queries, keys))
+    one_tile = queries <= config.block_q and keys <= config.block_k
+    inverse_norms = (None, None) if one_tile else (_inverse_norm(query), _inverse_norm(key))
+    index, score, back = _launch(query, key, inverse_norms, config, one_tile, mutual and one_tile)
+    agreed = torch.ones_like(index, dtype=torch.bool)
+    if mutual:
+        if not one_tile:  # the other direction is the same search with the roles exchanged
+            back, _, _ = _launch(key, query, inverse_norms[::-1], config, one_tile, False)
+        agreed = back.gather(1, index) == torch.arange(queries, device=index.device)
+    return index, score, agreed
+
+
+def choose(architecture: str, dtype: torch.dtype, positions: int) -> Config:
+    """The tile for a grid of so many positions; a whole image in one tile where it fits, which saves the norms."""
+    if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
+        return Config(64, 64, 128, 4, 1)
+    if dtype == torch.float32:  # three tf32 products need three times the registers
+        return Config(64, 64, 32, 4, 3)
+    if positions <= 64:  # 7x7: bound by reading the maps, so many bytes in flight
+        return Config(64, 64, 64, 4, 4)
+    return Config(128, 128, 64, 8, 3)
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    inverse_norms: tuple[Tensor | None, ...],
+    config: Config,
+    one_tile: bool,
+    both_ways: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, channels, queries = query.shape
+    keys = key.shape[2]
+    index = torch.empty(images, queries, dtype=torch.int64, device=query.device)
+    score = torch.empty(images, queries, dtype=torch.float32, device=query.device)
+    back = torch.empty(images, keys if both_ways else 0, dtype=torch.int64, device=query.device)
+    with _devices.launching_on(query):
+        kernels.match_kernel[(triton.cdiv(queries, config.block_q), images)](
+            query_ptr=query,
+            key_ptr=key,
+            query_inverse_ptr=inverse_norms[0],
+            key_inverse_ptr=inverse_norms[1],
+            index_ptr=index,
+            score_ptr=score,
+            back_ptr=back,
+            query_positions=queries,
+            key_positions=keys,
+            channels=channels,
+            **_devices.strides("query", query, "bcp"),
+            **_devices.strides("key", key, "bcp"),
+            ONE_TILE=one_tile,
+            BOTH_WAYS=both_ways,
+            PRECISION=_devices.exact_precision(query),
+            UPCAST=query.device.type == "cpu",
+            EVEN_C=channels % config.block_c == 0,
+            BLOCK_Q=config.block_q,
+            BLOCK_K=config.block_k,
+            BLOCK_C=config.block_c,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return index, score, back
+
+
+def _inverse_norm(features: Tensor) -> Tensor:
+    images, channels, positions = features.shape
+    out = torch.empty(images, positions, dtype=torch.float32, device=features.device)
+    with _devices.launching_on(features):
+        kernels.inverse_norm_kernel[(triton.cdiv(positions, 64), images)](
+            features_ptr=features,
+            out_ptr=out,
+            positions=positions,
+            channels=channels,
+            **_devices.strides("", features, "bcp"),
+            EVEN_C=channels % 64 == 0,
+            BLOCK_P=64,
+            BLOCK_C=64,
+            num_warps=4,
+        )
+    return out
