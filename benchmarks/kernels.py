@@ -210,7 +210,27 @@ def _run_grad_key(case: Case) -> None:
     _info_nce().grad_key(problem.query, problem.key, problem.match_index, rows, torch.float32)
 
 
+def _matching() -> Any:
+    from densecl_ops.correspondence import triton
+
+    return triton
+
+
+def _run_match(case: Case) -> None:
+    """7x7 maps are one tile, 56x56 maps are many."""
+    side = int(case.variant.split("x")[0])
+
+    def features() -> torch.Tensor:
+        maps = torch.empty(32, case.channels, side, side, dtype=getattr(torch, case.dtype), device="meta")
+        return (maps.to(memory_format=torch.channels_last) if "channels_last" in case.variant else maps).flatten(2)
+
+    _matching().match(features(), features(), "mutual" in case.variant)
+
+
 LAUNCHES: dict[str, tuple[Callable[[], Any], Callable[[Case], None]]] = {
+    "match_kernel": (_matching, _run_match),
+    "inverse_norm_kernel": (_matching, _run_match),
+    "prepare_kernel": (_info_nce, _run_forward),
     "attend_kernel": (_info_nce, _run_forward),
     "combine_kernel": (_info_nce, _run_forward),
     "grad_negatives_kernel": (_info_nce, _run_grad_negatives),
@@ -227,10 +247,20 @@ def cases(targets: list[str]) -> Iterator[Case]:
                 yield Case(target, "attend_kernel", dtype, channels, "running max, rank, exclude")
                 yield Case(target, "grad_negatives_kernel", dtype, channels, "")
         yield Case(target, "attend_kernel", "bfloat16", 128, "forward only")
+        yield Case(target, "prepare_kernel", "bfloat16", 128, "")
+        yield Case(target, "prepare_kernel", "bfloat16", 128, "tokens")
         yield Case(target, "combine_kernel", "bfloat16", 128, "running max, rank")
         yield Case(target, "combine_kernel", "bfloat16", 512, "running max, rank")
         yield Case(target, "grad_key_kernel", "bfloat16", 128, "")
         yield Case(target, "grad_key_kernel", "bfloat16", 512, "")
+
+
+def matching_cases(targets: list[str]) -> Iterator[Case]:
+    for target in targets:
+        for dtype in ("bfloat16", "float32"):
+            for variant in ("7x7 mutual", "7x7 mutual channels_last", "56x56", "56x56 channels_last"):
+                yield Case(target, "match_kernel", dtype, 2048, variant)
+        yield Case(target, "inverse_norm_kernel", "bfloat16", 256, "56x56")
 
 
 def compile_all(chosen: list[Case], workers: int | None = None) -> list[Compiled]:
@@ -244,7 +274,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    rows = compile_all(list(cases(arguments.target)))
+    rows = compile_all([*cases(arguments.target), *matching_cases(arguments.target)])
     print(
         f"{'target':8} {'kernel':22} {'dtype':9} {'D':>4} {'variant':27} {'config':22} regs spill  smem  matrix   async"
     )

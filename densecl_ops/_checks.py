@@ -80,7 +80,7 @@ def require_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, expected a number")
     number = float(value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # a comparison, which torch.compile can trace where math.isfinite breaks it
         raise ValueError(f"{name}: got {number}, expected a finite number")
     return number
 

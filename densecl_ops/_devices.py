@@ -48,10 +48,9 @@ def strides(prefix: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
     return {start + dim: stride for dim, stride in zip(dims, tensor.stride(), strict=True)}
 
 
-def exact_precision(tensor: torch.Tensor) -> str:
+def exact_precision(dtype: torch.dtype, architecture: str) -> str:
     """The `input_precision` of tl.dot that is float32 to the last bits, where Triton's own default would be tf32.
 
     Three tf32 products on NVIDIA's tensor cores; true float32 has none there and spills at every useful tile.
     """
-    nvidia = torch.version.hip is None and tensor.device.type != "cpu"
-    return "tf32x3" if tensor.dtype == torch.float32 and nvidia else "ieee"
+    return "tf32x3" if dtype == torch.float32 and architecture.startswith("sm_") else "ieee"

@@ -55,6 +55,10 @@ class DenseProjectionHead(nn.Module):
             ("out_channels", out_channels),
         ):
             _checks.require_positive_int(name, value)
+        if norm_layer is not None and not callable(norm_layer):
+            raise TypeError(
+                f"norm_layer: got {norm_layer!r}, expected a callable such as torch.nn.BatchNorm2d, or None"
+            )
         self.in_channels = in_channels
         self.grid_size = _checks.require_grid_size(grid_size)
         image: list[nn.Module] = [nn.Linear(in_channels, hidden_channels)]

@@ -28,7 +28,8 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
         dtype = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(dtype), key.to(dtype)
     queries, keys = query.shape[2], key.shape[2]
-    config = choose(_devices.describe(query.device).architecture, query.dtype, max(queries, keys))
+    architecture = _devices.describe(query.device).architecture
+    config = choose(architecture, query.dtype, max(queries, keys))
     one_tile = queries <= config.block_q and keys <= config.block_k
     inverse_norms = (None, None) if one_tile else (_inverse_norm(query), _inverse_norm(key))
     index, score, back = _launch(query, key, inverse_norms, config, one_tile, mutual and one_tile)
@@ -80,7 +81,7 @@ def _launch(
             **_devices.strides("key", key, "bcp"),
             ONE_TILE=one_tile,
             BOTH_WAYS=both_ways,
-            PRECISION=_devices.exact_precision(query),
+            PRECISION=_devices.exact_precision(query.dtype, _devices.describe(query.device).architecture),
             UPCAST=query.device.type == "cpu",
             EVEN_C=channels % config.block_c == 0,
             BLOCK_Q=config.block_q,

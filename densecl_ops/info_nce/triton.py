@@ -199,7 +199,7 @@ def plan_split(items: int, length: int, block: int, step: int, slots: int, split
 
 def _precision(problem: Problem) -> str:
     """float32 products follow torch.set_float32_matmul_precision."""
-    exact = _devices.exact_precision(problem.query.new_empty(0, dtype=problem.matmul_dtype))
+    exact = _devices.exact_precision(problem.matmul_dtype, _devices.describe(problem.query.device).architecture)
     return "tf32" if exact == "tf32x3" and torch.get_float32_matmul_precision() != "highest" else exact
 
 
