@@ -76,9 +76,10 @@ def dense_correspondence(
 
 def pool_to_grid(name: str, features: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """Adaptive average pooling to `grid`; a map that already has it, or no grid at all, passes unchanged."""
+    _checks.flatten_map(name, features)  # what came is checked before pooling changes its shape
     if grid is None:
         return features
-    if _checks.require_float(name, features).ndim != 4:
+    if features.ndim != 4:
         raise ValueError(
             f"{name}: got shape {_checks.shape_of(features)}, expected a (B, C, H, W) map, "
             "the only form that grid_size can pool"
