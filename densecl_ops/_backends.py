@@ -13,6 +13,7 @@ from densecl_ops import _devices
 from densecl_ops._checks import require_choice
 
 BACKENDS = ("auto", "eager", "blockwise", "triton")
+HAS_TRITON = find_spec("triton") is not None  # looked up, not imported: that costs half a second
 
 
 def resolve(requested: str, tensor: Tensor, dtype: torch.dtype) -> str:
@@ -44,18 +45,13 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype) -> str:
 
 
 def _triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
-    if not _has_triton():
+    if not HAS_TRITON:
         return "the triton package is not installed"
     if device_type != "cuda" and not (device_type == "cpu" and _devices.interpreting()):
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     if dtype == torch.float64:
         return "it has no float64 kernels"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @functools.cache  # once per process and reason
