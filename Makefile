@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 TRITON := triton==3.7.1
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint package bench clean
+.PHONY: demo test test-gpu lint package kernels bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,8 @@ help:
 	@echo "make test     run every test"
 	@echo "make lint     ruff and mypy"
 	@echo "make package  build wheel and sdist, import the wheel in a clean environment"
+	@echo "make test-gpu run the tests that need a GPU (PYTHON: an interpreter with torch for it)"
+	@echo "make kernels  compile every Triton kernel for seven GPUs: registers, spills, shared memory, instructions"
 	@echo "make bench    measure the loss on this machine"
 
 $(VENV)/installed: pyproject.toml Makefile
@@ -28,6 +30,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
+test-gpu: # in the interpreter that has torch for the GPU, not in .venv, whose torch may be a CPU build
+	PYTHON=$(PYTHON) benchmarks/gpu_session.sh
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -40,6 +45,9 @@ package: $(VENV)/installed
 	build/clean/bin/pip install --quiet $(TORCH) $(TRITON)
 	build/clean/bin/pip install --quiet dist/*.whl
 	cd build && clean/bin/python -c "import densecl_ops; print('wheel imports:', densecl_ops.__version__, densecl_ops.__all__)"
+
+kernels: $(VENV)/installed
+	$(BIN)/python -m benchmarks kernels
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks loss

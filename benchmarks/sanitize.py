@@ -1,0 +1,32 @@
+"""Every Triton kernel once at a small, uneven size: what compute-sanitizer runs."""
+
+from __future__ import annotations
+
+import torch
+
+from densecl_ops import MomentumQueue
+from densecl_ops.functional import dense_correspondence, dense_info_nce
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        queue = MomentumQueue(300, 40, init="empty", dtype=dtype).cuda()
+        queue.enqueue(torch.randn(270, 40, device="cuda"))
+        for temperature in (0.2, 0.01):
+            query, key = (torch.randn(3, 40, 5, 7, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+            match = dense_correspondence(query, key, mutual=True, backend="triton")
+            negatives = queue.rows.detach().requires_grad_()
+            for bank in (queue, negatives):
+                own = torch.tensor([1, 70, 200], device="cuda")
+                options = {"temperature": temperature, "exclude": own, "return_rank": True, "backend": "triton"}
+                loss, _ = dense_info_nce(query, key, bank, match, **options)
+                loss.backward()
+        wide = torch.randn(2, 40, 13, 11, device="cuda", dtype=dtype)
+        dense_correspondence(wide, wide, mutual=True, backend="triton")
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()

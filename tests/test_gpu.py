@@ -1,0 +1,245 @@
+"""What only a real GPU can show, at real sizes; skipped elsewhere. `make test-gpu` runs these and test_triton.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+from densecl_ops.functional import dense_correspondence, dense_info_nce
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device on this machine"),
+]
+
+QUEUE = 65536
+SIZES = [(256, 7), (256, 14)]  # N = 12,544 and 50,176
+
+
+def inputs(images: int, side: int, dtype: torch.dtype, channels: int = 128, negatives: int = QUEUE) -> dict[str, Any]:
+    shape = (images, channels, side, side)
+    queue = MomentumQueue(negatives, channels, dtype=dtype).cuda()
+    return {
+        "query": torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True),
+        "key": torch.randn(shape, device="cuda", dtype=dtype),
+        "negatives": queue,
+        "correspondence": torch.randint(side * side, (images, side * side), device="cuda"),
+    }
+
+
+def in_float64(arguments: dict[str, Any], images: int = 32, **options: Any) -> tuple[Tensor, Tensor]:
+    """Row losses and query gradient by the blockwise backend in float64, some images at a time."""
+    losses, gradients = [], []
+    rows = arguments["negatives"].rows.double()
+    for first in range(0, len(arguments["query"]), images):
+        part = slice(first, first + images)
+        query = arguments["query"].detach()[part].double().requires_grad_()
+        loss = dense_info_nce(
+            query,
+            arguments["key"][part].double(),
+            rows,
+            arguments["correspondence"][part],
+            reduction="none",
+            backend="blockwise",
+            **options,
+        )
+        loss.sum().backward()
+        losses.append(loss.detach())
+        gradients.append(query.grad)
+    return torch.cat(losses), torch.cat(gradients)
+
+
+def rows_and_gradient(backend: str, arguments: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+    query = arguments["query"].detach().requires_grad_()
+    loss = dense_info_nce(**(arguments | {"query": query}), reduction="none", backend=backend, **options)
+    loss.sum().backward()
+    return loss.detach(), query.grad
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("images", "side"), SIZES)
+@pytest.mark.parametrize("temperature", [0.2, 0.01])
+def test_error_at_real_sizes(images: int, side: int, dtype: torch.dtype, temperature: float) -> None:
+    """At most twice the error of the eager form, which is given as many images as its logits leave room for."""
+    arguments = inputs(images, side, dtype)
+    exact = in_float64(arguments, temperature=temperature)
+    seen = rows_and_gradient("triton", arguments, temperature=temperature)
+    few = slice(0, 6272 // side**2)
+    fewer = arguments | {name: arguments[name][few] for name in ("query", "key", "correspondence")}
+    eager = rows_and_gradient("eager", fewer, temperature=temperature)
+    for ours, theirs, truth in zip(seen, eager, exact, strict=True):
+        assert error(ours, truth) <= 2 * error(theirs, truth[few]) + 1e-6
+
+
+@pytest.mark.parametrize("side", [7, 14, 56, 112])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_matching_at_real_sizes(side: int, dtype: torch.dtype) -> None:
+    """The float64 index wherever the two best scores differ by more than rounding."""
+    images, channels = {7: (256, 2048), 14: (64, 2048), 56: (16, 256), 112: (2, 256)}[side]
+    query, key = (torch.randn(images, channels, side, side, device="cuda", dtype=dtype) for _ in range(2))
+    seen = dense_correspondence(query, key, backend="triton")
+    for image in range(0, images, max(1, images // 4)):
+        q, k = (F.normalize(x[image].flatten(1).double(), dim=0) for x in (query, key))
+        best, index = (q.t() @ k).topk(2, dim=1)
+        clear = best[:, 0] - best[:, 1] > 1e-6
+        assert torch.equal(seen.index[image][clear], index[clear, 0])
+        assert float((seen.score[image] - best[:, 0]).abs().max()) < 1e-5
+
+
+def test_bitwise_equal_over_ten_runs() -> None:
+    arguments = inputs(32, 7, torch.bfloat16)
+    arguments["key"].requires_grad_()
+    negatives = arguments["negatives"].rows.detach().requires_grad_()
+
+    def run() -> list[Tensor]:
+        leaves = [arguments["query"], arguments["key"], negatives]
+        loss = dense_info_nce(*leaves, arguments["correspondence"], backend="triton")
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    first = run()
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """17 million queue rows of 128 make 2.2e9 elements; the query and key maps pass 2^31 too."""
+    negatives = torch.zeros(17_000_000, 128, device="cuda", dtype=torch.bfloat16)
+    direction = F.normalize(torch.randn(128, device="cuda"), dim=0)
+    negatives[-1] = direction
+    query = direction.view(1, 128, 1, 1).expand(1, 128, 4, 4).contiguous().requires_grad_()
+    key = torch.randn(1, 128, 4, 4, device="cuda")
+    loss, rank = dense_info_nce(query, key, negatives, return_rank=True, backend="triton", temperature=0.05)
+    positive = (F.normalize(key.flatten(2), dim=1)[0] * direction[:, None]).sum(0) / 0.05
+    own = torch.log(torch.exp((negatives[-1].float() @ direction) / 0.05) + len(negatives) - 1)
+    torch.testing.assert_close(loss, F.softplus(own - positive).mean(), rtol=1e-2, atol=0)
+    assert (rank == (positive < 0).long().flatten() * (len(negatives) - 1) + 1).all()
+    del negatives
+    big = torch.empty(1, 2_200_000, 32, 32, device="cuda", dtype=torch.bfloat16).normal_()
+    seen = dense_correspondence(big, big, backend="triton")
+    assert torch.equal(seen.index[0], torch.arange(1024, device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device() -> None:
+    arguments = {name: value.to("cuda:1") for name, value in inputs(4, 7, torch.bfloat16).items()}
+    torch.cuda.set_device(0)
+    loss = dense_info_nce(**arguments, backend="triton")
+    assert loss.device == torch.device("cuda:1")
+    torch.testing.assert_close(loss, dense_info_nce(**arguments, backend="blockwise"), rtol=1e-2, atol=0)
+
+
+class Step:
+    """One DenseCL step on the device, with everything a captured graph needs to stay where it is."""
+
+    def __init__(self) -> None:
+        self.head = DenseProjectionHead(256, 256, 64).cuda()
+        self.queues = MomentumQueue(4096, 64).cuda(), MomentumQueue(4096, 64, init="empty").cuda()
+        self.match, self.criterion = DenseCorrespondence(mutual=True), DenseInfoNCELoss()
+        self.maps = torch.randn(2, 16, 256, 7, 7, device="cuda")
+
+    def __call__(self) -> Tensor:
+        query = self.head(self.maps[0])
+        with torch.no_grad():
+            key = self.head(self.maps[1])
+        image, rank = self.criterion(query.image, key.image, self.queues[0], return_rank=True)
+        dense = self.criterion(query.dense, key.dense, self.queues[1], self.match(*self.maps))
+        self.head.zero_grad(set_to_none=False)
+        loss = 0.5 * image + 0.5 * dense + 0 * rank.sum()
+        loss.backward()
+        self.queues[0].enqueue(key.image)
+        self.queues[1].enqueue(key.pooled)
+        return loss.detach()
+
+
+def without_synchronisation(run: Callable[[], Tensor]) -> Tensor:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_synchronisation_in_a_step() -> None:
+    step = Step()
+    step()  # compiles kernels
+    without_synchronisation(step)
+
+
+def test_cuda_graph_equals_eager_steps() -> None:
+    torch.manual_seed(0)
+    step = Step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    start = [{name: x.clone() for name, x in queue.state_dict().items()} for queue in step.queues]
+
+    def restart() -> None:
+        for queue, state in zip(step.queues, start, strict=True):
+            queue.load_state_dict(state)
+
+    eager = [step().item() for _ in range(4)]
+    restart()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    restart()
+    replayed = []
+    for _ in range(4):
+        graph.replay()
+        replayed.append(loss.item())
+    assert replayed == eager
+    assert int(step.queues[1].count) == 16 * 7
+
+
+def test_compiled_step_has_no_graph_break() -> None:
+    torch.manual_seed(0)
+    maps = torch.randn(2, 16, 256, 7, 7, device="cuda")
+    head, criterion, match = DenseProjectionHead(256, 256, 64).cuda(), DenseInfoNCELoss(), DenseCorrespondence()
+    queue = MomentumQueue(4096, 64).cuda()
+
+    def forward() -> Tensor:
+        query = head(maps[0])
+        with torch.no_grad():
+            key = head(maps[1])
+        loss = criterion(query.dense, key.dense, queue, match(*maps))
+        queue.enqueue(key.pooled)
+        return loss
+
+    state = {name: x.clone() for name, x in queue.state_dict().items()}
+    eager = forward()
+    queue.load_state_dict(state)
+    torch.testing.assert_close(torch.compile(forward, fullgraph=True)(), eager)
+
+
+@pytest.mark.parametrize("negatives", [4096, 65536, 1_048_576])
+def test_memory_does_not_grow_with_the_queue(negatives: int) -> None:
+    """Loss forward and backward allocate O(N * D) beyond their inputs: at most 12 float32 copies of the queries."""
+    arguments = inputs(256, 7, torch.bfloat16, negatives=negatives)
+    copies = 4 * arguments["query"].numel()
+    rows_and_gradient("triton", arguments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rows_and_gradient("triton", arguments)
+    assert torch.cuda.max_memory_allocated() - before <= 12 * copies
+
+
+def test_auto_is_triton_without_warning(recwarn: pytest.WarningsRecorder) -> None:
+    arguments = inputs(4, 7, torch.float32)
+    torch.testing.assert_close(
+        dense_info_nce(**arguments), dense_info_nce(**arguments, backend="triton"), rtol=0, atol=0
+    )
+    assert not [warning for warning in recwarn if "blockwise" in str(warning.message)]
