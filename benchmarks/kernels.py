@@ -153,8 +153,8 @@ def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
     names = [name for name in vars(module().kernels) if name.endswith("_kernel")]
     originals = {name: getattr(module().kernels, name) for name in names}
     device = _devices.Device(case.target, TARGETS[case.target][0])
-    patches = [mock.patch.object(module().kernels, name, Recorder(name)) for name in names]
-    patches.append(mock.patch.object(_devices, "describe", lambda _: device))
+    patches: list[Any] = [mock.patch.object(module().kernels, name, Recorder(name)) for name in names]
+    patches.append(mock.patch.object(_devices, "describe", return_value=device))
     for patch in patches:
         patch.start()
     try:

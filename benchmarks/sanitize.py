@@ -19,9 +19,10 @@ def main() -> None:
             negatives = queue.rows.detach().requires_grad_()
             for bank in (queue, negatives):
                 own = torch.tensor([1, 70, 200], device="cuda")
-                options = {"temperature": temperature, "exclude": own, "return_rank": True, "backend": "triton"}
-                loss, _ = dense_info_nce(query, key, bank, match, **options)
-                loss.backward()
+                loss, _ = dense_info_nce(
+                    query, key, bank, match, temperature=temperature, exclude=own, return_rank=True, backend="triton"
+                )
+                loss.backward()  # type: ignore[no-untyped-call]
         wide = torch.randn(2, 40, 13, 11, device="cuda", dtype=dtype)
         dense_correspondence(wide, wide, mutual=True, backend="triton")
     torch.cuda.synchronize()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -43,9 +43,9 @@ def dense_info_nce(
     reduction: str = "mean",
     weight: Tensor | None = None,
     exclude: Tensor | None = None,
-    return_rank: bool,
+    return_rank: Literal[True],
     backend: str = "auto",
-) -> Any: ...
+) -> tuple[Tensor, Tensor]: ...
 
 
 def dense_info_nce(

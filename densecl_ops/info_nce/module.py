@@ -76,7 +76,7 @@ class DenseInfoNCELoss(nn.Module):
         return_rank: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the loss, or with return_rank the pair of the loss and the rank (B, P_q) of each positive."""
-        result: Tensor | tuple[Tensor, Tensor] = dense_info_nce(
+        return dense_info_nce(  # type: ignore[call-overload, no-any-return]  # return_rank is not a literal here
             query,
             key,
             negatives,
@@ -88,7 +88,6 @@ class DenseInfoNCELoss(nn.Module):
             return_rank=return_rank,
             backend=self.backend,
         )
-        return result
 
     def extra_repr(self) -> str:
         learned = "" if self.logit_scale is None else ", learnable_temperature=True"
