@@ -76,7 +76,7 @@ class DenseInfoNCELoss(nn.Module):
         return_rank: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the loss, or with return_rank the pair of the loss and the rank (B, P_q) of each positive."""
-        return dense_info_nce(  # type: ignore[call-overload, no-any-return]  # return_rank is not a literal here
+        return dense_info_nce(  # type: ignore[call-overload, misc, no-any-return]  # return_rank is not a literal here
             query,
             key,
             negatives,
