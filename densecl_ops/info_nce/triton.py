@@ -26,7 +26,8 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
     batch, channels, positions = query.shape
     rows, size = batch * positions, problem.negatives.shape[0]
     device = _devices.describe(query.device)
-    config = triton_configs.choose(device.architecture, problem.matmul_dtype, channels)
+    lean = not want_rank and problem.exclude is None
+    config = triton_configs.choose(device.architecture, problem.matmul_dtype, channels, lean)
     per_split = plan_split(rows, size, config.block_n, config.block_k, device.multiprocessors * config.programs, splits)
     splits = triton.cdiv(size, per_split)
 
@@ -89,6 +90,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
             PRECISION=_precision(problem),
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
+            CHUNK_D=config.chunk_d or triton_configs.block_d(channels),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -1,4 +1,8 @@
-"""Tile shapes of the loss kernels: a fixed table, so that results and start-up never depend on a tuning run."""
+"""Tile shapes of the loss kernels: a fixed table, so that results and start-up never depend on a tuning run.
+
+Rows were chosen by compiling (`make kernels`): the largest tiles whose registers do not spill and whose shared memory
+fits. Which of several such tiles is fastest waits for a GPU; docs/kernels.md says what is predicted.
+"""
 
 from __future__ import annotations
 
@@ -15,33 +19,95 @@ class Config(NamedTuple):
         block_k: Queue rows per tile.
         num_warps: Warps per program.
         num_stages: Tiles in flight.
-        programs: How many such programs one multiprocessor holds at once, for the split of the queue.
+        programs: How many such programs one multiprocessor holds at once; decides how often the queue is split.
+        chunk_d: Channels per step of the first product, or None to keep all channels of the query block in place.
     """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    programs: int
+    programs: int = 1
+    chunk_d: int | None = None
 
 
-# Shared memory per block decides: 99 KiB (consumer and Ada), 163 (A100), 227 (Hopper, data-centre Blackwell).
+# Architectures that run the same instructions and so take the same rows.
 FAMILIES = {
-    "sm_80": "ampere",
-    "sm_86": "consumer",
-    "sm_89": "consumer",
-    "sm_90": "hopper",
-    "sm_100": "blackwell",
-    "sm_103": "blackwell",
-    "sm_120": "consumer",
-    "gfx90a": "cdna",
-    "gfx942": "cdna",
-    "gfx950": "cdna",
+    "sm_80": "mma",
+    "sm_86": "mma",
+    "sm_89": "mma",
+    "sm_120": "mma",
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05",
+    "sm_103": "tcgen05",
+    "gfx90a": "mfma",
+    "gfx942": "mfma",
+    "gfx950": "mfma",
     "interpreter": "interpreter",
 }
 
+# Exact float32 is three tf32 products of split operands. Held in place, the split queries alone would spill up to
+# 36 KiB per thread; in steps of 32 channels nothing spills at any D.
+_TF32X3 = (
+    Config(64, 32, 4, 2, 2, chunk_d=32),
+    Config(64, 32, 8, 2, chunk_d=32),
+    Config(32, 32, 8, 2, chunk_d=32),
+    Config(16, 16, 8, 2, chunk_d=32),
+)
+
+# (family, bytes per element) -> rows for D up to 64, 128, 256, 512.
+ATTEND = {
+    # 99 KiB of shared memory on all but sm_80, and operands in registers: D = 256 leaves room for 32 rows only.
+    ("mma", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2)),
+    # Operands in shared memory: two warpgroups of 64 rows. 128 x 256 would serialise wgmma (ptxas C7511).
+    ("wgmma", 2): (Config(128, 128, 8, 3), Config(128, 128, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+    # Accumulators in tensor memory; 512 channels do not fit beside the logits and fall back to mma.
+    ("tcgen05", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(16, 32, 8, 2)),
+    # 64 KiB of shared memory.
+    ("mfma", 2): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(16, 32, 8, 2)),
+    ("mma", 4): _TF32X3,
+    ("wgmma", 4): _TF32X3,
+    ("tcgen05", 4): _TF32X3,
+    # CDNA multiplies float32 as it is.
+    ("mfma", 4): (
+        Config(64, 32, 8, 2),
+        Config(16, 32, 4, 2, 2),
+        Config(16, 16, 8, 2),
+        Config(16, 16, 8, 2, chunk_d=32),
+    ),
+}
+
+# The gradient to the negatives is rare (SimCLR-style use), so one row serves every GPU: the smallest memory rules.
+GRAD_NEGATIVES = {
+    2: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(32, 32, 4, 2), Config(16, 32, 8, 2)),
+    4: (Config(32, 32, 4, 2), Config(16, 32, 4, 2), Config(16, 16, 8, 2), Config(16, 16, 8, 1)),
+}
+
+
+def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = True) -> Config:
+    """The row for attend_kernel.
+
+    Args:
+        architecture: As in densecl_ops._devices.Device; an unknown one takes the row of the smallest memory.
+        dtype: Of the products.
+        channels: D.
+        lean: Whether neither rank nor exclude is asked for; both keep another tile of logits in registers.
+    """
+    if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
+        return Config(32, 64, 4, 1, chunk_d=32 if channels > 64 else None)
+    config = ATTEND[FAMILIES.get(architecture, "mma"), dtype.itemsize][_width(channels)]
+    return config if lean or config.block_k <= 32 else config._replace(block_k=config.block_k // 2)
+
+
+def choose_grad_negatives(architecture: str, dtype: torch.dtype, channels: int) -> Config:
+    """The row for grad_negatives_kernel."""
+    if architecture == "interpreter":
+        return Config(32, 64, 4, 1)
+    return GRAD_NEGATIVES[dtype.itemsize][_width(channels)]
+
 
 def block_d(channels: int) -> int:
+    """D rounded up to what tl.dot takes: a power of two of at least 16."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
@@ -50,12 +116,6 @@ def row_block(channels: int) -> int:
     return max(1, 4096 // block_d(channels))
 
 
-def choose(architecture: str, dtype: torch.dtype, channels: int) -> Config:
-    """The row of the table for attend_kernel."""
-    if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
-        return Config(32, 64, 4, 1, 1)
-    return Config(64, 64, 4, 2, 2)
-
-
-def choose_grad_negatives(architecture: str, dtype: torch.dtype, channels: int) -> Config:
-    return choose(architecture, dtype, channels)
+def _width(channels: int) -> int:
+    """Column of the table."""
+    return max(0, block_d(channels).bit_length() - 7)

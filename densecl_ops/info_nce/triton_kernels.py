@@ -107,23 +107,50 @@ def prepare_kernel(
 
 
 @triton.jit
+def _load_negatives(
+    negatives_ptr, column, stop, channel, stride_k, stride_d,
+    CHANNELS: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_K, width of `channel`) of the queue, zero past `stop` and past D."""
+    pointers = negatives_ptr + column[:, None].to(tl.int64) * stride_k + channel[None, :] * stride_d
+    if MASKED:
+        negatives = tl.load(pointers, mask=(column < stop)[:, None] & (channel < CHANNELS)[None, :], other=0.0)
+    elif EVEN_D:
+        negatives = tl.load(pointers)
+    else:
+        negatives = tl.load(pointers, mask=(channel < CHANNELS)[None, :], other=0.0)
+    return negatives
+
+
+@triton.jit
 def _attend_tile(
-    total, top, mean, above, query, positive, excluded, negatives_ptr, start, stop, channel, stride_k, stride_d,
-    CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, RUNNING_MAX: tl.constexpr,
+    total, top, mean, above, query, query_ptr, row, rows, positive, excluded, negatives_ptr, start, stop, channel,
+    stride_k, stride_d,
+    CHUNK_D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr, RUNNING_MAX: tl.constexpr,
     WANT_MEAN: tl.constexpr, WANT_RANK: tl.constexpr, EXCLUDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Takes queue rows [start, start + BLOCK_K) into the running state of a block of query rows."""
     column = start + tl.arange(0, BLOCK_K)
-    pointers = negatives_ptr + column[:, None].to(tl.int64) * stride_k + channel[None, :] * stride_d
-    if MASKED:
-        negatives = tl.load(pointers, mask=_row_mask(column < stop, channel, CHANNELS), other=0.0)
-    elif channel.shape[0] != CHANNELS:
-        negatives = tl.load(pointers, mask=(channel < CHANNELS)[None, :], other=0.0)
+    EVEN_D: tl.constexpr = BLOCK_D == CHANNELS
+    EVEN_CHUNK: tl.constexpr = CHANNELS % CHUNK_D == 0
+    if CHUNK_D == BLOCK_D:
+        negatives = _load_negatives(negatives_ptr, column, stop, channel, stride_k, stride_d, CHANNELS, EVEN_D, MASKED)
+        negatives = negatives.to(query.dtype)  # one load feeds both products
+        logits = tl.dot(query, tl.trans(negatives), input_precision=PRECISION)
     else:
-        negatives = tl.load(pointers)
-    negatives = negatives.to(query.dtype)  # one load feeds both products
-
-    logits = tl.dot(query, tl.trans(negatives), input_precision=PRECISION)
+        logits = tl.zeros([row.shape[0], BLOCK_K], tl.float32)
+        for first in tl.range(0, CHANNELS, CHUNK_D):
+            part = first + tl.arange(0, CHUNK_D)
+            mask = (row < rows)[:, None] & (part < CHANNELS)[None, :]
+            left = tl.load(query_ptr + row[:, None] * CHANNELS + part[None, :], mask=mask, other=0.0)
+            right = _load_negatives(negatives_ptr, column, stop, part, stride_k, stride_d, CHANNELS, EVEN_CHUNK, MASKED)
+            logits = tl.dot(left, tl.trans(right.to(left.dtype)), logits, input_precision=PRECISION)
+        if WANT_MEAN:
+            negatives = _load_negatives(
+                negatives_ptr, column, stop, channel, stride_k, stride_d, CHANNELS, EVEN_D, MASKED
+            )
+            negatives = negatives.to(query_ptr.dtype.element_ty)
     if MASKED:
         logits = tl.where((column < stop)[None, :], logits, float("-inf"))
     if EXCLUDE:
@@ -143,7 +170,7 @@ def _attend_tile(
     weight = tl.exp2(logits)
     total += tl.sum(weight, 1)
     if WANT_MEAN:
-        mean = tl.dot(weight.to(query.dtype), negatives, mean, input_precision=PRECISION)
+        mean = tl.dot(weight.to(negatives.dtype), negatives, mean, input_precision=PRECISION)
     return total, top, mean, above
 
 
@@ -166,13 +193,16 @@ def attend_kernel(
     RUNNING_MAX: tl.constexpr, WANT_MEAN: tl.constexpr, WANT_RANK: tl.constexpr,
     PRECISION: tl.constexpr,  # input_precision of the products
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK_D: tl.constexpr,  # channels per step of the first product; BLOCK_D keeps the queries in place instead
 ):  # fmt: skip
     """Program (i, s): BLOCK_N query rows over the s-th part of the queue."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_exists = row < rows
     channel = tl.arange(0, BLOCK_D)
     mask = _row_mask(row_exists, channel, CHANNELS)
-    query = tl.load(query_ptr + row[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
+    query = mask
+    if CHUNK_D == BLOCK_D:
+        query = tl.load(query_ptr + row[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
 
     total = tl.zeros([BLOCK_N], tl.float32)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
@@ -181,9 +211,9 @@ def attend_kernel(
     positive = total
     if WANT_RANK:
         positive = tl.load(positive_ptr + row, mask=row_exists, other=0.0)
-    excluded = row
+    excluded = above
     if exclude_ptr is not None:
-        excluded = tl.load(exclude_ptr + row // positions, mask=row_exists, other=-1)
+        excluded = tl.load(exclude_ptr + row // positions, mask=row_exists, other=-1).to(tl.int32)
 
     existing = size
     if count_ptr is not None:
@@ -193,15 +223,17 @@ def attend_kernel(
     whole = start + (tl.maximum(stop - start, 0) // BLOCK_K) * BLOCK_K
     for k in tl.range(start, whole, BLOCK_K):
         total, top, mean, above = _attend_tile(
-            total, top, mean, above, query, positive, excluded, negatives_ptr, k, stop, channel,
+            total, top, mean, above, query, query_ptr, row, rows, positive, excluded, negatives_ptr, k, stop, channel,
             negatives_stride_k, negatives_stride_d,
-            CHANNELS, BLOCK_K, False, RUNNING_MAX, WANT_MEAN, WANT_RANK, exclude_ptr is not None, PRECISION,
+            CHUNK_D, CHANNELS, BLOCK_D, BLOCK_K, False, RUNNING_MAX,
+            WANT_MEAN, WANT_RANK, exclude_ptr is not None, PRECISION,
         )  # fmt: skip
     if whole < stop:  # peeled: masking every tile would cost two instructions per logit
         total, top, mean, above = _attend_tile(
-            total, top, mean, above, query, positive, excluded, negatives_ptr, whole, stop, channel,
-            negatives_stride_k, negatives_stride_d,
-            CHANNELS, BLOCK_K, True, RUNNING_MAX, WANT_MEAN, WANT_RANK, exclude_ptr is not None, PRECISION,
+            total, top, mean, above, query, query_ptr, row, rows, positive, excluded, negatives_ptr, whole, stop,
+            channel, negatives_stride_k, negatives_stride_d,
+            CHUNK_D, CHANNELS, BLOCK_D, BLOCK_K, True, RUNNING_MAX,
+            WANT_MEAN, WANT_RANK, exclude_ptr is not None, PRECISION,
         )  # fmt: skip
 
     out = tl.program_id(1).to(tl.int64) * rows + row
