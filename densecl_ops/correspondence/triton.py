@@ -45,10 +45,10 @@ def choose(architecture: str, dtype: torch.dtype, positions: int) -> Config:
     """The tile for a grid of so many positions; a whole image in one tile where it fits, which saves the norms."""
     if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(64, 64, 128, 4, 1)
-    if dtype == torch.float32:  # three tf32 products need three times the registers
+    if positions <= 64:  # 7x7: bound by reading the maps; few registers, so that several programs share a processor
+        return Config(64, 64, 16, 4, 4) if dtype == torch.float32 else Config(64, 64, 32, 4, 4)
+    if dtype == torch.float32:  # three tf32 products of split operands need three times the registers
         return Config(64, 64, 32, 4, 3)
-    if positions <= 64:  # 7x7: bound by reading the maps, so many bytes in flight
-        return Config(64, 64, 64, 4, 4)
     return Config(128, 128, 64, 8, 3)
 
 

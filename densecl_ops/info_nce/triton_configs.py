@@ -46,8 +46,8 @@ FAMILIES = {
     "interpreter": "interpreter",
 }
 
-# Exact float32 is three tf32 products of split operands. Held in place, the split queries alone would spill up to
-# 36 KiB per thread; in steps of 32 channels nothing spills at any D.
+# Exact float32 is three tf32 products of split operands. Held in place, the split queries spill: 10 KB
+# per thread at D = 128 (64 x 32 on sm_80), 35 KB at D = 512 (16 x 32). In steps of 32 channels nothing does.
 _TF32X3 = (
     Config(64, 32, 4, 2, 2, chunk_d=32),
     Config(64, 32, 8, 2, chunk_d=32),
@@ -55,14 +55,17 @@ _TF32X3 = (
     Config(16, 16, 8, 2, chunk_d=32),
 )
 
+# Wide rows in 16 bits where the tensor cores want the queries in registers: in steps too, or 32 x 32 is the limit.
+_WIDE = (Config(64, 64, 8, 2, chunk_d=64), Config(32, 64, 8, 2, chunk_d=64))
+
 # (family, bytes per element) -> rows for D up to 64, 128, 256, 512.
 ATTEND = {
-    # 99 KiB of shared memory on all but sm_80, and operands in registers: D = 256 leaves room for 32 rows only.
-    ("mma", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2)),
+    # 99 KiB of shared memory on all but sm_80.
+    ("mma", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), *_WIDE),
     # Operands in shared memory: two warpgroups of 64 rows. 128 x 256 would serialise wgmma (ptxas C7511).
     ("wgmma", 2): (Config(128, 128, 8, 3), Config(128, 128, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
-    # Accumulators in tensor memory; 512 channels do not fit beside the logits and fall back to mma.
-    ("tcgen05", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(16, 32, 8, 2)),
+    # Accumulators in tensor memory; 512 channels do not fit there beside the logits and fall back to mma.
+    ("tcgen05", 2): (Config(128, 64, 8, 3), Config(128, 64, 8, 2), *_WIDE),
     # 64 KiB of shared memory.
     ("mfma", 2): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(16, 32, 8, 2)),
     ("mma", 4): _TF32X3,
@@ -72,8 +75,8 @@ ATTEND = {
     ("mfma", 4): (
         Config(64, 32, 8, 2),
         Config(16, 32, 4, 2, 2),
-        Config(16, 16, 8, 2),
-        Config(16, 16, 8, 2, chunk_d=32),
+        Config(32, 16, 8, 2),
+        Config(16, 32, 8, 2, chunk_d=32),
     ),
 }
 
