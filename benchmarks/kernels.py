@@ -106,7 +106,7 @@ def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, bool, 
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
     found = [label for mark, label in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)]
     asynchronous = "LDGSTS" in assembly or "UTMALDG" in assembly
-    return registers, spills, compiled.metadata.shared, found[0] if found else "none", asynchronous, "C7510" in report
+    return registers, spills, compiled.metadata.shared, found[0] if found else "none", asynchronous, "C751" in report
 
 
 def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:

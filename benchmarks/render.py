@@ -49,7 +49,8 @@ def cpu_cost() -> str:
     lines += [
         "",
         "The arithmetic alone (both matrix products and one exp, tile by tile) takes "
-        f"{floor['ratio_to_materialise']:.2f} in float32, so the loss runs at {times:.2f} times that floor. Its gradient is off the float64 one by "
+        f"{floor['ratio_to_materialise']:.2f} in float32, so the loss runs at {times:.2f} times that floor. Its "
+        "gradient is off the float64 one by "
         f"{row['error_gradient']:.0e} (relative), the materialised form's by "
         f"{records[0]['rows']['materialise']['error_gradient']:.0e}.",
     ]

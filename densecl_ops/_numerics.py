@@ -16,13 +16,13 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def inverse_norm(x: Tensor, dim: int) -> Tensor:
-    """1 / |x| along `dim` (kept as size 1), and 0 where |x| is below NORM_EPS.
+    """1 / |x| along `dim` (kept as size 1), 0 where |x| is below NORM_EPS, NaN where its square overflows.
 
     The plain sum of squares: 15 times faster than torch.linalg.vector_norm along a strided dim on a CPU.
     """
     squares = x.square().sum(dim, keepdim=True)
-    tiny = squares <= NORM_EPS**2
-    return squares.masked_fill(tiny, 1.0).rsqrt().masked_fill(tiny, 0.0)
+    tiny, huge = squares <= NORM_EPS**2, squares == float("inf")
+    return squares.masked_fill(tiny, 1.0).masked_fill(huge, float("nan")).rsqrt().masked_fill(tiny, 0.0)
 
 
 def normalize(x: Tensor, dim: int) -> Tensor:

@@ -14,8 +14,9 @@ NORM_EPS_SQUARED = tl.constexpr(1e-24)  # densecl_ops._numerics.NORM_EPS squared
 
 @triton.jit
 def _inverse(squares):
-    """1 / norm from a sum of squares, and 0 for a feature with no direction."""
-    return tl.where(squares > NORM_EPS_SQUARED, 1.0 / tl.sqrt(squares), 0.0)
+    """1 / norm from a sum of squares, 0 for a feature with no direction, NaN for one whose square overflows."""
+    inverse = tl.where(squares > NORM_EPS_SQUARED, 1.0 / tl.sqrt(squares), 0.0)
+    return tl.where(squares == float("inf"), float("nan"), inverse)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
     batch, channels, positions = query.shape
     rows, size = batch * positions, problem.negatives.shape[0]
     device = _devices.describe(query.device)
-    lean = not want_rank and problem.exclude is None
+    lean = not want_rank and problem.exclude is None and channels == triton_configs.block_d(channels)
     config = triton_configs.choose(device.architecture, problem.matmul_dtype, channels, lean)
     per_split = plan_split(rows, size, config.block_n, config.block_k, device.multiprocessors * config.programs, splits)
     splits = triton.cdiv(size, per_split)
@@ -181,7 +181,7 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
             BLOCK_P=8,
             CHANNELS=channels,
             BLOCK_D=triton_configs.block_d(channels),
-            num_warps=1,
+            num_warps=max(1, triton_configs.block_d(channels) // 128),
         )
     return grad
 

@@ -94,7 +94,7 @@ def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = Tr
         architecture: As in densecl_ops._devices.Device; an unknown one takes the row of the smallest memory.
         dtype: Of the products.
         channels: D.
-        lean: Whether neither rank nor exclude is asked for; both keep another tile of logits in registers.
+        lean: Whether neither rank nor exclude is asked for and D is a power of two; masks and counts take registers.
     """
     if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(32, 64, 4, 1, chunk_d=32 if channels > 64 else None)

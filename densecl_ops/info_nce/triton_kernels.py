@@ -44,9 +44,10 @@ def _load_rows(
 
 @triton.jit
 def _inverse_norm(rows):
-    """1 / |row|, and 0 for a row with no direction."""
+    """1 / |row|, 0 for a row with no direction, NaN for one whose square overflows."""
     squares = tl.sum(rows * rows, 1)
-    return tl.where(squares > NORM_EPS_SQUARED, 1.0 / tl.sqrt(squares), 0.0)
+    inverse = tl.where(squares > NORM_EPS_SQUARED, 1.0 / tl.sqrt(squares), 0.0)
+    return tl.where(squares == float("inf"), float("nan"), inverse)
 
 
 @triton.jit

@@ -1,0 +1,223 @@
+"""Running the library beside the oracle. The backends under test are listed here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import oracle
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from densecl_ops import Correspondence
+from densecl_ops.functional import dense_correspondence, dense_info_nce
+
+BACKENDS = ("eager", "blockwise")
+FUSED = ("blockwise",)  # everything but the materialising reference
+DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}  # default: cpu
+
+GRADIENTS = ("query", "key", "negatives", "temperature", "weight")
+LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "every_other", "swapped")
+
+
+def to_device(backend: str, *values: Any) -> Any:
+    device = DEVICES.get(backend, "cpu")
+    return tree_map(lambda x: x.to(device) if isinstance(x, (Tensor, torch.nn.Module)) else x, values)
+
+
+def info_nce(backend: str, *args: Any, **kwargs: Any) -> Any:
+    """dense_info_nce on the device of the backend."""
+    args, kwargs = to_device(backend, args, kwargs)
+    return dense_info_nce(*args, backend=backend, **kwargs)
+
+
+def match(backend: str, *args: Any, **kwargs: Any) -> Correspondence:
+    """dense_correspondence on the device of the backend; the result comes back to the host."""
+    result = dense_correspondence(*to_device(backend, *args), backend=backend, **kwargs)
+    return Correspondence(*(x.cpu() for x in result))
+
+
+def numpy64(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().double().numpy()
+
+
+def flat64(x: Tensor) -> np.ndarray:
+    """(B, C, ...) -> float64 (B, C, P)."""
+    x = numpy64(x)
+    return x.reshape(*x.shape[:2], -1)
+
+
+def error(actual: Any, expected: Any, floor: float = 0.0) -> float:
+    """Relative error norm of a whole tensor, or relative to a larger `floor`; absolute where nothing is expected."""
+    actual = numpy64(actual) if isinstance(actual, Tensor) else np.asarray(actual)
+    expected = numpy64(expected) if isinstance(expected, Tensor) else np.asarray(expected)
+    assert actual.size == expected.size, (actual.shape, expected.shape)
+    difference = np.linalg.norm(actual.ravel() - expected.ravel())
+    size = max(float(np.linalg.norm(expected.ravel())), floor)
+    return float(difference / size if size > 0 else difference)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "", floor: float = 0.0) -> None:
+    off = error(actual, expected, floor)
+    assert off <= tolerance, f"{what}: relative error {off:.3g} above {tolerance:.3g}"
+
+
+def units(rng: np.random.Generator, rows: int, channels: int) -> np.ndarray:
+    return oracle.unit(rng.standard_normal((rows, channels)), 1)[0]
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same (B, C, H, W) values with other strides, as a leaf. "tokens" is (B, C, P) seen through (B, P, C)."""
+    batch, channels, height, width = x.shape
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "tokens":
+        x = x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "slice":
+        big = x.new_full((batch + 1, channels + 2, height + 1, width + 3), float("nan"))
+        inside = big[1:, 1:-1, :-1, 2:-1]
+        x = inside.copy_(x)
+    elif layout == "every_other":
+        x = x.new_full((batch, channels, height, 2 * width), float("nan"))[..., ::2].copy_(x)
+    elif layout == "swapped":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x.detach()
+
+
+@dataclass
+class Case:
+    """Arguments of one loss call; maps are (B, D, H, W)."""
+
+    query: Tensor
+    key: Tensor
+    negatives: Tensor
+    index: Tensor | None = None
+    valid: Tensor | None = None
+    weight: Tensor | None = None
+    exclude: Tensor | None = None
+    count: int | None = None
+    temperature: float = 0.2
+    reduction: str = "mean"
+    upstream: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), negatives=self.negatives.to(dtype))
+
+
+def make_case(
+    seed: int = 0,
+    batch: int = 3,
+    channels: int = 6,
+    query_grid: tuple[int, int] = (2, 3),
+    key_grid: tuple[int, int] = (3, 2),
+    negatives: int = 17,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Case:
+    rng = np.random.default_rng(seed)
+    positions, keys = query_grid[0] * query_grid[1], key_grid[0] * key_grid[1]
+    return Case(
+        query=torch.tensor(rng.standard_normal((batch, channels, *query_grid)), dtype=dtype),
+        key=torch.tensor(rng.standard_normal((batch, channels, *key_grid)), dtype=dtype),
+        negatives=torch.tensor(units(rng, negatives, channels), dtype=dtype),
+        index=torch.tensor(rng.integers(0, keys, (batch, positions))),
+        upstream=torch.tensor(rng.standard_normal((batch, positions)), dtype=dtype),
+        **options,
+    )
+
+
+def expected(case: Case) -> oracle.LossResult:
+    def array(x: Tensor | None) -> np.ndarray | None:
+        return None if x is None else x.detach().cpu().numpy()
+
+    return oracle.info_nce(
+        flat64(case.query),
+        flat64(case.key),
+        numpy64(case.negatives),
+        array(case.index),
+        temperature=case.temperature,
+        reduction=case.reduction,
+        weight=None if case.weight is None else numpy64(case.weight),
+        valid=array(case.valid),
+        exclude=array(case.exclude),
+        count=case.count,
+        upstream=None if case.upstream is None else numpy64(case.upstream),
+    )
+
+
+def run(
+    backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: bool = True, through: str = "function"
+) -> SimpleNamespace:
+    """Loss, rank and the wanted gradients of one call."""
+    leaves = {"query": case.query, "key": case.key, "negatives": case.negatives, "weight": case.weight}
+    leaves["temperature"] = torch.tensor(case.temperature, dtype=torch.float64)
+    leaves = {
+        name: x.detach().requires_grad_(name in wanted and x.is_floating_point())
+        for name, x in leaves.items()
+        if x is not None
+    }
+    negatives: Any = leaves["negatives"]
+    if case.count is not None:
+        negatives = SimpleNamespace(rows=negatives, count=torch.tensor(case.count))
+    correspondence: Any = case.index
+    if case.valid is not None:
+        correspondence = Correspondence(case.index, torch.zeros(case.index.shape), case.valid)
+    result = info_nce(
+        backend,
+        leaves["query"],
+        leaves["key"],
+        negatives,
+        correspondence,
+        temperature=leaves["temperature"] if "temperature" in wanted else case.temperature,
+        reduction=case.reduction,
+        weight=leaves.get("weight"),
+        exclude=case.exclude,
+        return_rank=rank,
+    )
+    loss, ranks = result if rank else (result, None)
+    if wanted and loss.requires_grad:
+        upstream = torch.ones_like(loss) if case.upstream is None else case.upstream.to(loss)
+        loss.backward(upstream if case.reduction == "none" else None)
+    gradients = {name: x.grad for name, x in leaves.items() if x.grad is not None}
+    return SimpleNamespace(loss=loss.detach(), rank=ranks, **{name: gradients.get(name) for name in GRADIENTS})
+
+
+def check(
+    backend: str,
+    case: Case,
+    tolerance: float = 1e-9,
+    wanted: tuple[str, ...] = GRADIENTS,
+    rank: bool = True,
+) -> None:
+    """The loss, the rank and every wanted gradient of a call against the oracle.
+
+    Losses and gradients can be 1e-80 where the terms they are differences of are 1 / t: below a hundredth of those
+    terms, errors are measured against that hundredth. test_loss_adversarial.py asks for more where more is due.
+    """
+    truth, seen = expected(case), run(backend, case, wanted, rank)
+    shortest = min(np.linalg.norm(flat64(x), axis=1).min() for x in (case.query, case.key))
+    floor = 1e-2 / case.temperature
+    floors = {"query": floor / shortest, "key": floor / shortest, "temperature": floor / case.temperature}
+    assert seen.loss.shape == truth.loss.shape
+    assert_close(seen.loss, truth.loss, tolerance, "loss", floor)
+    if rank:
+        low, high = oracle.rank_bounds(truth, tolerance / case.temperature)
+        assert seen.rank.dtype == torch.int64
+        assert ((low <= seen.rank.cpu().numpy()) & (seen.rank.cpu().numpy() <= high)).all()
+    for name in wanted:
+        if getattr(truth, name) is None:
+            continue
+        actual, wish = getattr(seen, name), getattr(truth, name)
+        assert actual is not None, f"no gradient to {name}"
+        if name in ("query", "key", "negatives"):
+            given = getattr(case, name)
+            assert actual.shape == given.shape
+            assert actual.dtype == given.dtype
+        if name == "weight":  # a row of weight 0 is left out, and whether its weight has a slope is not defined
+            used = (case.weight != 0).numpy()
+            actual, wish = numpy64(actual)[used], wish[used]
+        assert_close(actual, wish, tolerance, f"gradient to {name}", floors.get(name, floor))

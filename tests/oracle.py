@@ -1,0 +1,296 @@
+"""What the library must compute, written once more from the equations in float64 numpy, without the library.
+
+Arrays are (B, C, P) for maps, (K, D) for negatives. Nothing here is fast and nothing here is clever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Params = dict[str, Array]
+
+ZERO_NORM = 1e-12  # a vector shorter than this has no direction
+
+
+def unit(x: Array, axis: int) -> tuple[Array, Array]:
+    """Unit vectors and inverse norms; both 0 for a zero vector."""
+    norm = np.sqrt((x * x).sum(axis, keepdims=True))
+    inverse = np.where(norm <= ZERO_NORM, 0.0, 1.0 / np.where(norm <= ZERO_NORM, 1.0, norm))
+    return x * inverse, inverse
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+
+class LossResult(NamedTuple):
+    """The reduced loss and its gradients with respect to every raw input."""
+
+    loss: Array  # 0-d, or (B, P) for reduction "none"
+    rank: Integers  # (B, P)
+    positive: Array  # (B, P) logits
+    negative: Array  # (B, P, K) logits, -inf where left out
+    query: Array
+    key: Array
+    negatives: Array
+    temperature: float
+    weight: Array | None
+
+
+def info_nce(
+    query: Array,
+    key: Array,
+    negatives: Array,
+    index: Integers | None = None,
+    *,
+    temperature: float = 0.2,
+    reduction: str = "mean",
+    weight: Array | None = None,
+    valid: NDArray[np.bool_] | None = None,
+    exclude: Integers | None = None,
+    count: int | None = None,
+    upstream: Array | None = None,
+) -> LossResult:
+    """Loss and analytic gradients, row by row. `upstream` (B, P) is d/d loss_i for reduction "none" (default: ones)."""
+    batch, channels, positions = query.shape
+    if index is None:
+        index = np.tile(np.arange(positions), (batch, 1))
+    rows = np.ones((batch, positions)) if weight is None else weight.astype(np.float64)
+    rows = rows if valid is None else np.where(valid, rows, 0.0)
+
+    q_hat, q_inverse = unit(query, 1)
+    k_hat, k_inverse = unit(key, 1)
+    shape = (batch, positions)
+    loss, rank = np.zeros(shape), np.zeros(shape, np.int64)
+    positive, negative = np.zeros(shape), np.zeros((*shape, len(negatives)))
+    d_row_q = np.zeros((batch, positions, channels))  # d loss_i / d q^_i
+    d_row_k = np.zeros((batch, positions, channels))  # d loss_i / d k^_index(i)
+    probability = np.zeros((*shape, len(negatives)))
+    d_row_scale = np.zeros(shape)  # d loss_i / d (1/t)
+    for b in range(batch):
+        for i in range(positions):
+            q, k = q_hat[b, :, i], k_hat[b, :, index[b, i]]
+            positive[b, i] = q @ k / temperature
+            negative[b, i] = negatives @ q / temperature
+            if count is not None:
+                negative[b, i, count:] = -np.inf
+            if exclude is not None:
+                negative[b, i, exclude[b]] = -np.inf
+            margins = negative[b, i] - positive[b, i]  # loss_i = log(1 + sum_j exp(s_j - s+))
+            loss[b, i] = _log_one_plus_sum_exp(margins)
+            rank[b, i] = (negative[b, i] > positive[b, i]).sum()
+            p = np.exp(margins - loss[b, i])  # exp(s_j) / (exp(s+) + sum exp(s_j)); their sum is 1 - p+
+            seen = p > 0  # a masked row of negatives may hold anything
+            d_row_q[b, i] = (p[seen] @ negatives[seen] - p.sum() * k) / temperature
+            d_row_k[b, i] = -p.sum() * q / temperature
+            d_row_scale[b, i] = temperature * d_row_q[b, i] @ q
+            probability[b, i] = p
+
+    weighted = np.where(rows == 0, 0.0, loss * rows)
+    total = rows.sum()
+    if reduction == "none":
+        reduced, slope = weighted, rows if upstream is None else rows * upstream
+    elif reduction == "sum":
+        reduced, slope = weighted.sum(), rows
+    else:
+        divisor = total if total != 0 else 1.0
+        reduced, slope = weighted.sum() / divisor, rows / divisor
+
+    def scaled(rows_gradient: Array) -> Array:
+        factor = slope if rows_gradient.ndim == 2 else slope[:, :, None]
+        return np.where(factor == 0, 0.0, factor * rows_gradient)
+
+    d_q = scaled(d_row_q).transpose(0, 2, 1)
+    d_k = np.zeros(key.shape)
+    for b in range(batch):
+        for i in range(positions):
+            d_k[b, :, index[b, i]] += scaled(d_row_k)[b, i]
+    q_for_negatives = np.where(slope[:, None, :] == 0, 0.0, q_hat)
+    d_weight = None
+    if weight is not None:
+        d_weight = loss * (upstream if reduction == "none" and upstream is not None else 1.0)
+        if reduction == "mean":
+            d_weight = (loss - reduced) / (total if total != 0 else 1.0)
+        d_weight = d_weight if valid is None else np.where(valid, d_weight, 0.0)
+    return LossResult(
+        loss=np.asarray(reduced),
+        rank=rank,
+        positive=positive,
+        negative=negative,
+        query=_through_norm(d_q, q_hat, q_inverse),
+        key=_through_norm(d_k, k_hat, k_inverse),
+        negatives=np.einsum("bik,bdi->kd", scaled(probability), q_for_negatives) / temperature,
+        temperature=float(-scaled(d_row_scale).sum() / temperature**2),
+        weight=d_weight,
+    )
+
+
+def _log_one_plus_sum_exp(x: Array) -> float:
+    top = x.max(initial=-np.inf)
+    if not top > -np.inf:  # nothing to sum, or NaN
+        return 0.0 if top == -np.inf else float("nan")
+    log_sum = top + np.log(np.exp(x - top).sum())
+    return float(np.logaddexp(0.0, log_sum))
+
+
+def _through_norm(grad: Array, x_hat: Array, inverse: Array) -> Array:
+    """(g - <g, x^> x^) / |x| along axis 1."""
+    return (grad - (grad * x_hat).sum(1, keepdims=True) * x_hat) * inverse
+
+
+def rank_bounds(result: LossResult, tolerance: float) -> tuple[Integers, Integers]:
+    """Lowest and highest rank that logits off by `tolerance` can give."""
+    margin = result.negative - result.positive[:, :, None]
+    return (margin > tolerance).sum(2), (margin > -tolerance).sum(2)
+
+
+# ---- matching ------------------------------------------------------------------------------------------------------
+
+
+class Match(NamedTuple):
+    index: Integers
+    score: Array
+    valid: NDArray[np.bool_]
+    similarity: Array  # (B, P_q, P_k)
+
+
+def match(query: Array, key: Array, mutual: bool = False, min_score: float | None = None) -> Match:
+    """Nearest key position by cosine similarity; np.argmax takes the lowest index of a tie."""
+    q_hat, k_hat = unit(query, 1)[0], unit(key, 1)[0]
+    similarity = np.einsum("bci,bcj->bij", q_hat, k_hat)
+    index = similarity.argmax(2)
+    score = np.take_along_axis(similarity, index[:, :, None], 2)[:, :, 0]
+    valid = np.ones(index.shape, bool)
+    if mutual:
+        back = similarity.argmax(1)
+        for b, i in np.ndindex(*index.shape):
+            valid[b, i] = back[b, index[b, i]] == i
+    if min_score is not None:
+        valid &= score >= min_score
+    return Match(index, score, valid, similarity)
+
+
+def location_match(
+    boxes: tuple[Integers, Integers],
+    grids: tuple[tuple[int, int], tuple[int, int]],
+    flips: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    max_distance: float | None,
+) -> Match:
+    """Brute force on rendered coordinates: cut, mirror and pool an image whose pixels say where they are."""
+    canvas = int(max(boxes[0].max(), boxes[1].max()))
+    ys, xs = np.mgrid[0:canvas, 0:canvas] + 0.5
+    image = np.stack([xs, ys])
+    centres = [[], []]
+    diagonals = [[], []]
+    for view in (0, 1):
+        for (x0, y0, x1, y1), flip in zip(boxes[view], flips[view], strict=True):
+            crop = image[:, y0:y1, x0:x1]
+            crop = crop[:, :, ::-1] if flip else crop
+            centres[view].append(adaptive_pool(crop[None], grids[view])[0].reshape(2, -1))
+            diagonals[view].append(np.hypot((x1 - x0) / grids[view][1], (y1 - y0) / grids[view][0]))
+    difference = np.stack(centres[0])[:, :, :, None] - np.stack(centres[1])[:, :, None, :]
+    distance = np.sqrt((difference**2).sum(1))
+    distance = distance / np.maximum(*map(np.array, diagonals))[:, None, None]
+    index = distance.argmin(2)
+    nearest = distance.min(2)
+    valid = np.ones(index.shape, bool) if max_distance is None else nearest <= max_distance
+    return Match(index, -nearest, valid, -distance)
+
+
+# ---- the head ------------------------------------------------------------------------------------------------------
+
+
+def adaptive_pool(x: Array, grid: tuple[int, int]) -> Array:
+    """(B, C, H, W) -> (B, C, *grid): bin i of n covers floor(i * size / n) up to ceil((i + 1) * size / n)."""
+    height, width = x.shape[2:]
+    out = np.zeros((*x.shape[:2], *grid))
+    for r, c in np.ndindex(*grid):
+        top, bottom = r * height // grid[0], -(-(r + 1) * height // grid[0])
+        left, right = c * width // grid[1], -(-(c + 1) * width // grid[1])
+        out[:, :, r, c] = x[:, :, top:bottom, left:right].mean((2, 3))
+    return out
+
+
+class HeadResult(NamedTuple):
+    image: Array  # (B, D)
+    dense: Array  # (B, D, P)
+    pooled: Array  # (B, D)
+    mean: Array  # (B, C), input of the image branch
+    grid: Array  # (B, C, P), input of the dense branch
+
+
+def head(params: Params, features: Array, grid_size: tuple[int, int] | None = None) -> HeadResult:
+    """The two branches, from weights named as in the module's state_dict."""
+    mean = features.mean((2, 3))
+    pooled_features = features if grid_size is None else adaptive_pool(features, grid_size)
+    grid = pooled_features.reshape(*features.shape[:2], -1)
+    image = np.stack([_mlp(params, "image_mlp", vector[:, None])[:, 0] for vector in mean])
+    dense = np.stack([_mlp(params, "dense_mlp", positions) for positions in grid])
+    return HeadResult(image, dense, dense.mean(2), mean, grid)
+
+
+def _mlp(params: Params, branch: str, x: Array) -> Array:
+    """(C, P) -> (D, P)."""
+    w1, b1, w2, b2 = _layers(params, branch)
+    return w2 @ np.maximum(w1 @ x + b1, 0) + b2
+
+
+def _layers(params: Params, branch: str) -> tuple[Array, Array, Array, Array]:
+    w1, b1, w2, b2 = (params[f"{branch}.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
+    return w1.reshape(len(b1), -1), b1[:, None], w2.reshape(len(b2), -1), b2[:, None]
+
+
+def head_gradients(params: Params, result: HeadResult, d_image: Array, d_dense: Array) -> Params:
+    """Gradients of every parameter from those of `image` and `dense`."""
+    grads = {name: np.zeros_like(value) for name, value in params.items()}
+    for b in range(len(d_image)):
+        _mlp_gradients(params, grads, "image_mlp", result.mean[b][:, None], d_image[b][:, None])
+        _mlp_gradients(params, grads, "dense_mlp", result.grid[b], d_dense[b])
+    return grads
+
+
+def _mlp_gradients(params: Params, grads: Params, branch: str, x: Array, d_out: Array) -> None:
+    w1, b1, w2, _ = _layers(params, branch)
+    before = w1 @ x + b1
+    d_before = (w2.T @ d_out) * (before > 0)
+    for name, value in (
+        ("2.weight", d_out @ np.maximum(before, 0).T),
+        ("2.bias", d_out.sum(1)),
+        ("0.weight", d_before @ x.T),
+        ("0.bias", d_before.sum(1)),
+    ):
+        grads[f"{branch}.{name}"] += value.reshape(grads[f"{branch}.{name}"].shape)
+
+
+# ---- the queue -----------------------------------------------------------------------------------------------------
+
+
+class Queue:
+    """A deque of unit rows, oldest first."""
+
+    def __init__(self, size: int, rows: Array) -> None:
+        self.size = size
+        self.entries: deque[Array] = deque(rows, maxlen=size)
+        self.written = 0
+
+    def enqueue(self, keys: Array) -> None:
+        self.entries.extend(unit(keys, 1)[0])
+        self.written += len(keys)
+
+    @property
+    def position(self) -> int:
+        return self.written % self.size
+
+    @property
+    def count(self) -> int:
+        return len(self.entries)
+
+    def rows(self) -> Array:
+        """The entries where a ring buffer keeps them."""
+        oldest_first = np.array(list(self.entries))
+        return np.roll(oldest_first, self.position, axis=0) if self.count == self.size else oldest_first

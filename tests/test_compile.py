@@ -1,0 +1,252 @@
+"""torch.compile(fullgraph=True) against eager mode, and the registered operators against torch's own checks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from helpers import assert_close
+from test_step import Step, views
+from torch import Tensor
+
+from densecl_ops import DenseInfoNCELoss, MomentumQueue
+from densecl_ops.functional import dense_correspondence, dense_info_nce
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+def compiled(function: Callable[..., Any], compiler: str = "aot_eager", dynamic: bool | None = False) -> Any:
+    """One graph, forward and backward; "aot_eager" traces all of it and spares the slow code generation."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=compiler)
+
+
+def no_recompile(first_call: bool) -> AbstractContextManager[Any]:
+    return nullcontext() if first_call else torch.compiler.set_stance("fail_on_recompile")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "init"), [("inductor", "random"), ("aot_eager", "random"), ("aot_eager", "empty")]
+)
+def test_whole_step(backend: str, compiler: str, init: str) -> None:
+    """Heads, matching, both losses, rank, backward and enqueue: four steps as in eager mode, and one graph."""
+    if compiler == "inductor" and backend == "eager":
+        pytest.skip("one backend is enough for the slow compiler")
+    plain = Step(backend, torch.float32, size=13, init=init)
+    other = copy.deepcopy(plain)
+    fast = compiled(other.__call__, compiler)
+    for step in range(4):  # 16 keys into 13 rows: wraps once
+        features = helpers.to_device(backend, *views(4, torch.float32))
+        plain.head.zero_grad(), other.head.zero_grad()
+        wish, wish_rank = plain(*features)
+        with no_recompile(step == 0):
+            loss, rank = fast(*features)
+        wish.backward()
+        loss.backward()
+        assert_close(loss, wish, 1e-5, "loss")
+        assert torch.equal(rank, wish_rank)
+        for a, b in zip(other.head.parameters(), plain.head.parameters(), strict=True):
+            assert_close(a.grad, b.grad, 2e-5)
+        for a, b in ((other.queue, plain.queue), (other.dense_queue, plain.dense_queue)):
+            assert_close(a.rows, b.rows, 1e-5)
+            assert (int(a.position), int(a.count)) == (int(b.position), int(b.count))
+
+
+def test_everything_learns(backend: str) -> None:
+    """Key, negatives, temperature and weight gradients, exclude, validity and rank through one compiled graph."""
+    case = helpers.make_case(0, temperature=0.3)
+    valid = torch.rand(3, 6) < 0.7
+
+    def loss(query: Tensor, key: Tensor, negatives: Tensor, temperature: Tensor, weight: Tensor) -> Any:
+        match = dense_correspondence(query, key, mutual=True, backend=backend)
+        match = match._replace(index=case.index, valid=match.valid | valid)
+        exclude = torch.tensor([1, 2, 3])
+        return dense_info_nce(
+            query,
+            key,
+            negatives,
+            match,
+            temperature=temperature,
+            weight=weight,
+            exclude=exclude,
+            return_rank=True,
+            backend=backend,
+        )
+
+    if backend in helpers.DEVICES:
+        pytest.skip("case.index is on the host")
+    fast = compiled(loss)
+    results = []
+    for function in (loss, fast):
+        leaves = [case.query, case.key, case.negatives, torch.tensor(0.3), torch.rand(3, 6).double().fill_(0.4)]
+        leaves = [x.double().clone().requires_grad_() for x in leaves]
+        value, rank = function(*leaves)
+        value.backward()
+        results.append([value, rank, *(x.grad for x in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert_close(b, a, 1e-10)
+
+
+def test_learnable_temperature(backend: str) -> None:
+    case = helpers.make_case(1).to(torch.float32)
+    criterion = DenseInfoNCELoss(0.15, learnable_temperature=True, backend=backend)
+    criterion, *args = helpers.to_device(backend, criterion, case.query, case.key, case.negatives, case.index)
+    criterion(*args).backward()
+    wish, criterion.logit_scale.grad = criterion.logit_scale.grad, None
+    fast = compiled(criterion)
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1)
+    fast(*args).backward()
+    assert_close(criterion.logit_scale.grad, wish, 1e-5)
+    for _ in range(3):
+        optimizer.step()
+        with no_recompile(first_call=False):
+            fast(*args).backward()
+
+
+def test_without_gradient(backend: str) -> None:
+    case = helpers.make_case(2)
+    args = helpers.to_device(backend, case.query, case.key, case.negatives, case.index)
+    fast = compiled(lambda *args: dense_info_nce(*args, return_rank=True, backend=backend))
+    with torch.no_grad():
+        loss, rank = fast(*args)
+    truth = helpers.expected(case)
+    assert_close(loss, truth.loss, 1e-10)
+    assert rank.tolist() == truth.rank.tolist()
+
+
+def test_autocast(fused: str) -> None:
+    case = helpers.make_case(3, channels=32).to(torch.float32)
+    args = helpers.to_device(fused, case.key, case.negatives, case.index)
+
+    def loss(query: Tensor) -> Tensor:
+        with torch.autocast(helpers.DEVICES.get(fused, "cpu"), torch.bfloat16):
+            return dense_info_nce(query, *args, backend=fused)
+
+    grads = []
+    for function in (loss, compiled(loss)):
+        (query,) = helpers.to_device(fused, case.query.clone())
+        query.requires_grad_()
+        value = function(query)
+        value.backward()
+        assert value.dtype == torch.float32
+        grads.append(query.grad)
+    assert_close(grads[1], grads[0], 1e-5)
+
+
+@pytest.mark.parametrize("init", ["random", "empty"])
+def test_queue_alone(init: str) -> None:
+    queue = MomentumQueue(7, 3, init=init)
+    twin = copy.deepcopy(queue)
+    fast = compiled(queue.enqueue)
+    for step in range(5):
+        keys = torch.randn(3, 3)
+        with no_recompile(step == 0):
+            fast(keys)
+        twin.enqueue(keys)
+        assert_close(queue.rows, twin.rows, 1e-6)
+        assert (int(queue.position), int(queue.count)) == (int(twin.position), int(twin.count))
+
+
+def test_enqueue_before_backward(backend: str) -> None:
+    """In one graph with the loss: the gradient is that of the queue as it was."""
+    case = helpers.make_case(4)
+    queue = MomentumQueue(9, 6, dtype=torch.float64)
+    rows = queue.rows.clone()
+    queue, key, index, keys = helpers.to_device(backend, queue, case.key, case.index, torch.randn(5, 6))
+
+    def loss(query: Tensor) -> Tensor:
+        value = dense_info_nce(query, key, queue, index, backend=backend)
+        queue.enqueue(keys)
+        return value
+
+    (query,) = helpers.to_device(backend, case.query.clone())
+    compiled(loss)(query.requires_grad_()).backward()
+    case.negatives = rows
+    assert_close(query.grad, helpers.expected(case).query, 1e-9)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_batches_of_changing_size(fused: str, dynamic: bool | None) -> None:
+    criterion, queue = DenseInfoNCELoss(backend=fused), MomentumQueue(11, 6, dtype=torch.float64)
+    criterion, queue = helpers.to_device(fused, criterion, queue)
+    fast = compiled(criterion, dynamic=dynamic)
+    for batch in (2, 3, 5):
+        case = helpers.make_case(5, batch=batch)
+        case.negatives = queue.rows
+        (query,) = helpers.to_device(fused, case.query.clone())
+        key, index = helpers.to_device(fused, case.key, case.index)
+        loss = fast(query.requires_grad_(), key, queue, index)
+        loss.backward()
+        truth = helpers.expected(case)
+        assert_close(loss, truth.loss, 1e-10)
+        assert_close(query.grad, truth.query, 1e-9)
+
+
+def test_temperature_schedule(fused: str) -> None:
+    """A float temperature that changes from call to call."""
+    case = helpers.make_case(6)
+    args = helpers.to_device(fused, case.query, case.key, case.negatives, case.index)
+    fast = compiled(lambda *args, t: dense_info_nce(*args, temperature=t, backend=fused), dynamic=None)
+    for t in (0.2, 0.15, 0.1, 0.05):
+        case.temperature = t
+        assert_close(fast(*args, t=t), helpers.expected(case).loss, 1e-10)
+
+
+# ---- the registered operators ---------------------------------------------------------------------------------------
+
+CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+OPS = torch.ops.densecl_ops
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+OPTIONS = pytest.mark.parametrize("options", ["", "learned index exclude count"])
+
+
+@DTYPES
+@pytest.mark.parametrize("mutual", [False, True])
+def test_opcheck_match(fused: str, dtype: torch.dtype, mutual: bool) -> None:
+    query, key = torch.randn(2, 4, 6).to(dtype), torch.randn(2, 6, 4).to(dtype).transpose(1, 2)
+    query, key = helpers.to_device(fused, query, key)
+    torch.library.opcheck(OPS.match, (query, key, mutual, fused), test_utils=CHECKS)
+
+
+def loss_arguments(dtype: torch.dtype, options: str) -> tuple[Any, ...]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    learned = "learned" in options
+    return (
+        torch.randn(2, 4, 6).to(dtype),
+        torch.randn(2, 6, 4).to(dtype).transpose(1, 2),
+        torch.randn(9, 4).to(dtype),
+        None if learned else 5.0,
+        torch.tensor(5.0, dtype=wide) if learned else None,
+        torch.randint(6, (2, 6)) if "index" in options else None,
+        torch.tensor([0, 8]) if "exclude" in options else None,
+        torch.tensor(7) if "count" in options else None,
+        False,
+        wide,
+        dtype,
+    )
+
+
+@DTYPES
+@OPTIONS
+def test_opcheck_loss(fused: str, dtype: torch.dtype, options: str) -> None:
+    arguments = helpers.to_device(fused, *loss_arguments(dtype, options))
+    for want_grad in (False, True):
+        for want_rank in (False, True):
+            torch.library.opcheck(OPS.info_nce, (*arguments, want_grad, want_rank, fused), test_utils=CHECKS)
+
+
+@DTYPES
+@OPTIONS
+def test_opcheck_gradients(fused: str, dtype: torch.dtype, options: str) -> None:
+    arguments = helpers.to_device(fused, *loss_arguments(dtype, options))
+    query, key, index, wide = arguments[0], arguments[1], arguments[5], arguments[9]
+    rows = torch.rand(2, 6, dtype=wide, device=query.device)
+    torch.library.opcheck(OPS.info_nce_grad_negatives, (*arguments, rows, rows, fused), test_utils=CHECKS)
+    torch.library.opcheck(OPS.info_nce_grad_key, (query, key, index, rows, wide, fused), test_utils=CHECKS)

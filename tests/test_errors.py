@@ -1,0 +1,480 @@
+"""Every refusal names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+from densecl_ops.functional import dense_correspondence, dense_info_nce, location_correspondence
+
+INTS, LONG = torch.zeros(2, 6, dtype=torch.int32), torch.int64
+
+
+def refused(error: type[Exception], argument: str, came: str, call: Callable[[], Any], wish: str = "expected") -> None:
+    """`argument: got ... came ..., expected ...`, as a TypeError or ValueError and nothing more exotic."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    message = str(caught.value)
+    assert caught.type is error, message
+    assert message.startswith(f"{argument}: got"), message
+    assert came in message, message
+    assert wish in message, message
+
+
+def loss(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {
+        "query": torch.ones(2, 4, 2, 3),
+        "key": torch.ones(2, 4, 3, 3),
+        "negatives": torch.ones(5, 4),
+        "correspondence": torch.zeros(2, 6, dtype=LONG),
+    }
+    return lambda: dense_info_nce(**(arguments | changes))
+
+
+def test_the_unchanged_call_is_accepted() -> None:
+    assert torch.isfinite(loss()())
+    assert matching()().index.shape == (2, 6)
+    assert location()().index.shape == (2, 4)
+
+
+# ---- query, key, negatives ------------------------------------------------------------------------------------------
+
+MAPS = [
+    (TypeError, "list", [1.0]),
+    (TypeError, "NoneType", None),
+    (TypeError, "torch.int64", torch.ones(2, 4, 2, 3, dtype=LONG)),
+    (TypeError, "torch.complex64", torch.ones(2, 4, 2, 3, dtype=torch.complex64)),
+    (TypeError, "torch.bool", torch.ones(2, 4, 2, 3, dtype=torch.bool)),
+    (ValueError, "(4,)", torch.ones(4)),
+    (ValueError, "()", torch.ones(())),
+    (ValueError, "(2, 4, 1, 2, 3)", torch.ones(2, 4, 1, 2, 3)),
+    (ValueError, "(0, 4, 2, 3)", torch.ones(0, 4, 2, 3)),
+    (ValueError, "(2, 0, 2, 3)", torch.ones(2, 0, 2, 3)),
+    (ValueError, "(2, 4, 0, 3)", torch.ones(2, 4, 0, 3)),
+    (ValueError, "(0, 4)", torch.ones(0, 4)),
+]
+
+
+@pytest.mark.parametrize("name", ["query", "key"])
+@pytest.mark.parametrize(("error", "came", "value"), MAPS)
+def test_maps(name: str, error: type[Exception], came: str, value: Any) -> None:
+    refused(error, name, came, loss(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("value", "came", "wish"),
+    [
+        (torch.ones(3, 4, 3, 3), "3 images", "expected 2"),
+        (torch.ones(2, 5, 3, 3), "5 channels", "4"),
+        (torch.ones(2, 4, 3, 3, device="meta"), "meta", "cpu"),
+    ],
+)
+def test_key_against_query(value: Any, came: str, wish: str) -> None:
+    refused(ValueError, "key", came, loss(key=value), wish)
+
+
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [((2, 4, 2, 3), (2, 4, 3, 2)), ((2, 4, 2, 3), (2, 4, 2, 2)), ((2, 4, 6), (2, 4, 5)), ((2, 4), (2, 4, 2))],
+)
+def test_grids_that_differ_need_a_correspondence(query: tuple[int, ...], key: tuple[int, ...]) -> None:
+    call = loss(query=torch.ones(query), key=torch.ones(key), correspondence=None)
+    refused(ValueError, "key", str(key), call, "expected the same grid")
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (TypeError, "list", [[1.0] * 4]),
+        (TypeError, "NoneType", None),
+        (TypeError, "Linear", torch.nn.Linear(4, 5)),
+        (TypeError, "torch.int64", torch.ones(5, 4, dtype=LONG)),
+        (ValueError, "(5, 3)", torch.ones(5, 3)),
+        (ValueError, "(4, 5)", torch.ones(4, 5)),
+        (ValueError, "(4,)", torch.ones(4)),
+        (ValueError, "(1, 5, 4)", torch.ones(1, 5, 4)),
+        (ValueError, "(0, 4)", torch.ones(0, 4)),
+        (ValueError, "(9, 3)", MomentumQueue(9, 3)),
+        (ValueError, "meta", torch.ones(5, 4, device="meta")),
+        (ValueError, "meta", MomentumQueue(5, 4).to("meta")),
+        (TypeError, "SimpleNamespace", SimpleNamespace(rows=torch.ones(5, 4))),
+        (TypeError, "SimpleNamespace", SimpleNamespace(rows=torch.ones(5, 4), count=5)),
+    ],
+)
+def test_negatives(error: type[Exception], came: str, value: Any) -> None:
+    refused(error, "negatives", came, loss(negatives=value))
+
+
+# ---- correspondence, exclude, weight --------------------------------------------------------------------------------
+
+
+def triple(**changes: Any) -> Correspondence:
+    fields = {
+        "index": torch.zeros(2, 6, dtype=LONG),
+        "score": torch.ones(2, 6),
+        "valid": torch.ones(2, 6, dtype=torch.bool),
+    }
+    return Correspondence(**(fields | changes))
+
+
+def index_with(value: int) -> torch.Tensor:
+    index = torch.zeros(2, 6, dtype=LONG)
+    index[1, 4] = value
+    return index
+
+
+INDICES = [
+    (TypeError, "torch.float32", torch.zeros(2, 6)),
+    (TypeError, "torch.bool", torch.zeros(2, 6, dtype=torch.bool)),
+    (ValueError, "(12,)", torch.zeros(12, dtype=LONG)),
+    (ValueError, "(2, 9)", torch.zeros(2, 9, dtype=LONG)),
+    (ValueError, "(2, 2, 3)", torch.zeros(2, 2, 3, dtype=LONG)),
+    (ValueError, "(1, 6)", torch.zeros(1, 6, dtype=LONG)),
+    (ValueError, "meta", torch.zeros(2, 6, dtype=LONG, device="meta")),
+    (ValueError, "0 to 9", index_with(9)),
+    (ValueError, "-1 to 0", index_with(-1)),
+]
+
+
+@pytest.mark.parametrize(("error", "came", "value"), INDICES)
+def test_correspondence_index(error: type[Exception], came: str, value: torch.Tensor) -> None:
+    refused(error, "correspondence", came, loss(correspondence=value))
+    refused(error, "correspondence.index", came, loss(correspondence=triple(index=value)))
+
+
+@pytest.mark.parametrize("value", [[[0] * 6] * 2, "identity", 3, (INTS, INTS, INTS)])
+def test_correspondence_type(value: Any) -> None:
+    refused(TypeError, "correspondence", type(value).__name__, loss(correspondence=value))
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (TypeError, "torch.float32", torch.ones(2, 6)),
+        (TypeError, "torch.uint8", torch.ones(2, 6, dtype=torch.uint8)),
+        (ValueError, "(2, 5)", torch.ones(2, 5, dtype=torch.bool)),
+        (ValueError, "(2, 1)", torch.ones(2, 1, dtype=torch.bool)),
+        (ValueError, "meta", torch.ones(2, 6, dtype=torch.bool, device="meta")),
+    ],
+)
+def test_correspondence_valid(error: type[Exception], came: str, value: torch.Tensor) -> None:
+    refused(error, "correspondence.valid", came, loss(correspondence=triple(valid=value)))
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (TypeError, "list", [0, 1]),
+        (TypeError, "int", 0),
+        (TypeError, "torch.float32", torch.zeros(2)),
+        (TypeError, "torch.bool", torch.zeros(2, dtype=torch.bool)),
+        (ValueError, "(3,)", torch.zeros(3, dtype=LONG)),
+        (ValueError, "(2, 1)", torch.zeros(2, 1, dtype=LONG)),
+        (ValueError, "0 to 5", torch.tensor([0, 5])),
+        (ValueError, "-1 to 4", torch.tensor([4, -1])),
+        (ValueError, "meta", torch.zeros(2, dtype=LONG, device="meta")),
+    ],
+)
+def test_exclude(error: type[Exception], came: str, value: Any) -> None:
+    refused(error, "exclude", came, loss(exclude=value))
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (TypeError, "float", 0.5),
+        (TypeError, "list", [[1.0] * 6] * 2),
+        (TypeError, "torch.int64", torch.ones(2, 6, dtype=LONG)),
+        (ValueError, "(2,)", torch.ones(2)),
+        (ValueError, "(2, 1)", torch.ones(2, 1)),
+        (ValueError, "(2, 2, 3)", torch.ones(2, 2, 3)),
+        (ValueError, "meta", torch.ones(2, 6, device="meta")),
+    ],
+)
+def test_weight(error: type[Exception], came: str, value: Any) -> None:
+    refused(error, "weight", came, loss(weight=value))
+
+
+# ---- numbers and names ----------------------------------------------------------------------------------------------
+
+NOT_A_TEMPERATURE = [
+    (ValueError, "0.0", 0),
+    (ValueError, "-0.2", -0.2),
+    (ValueError, "nan", float("nan")),
+    (ValueError, "inf", float("inf")),
+    (ValueError, "-inf", float("-inf")),
+    (TypeError, "True", True),
+    (TypeError, "'0.2'", "0.2"),
+    (TypeError, "None", None),
+    (TypeError, "j", 0.2j),
+]
+
+
+@pytest.mark.parametrize(("error", "came", "value"), NOT_A_TEMPERATURE)
+def test_temperature(error: type[Exception], came: str, value: Any) -> None:
+    refused(error, "temperature", came, loss(temperature=value))
+    refused(error, "temperature", came, lambda: DenseInfoNCELoss(value))
+    refused(error, "temperature", came, lambda: DenseInfoNCELoss(value, learnable_temperature=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (ValueError, "0.0", torch.tensor(0.0)),
+        (ValueError, "-1", torch.tensor(-1.0, requires_grad=True)),
+        (ValueError, "nan", torch.tensor(float("nan"))),
+        (ValueError, "inf", torch.tensor(float("inf"))),
+        (ValueError, "(1,)", torch.tensor([0.2])),
+        (ValueError, "(2, 6)", torch.full((2, 6), 0.2)),
+        (ValueError, "(0,)", torch.ones(0)),
+        (TypeError, "torch.int64", torch.tensor(1)),
+        (TypeError, "torch.bool", torch.tensor(True)),
+        (ValueError, "meta", torch.tensor(0.2, device="meta")),
+    ],
+)
+def test_temperature_tensor(error: type[Exception], came: str, value: torch.Tensor) -> None:
+    refused(error, "temperature", came, loss(temperature=value))
+
+
+@pytest.mark.parametrize("value", ["average", "", None, 1, "Mean"])
+def test_reduction(value: Any) -> None:
+    refused(ValueError, "reduction", repr(value), loss(reduction=value), "'mean'")
+    refused(ValueError, "reduction", repr(value), lambda: DenseInfoNCELoss(reduction=value), "'none'")
+
+
+@pytest.mark.parametrize("value", ["cuda", None, 0, "Eager"])
+def test_unknown_backend(value: Any) -> None:
+    for call in (
+        loss(backend=value),
+        matching(backend=value),
+        lambda: DenseInfoNCELoss(backend=value),
+        lambda: DenseCorrespondence(backend=value),
+    ):
+        refused(ValueError, "backend", repr(value), call, "'blockwise'")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is missing")
+def test_triton_that_cannot_serve_says_why() -> None:
+    for call in (loss(backend="triton"), matching(backend="triton")):
+        with pytest.raises(ValueError, match=r"backend: got 'triton', which cannot serve.*: \w+"):
+            call()
+
+
+# ---- matching -------------------------------------------------------------------------------------------------------
+
+
+def matching(**changes: Any) -> Callable[[], Any]:
+    arguments: dict[str, Any] = {"query_features": torch.ones(2, 4, 2, 3), "key_features": torch.ones(2, 4, 3, 3)}
+    return lambda: dense_correspondence(**(arguments | changes))
+
+
+@pytest.mark.parametrize("grid_size", [None, 2])
+@pytest.mark.parametrize("name", ["query_features", "key_features"])
+@pytest.mark.parametrize(("error", "came", "value"), MAPS)
+def test_features(name: str, error: type[Exception], came: str, value: Any, grid_size: int | None) -> None:
+    refused(error, name, came, matching(**{name: value, "grid_size": grid_size}))
+    other = torch.ones(2, 4, 3, 3)
+    pair = (value, other) if name == "query_features" else (other, value)
+    refused(error, name, came, lambda: DenseCorrespondence(grid_size)(*pair))
+
+
+@pytest.mark.parametrize(
+    ("value", "came", "wish"),
+    [
+        (torch.ones(3, 4, 3, 3), "3 images", "expected 2"),
+        (torch.ones(2, 5, 3, 3), "5 channels", "4"),
+        (torch.ones(2, 4, 3, 3, device="meta"), "meta", "cpu"),
+    ],
+)
+def test_key_features_against_query_features(value: Any, came: str, wish: str) -> None:
+    refused(ValueError, "key_features", came, matching(key_features=value), wish)
+
+
+NOT_A_GRID = [
+    (ValueError, "0", 0),
+    (ValueError, "-2", -2),
+    (ValueError, "0", (0, 3)),
+    (ValueError, "(1, 2, 3)", (1, 2, 3)),
+    (ValueError, "()", ()),
+    (TypeError, "2.0", 2.0),
+    (TypeError, "True", True),
+    (TypeError, "'7'", "7"),
+    (TypeError, "2.5", (2, 2.5)),
+    (TypeError, "None", (None, 2)),
+]
+
+
+@pytest.mark.parametrize(("error", "came", "value"), NOT_A_GRID)
+def test_grid_size(error: type[Exception], came: str, value: Any) -> None:
+    refused(error, "grid_size", came, matching(grid_size=value))
+    refused(error, "grid_size", came, lambda: DenseCorrespondence(value))
+    refused(error, "grid_size", came, lambda: DenseProjectionHead(grid_size=value))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6), (2, 4)])
+def test_only_maps_can_be_pooled(shape: tuple[int, ...]) -> None:
+    refused(ValueError, "query_features", str(shape), matching(query_features=torch.ones(shape), grid_size=2), "H, W")
+    refused(ValueError, "key_features", str(shape), matching(key_features=torch.ones(shape), grid_size=2), "H, W")
+    head = DenseProjectionHead(4, 4, 4, grid_size=2)
+    refused(ValueError, "features", str(shape), lambda: head(torch.ones(shape)), "H, W")
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (ValueError, "1.5", 1.5),
+        (ValueError, "-2", -2),
+        (ValueError, "nan", float("nan")),
+        (TypeError, "'0.9'", "0.9"),
+        (TypeError, "True", True),
+        (TypeError, "tensor", torch.tensor(0.9)),
+    ],
+)
+def test_min_score(error: type[Exception], came: str, value: Any) -> None:
+    refused(error, "min_score", came, matching(min_score=value))
+    refused(error, "min_score", came, lambda: DenseCorrespondence(min_score=value))
+
+
+# ---- matching by place ----------------------------------------------------------------------------------------------
+
+
+def location(**changes: Any) -> Callable[[], Any]:
+    boxes = torch.tensor([[0.0, 0, 4, 4], [1, 1, 5, 5]])
+    arguments: dict[str, Any] = {"query_boxes": boxes, "key_boxes": boxes, "query_grid": 2}
+    return lambda: location_correspondence(**(arguments | changes))
+
+
+@pytest.mark.parametrize("name", ["query_boxes", "key_boxes"])
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (TypeError, "list", [[0, 0, 4, 4]]),
+        (ValueError, "(4,)", torch.ones(4)),
+        (ValueError, "(2, 5)", torch.ones(2, 5)),
+        (ValueError, "(0, 4)", torch.ones(0, 4)),
+        (ValueError, "(2, 2, 2)", torch.ones(2, 2, 2)),
+    ],
+)
+def test_boxes(name: str, error: type[Exception], came: str, value: Any) -> None:
+    refused(error, name, came, location(**{name: value}))
+
+
+def test_key_boxes_against_query_boxes() -> None:
+    refused(ValueError, "key_boxes", "(3, 4)", location(key_boxes=torch.ones(3, 4)), "(2, 4)")
+    refused(ValueError, "key_boxes", "meta", location(key_boxes=torch.ones(2, 4, device="meta")), "cpu")
+
+
+@pytest.mark.parametrize("name", ["query_grid", "key_grid"])
+@pytest.mark.parametrize(("error", "came", "value"), NOT_A_GRID)
+def test_location_grids(name: str, error: type[Exception], came: str, value: Any) -> None:
+    refused(error, name, came, location(**{name: value}))
+
+
+def test_query_grid_is_required() -> None:
+    refused(TypeError, "query_grid", "None", location(query_grid=None))
+
+
+@pytest.mark.parametrize("name", ["query_flip", "key_flip"])
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (TypeError, "bool", True),
+        (TypeError, "list", [True, False]),
+        (TypeError, "torch.int64", torch.ones(2, dtype=LONG)),
+        (ValueError, "(3,)", torch.ones(3, dtype=torch.bool)),
+        (ValueError, "(2, 1)", torch.ones(2, 1, dtype=torch.bool)),
+        (ValueError, "meta", torch.ones(2, dtype=torch.bool, device="meta")),
+    ],
+)
+def test_flips(name: str, error: type[Exception], came: str, value: Any) -> None:
+    refused(error, name, came, location(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [(ValueError, "-0.1", -0.1), (ValueError, "nan", float("nan")), (TypeError, "'1'", "1"), (TypeError, "True", True)],
+)
+def test_max_distance(error: type[Exception], came: str, value: Any) -> None:
+    refused(error, "max_distance", came, location(max_distance=value))
+
+
+# ---- head and queue -------------------------------------------------------------------------------------------------
+
+NOT_A_SIZE = [
+    (ValueError, "0", 0),
+    (ValueError, "-1", -1),
+    (TypeError, "8.0", 8.0),
+    (TypeError, "'8'", "8"),
+    (TypeError, "True", True),
+    (TypeError, "None", None),
+]
+
+
+@pytest.mark.parametrize("name", ["in_channels", "hidden_channels", "out_channels"])
+@pytest.mark.parametrize(("error", "came", "value"), NOT_A_SIZE)
+def test_head_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
+    refused(error, name, came, lambda: DenseProjectionHead(**{name: value}))
+
+
+def test_head_norm_layer() -> None:
+    refused(TypeError, "norm_layer", "'batch'", lambda: DenseProjectionHead(4, 4, 4, norm_layer="batch"))
+
+
+@pytest.mark.parametrize(("error", "came", "value"), MAPS)
+def test_head_features(error: type[Exception], came: str, value: Any) -> None:
+    head = DenseProjectionHead(4, 4, 4)
+    refused(error, "features", came, lambda: head(value))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (2, 3, 6), (2, 3), (2, 7, 7, 4)])
+def test_head_channels(shape: tuple[int, ...]) -> None:
+    head = DenseProjectionHead(4, 4, 4)
+    refused(ValueError, "features", str(shape), lambda: head(torch.ones(shape)), "4 channels")
+
+
+@pytest.mark.parametrize("name", ["size", "dim"])
+@pytest.mark.parametrize(("error", "came", "value"), NOT_A_SIZE)
+def test_queue_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
+    refused(error, name, came, lambda: MomentumQueue(**{name: value}))
+
+
+@pytest.mark.parametrize("value", ["zeros", None, True])
+def test_queue_init(value: Any) -> None:
+    refused(ValueError, "init", repr(value), lambda: MomentumQueue(4, 4, init=value), "'empty'")
+
+
+@pytest.mark.parametrize("value", [torch.int64, torch.bool, torch.complex64, "float32", 32])
+def test_queue_dtype(value: Any) -> None:
+    refused(TypeError, "dtype", repr(value), lambda: MomentumQueue(4, 4, dtype=value), "float32")
+
+
+@pytest.mark.parametrize(
+    ("error", "came", "value"),
+    [
+        (TypeError, "list", [[1.0] * 3]),
+        (TypeError, "torch.int64", torch.ones(2, 3, dtype=LONG)),
+        (ValueError, "(3,)", torch.ones(3)),
+        (ValueError, "(2, 4)", torch.ones(2, 4)),
+        (ValueError, "(3, 2)", torch.ones(3, 2)),
+        (ValueError, "(2, 3, 1, 1)", torch.ones(2, 3, 1, 1)),
+        (ValueError, "(0,)", torch.ones(0)),
+        (ValueError, "meta", torch.ones(2, 3, device="meta")),
+    ],
+)
+def test_enqueue_keys(error: type[Exception], came: str, value: Any) -> None:
+    queue = MomentumQueue(5, 3)
+    before = queue.rows.clone()
+    refused(error, "keys", came, lambda: queue.enqueue(value))
+    assert torch.equal(queue.rows, before)
+    assert int(queue.position) == 0
+
+
+def test_errors_do_not_depend_on_the_backend() -> None:
+    for backend in ("eager", "blockwise", "auto"):
+        refused(ValueError, "exclude", "0 to 5", loss(exclude=torch.tensor([0, 5]), backend=backend))
+        refused(ValueError, "correspondence", "0 to 9", loss(correspondence=index_with(9), backend=backend))

@@ -1,0 +1,90 @@
+"""Every Triton kernel compiled for GPUs that are not here: no spills, memory that fits, matrix instructions.
+
+Runs in a process of its own: this one may have put Triton into interpreter mode, which cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.kernels import TARGETS
+
+PRODUCTS = ("attend_kernel", "grad_negatives_kernel", "match_kernel")
+
+# (target, kernel, dtype, D, variant): bytes spilled at most, and why. A few bytes are ptxas keeping to 128 registers,
+# so that twice as many programs fit; they lie outside the loop over channels or queue.
+SPILLS = {
+    **{(f"sm_{n}", "match_kernel", "bfloat16", 2048, "7x7 mutual channels_last"): 16 for n in (80, 86, 89)},
+    **{(f"sm_{n}", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 24 for n in (86, 89)},
+    **{(f"sm_{n}", "match_kernel", "float32", 2048, "56x56"): 16 for n in (86, 89)},
+    ("sm_100", "attend_kernel", "float32", 64, "no shift"): 16,
+    ("sm_100", "attend_kernel", "float32", 128, "running max, rank, exclude"): 16,
+    ("gfx942", "match_kernel", "float32", 2048, "7x7 mutual"): 8,  # scalar registers
+    # Exact float32 with 512 channels: three split operands of the smallest tile exceed the registers. Correct, slow,
+    # and only for gradients to the negatives.
+    **{(target, "grad_negatives_kernel", "float32", 512, "exclude"): 16_000 for target in TARGETS},
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path = tmp_path_factory.mktemp("kernels") / "table.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks", "kernels", "--json", str(path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env=environment, capture_output=True)
+    return json.loads(path.read_text())
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row["case"][name] for name in ("target", "kernel", "dtype", "channels", "variant"))
+
+
+def test_everything_compiles(compiled: list[dict[str, Any]]) -> None:
+    assert {row["case"]["target"] for row in compiled} == set(TARGETS)
+    assert not [(key_of(row), row["error"]) for row in compiled if row["error"]]
+
+
+def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
+    assert not [(key_of(row), row["spills"]) for row in compiled if row["spills"] > SPILLS.get(key_of(row), 0)]
+    assert SPILLS.keys() <= {key_of(row) for row in compiled}, "an exception for nothing"
+
+
+def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
+    assert not [(key_of(row), row["shared"]) for row in compiled if row["shared"] > TARGETS[row["case"]["target"]][1]]
+
+
+def expected_instruction(row: dict[str, Any]) -> tuple[str, ...]:
+    case = row["case"]
+    blocks = dict(zip(("rows", "columns"), map(int, row["config"].split()[0].split("x")[:2]), strict=False))
+    if case["target"].startswith("gfx"):
+        return ("mfma",)
+    if case["target"] in ("sm_90", "sm_100"):
+        tile = blocks["columns"] if case["kernel"] == "grad_negatives_kernel" else blocks["rows"]
+        if tile >= 64:  # both take 64 rows at a time; smaller tiles are for the older instruction
+            return ("wgmma",) if case["target"] == "sm_90" else ("tcgen05",)
+    return ("mma",)
+
+
+def test_products_run_on_the_tensor_cores(compiled: list[dict[str, Any]]) -> None:
+    rows = [row for row in compiled if row["case"]["kernel"] in PRODUCTS]
+    assert not [
+        (key_of(row), row["config"], row["matrix"]) for row in rows if row["matrix"] not in expected_instruction(row)
+    ]
+
+
+def test_no_serialised_wgmma(compiled: list[dict[str, Any]]) -> None:
+    assert not [key_of(row) for row in compiled if row["serialised"]]
+
+
+def test_queue_tiles_arrive_by_asynchronous_copies(compiled: list[dict[str, Any]]) -> None:
+    rows = [row for row in compiled if row["case"]["kernel"] == "attend_kernel" and row["case"]["target"] != "gfx942"]
+    assert not [key_of(row) for row in rows if not row["asynchronous"] and row["case"]["channels"] != 100]

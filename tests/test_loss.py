@@ -1,0 +1,347 @@
+"""The loss and all its gradients against the float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import helpers
+import numpy as np
+import oracle
+import pytest
+import torch
+from helpers import LAYOUTS, assert_close, check, lay_out, make_case
+from hypothesis import given
+from hypothesis import strategies as st
+
+from densecl_ops import Correspondence, DenseInfoNCELoss, MomentumQueue
+
+GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+LAYOUT = st.sampled_from(LAYOUTS)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> helpers.Case:
+    batch, negatives = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 5, 37, 130, 1300]))
+    case = make_case(
+        seed=draw(st.integers(0, 10**6)),
+        batch=batch,
+        channels=draw(st.sampled_from([1, 2, 3, 8, 16, 33])),
+        query_grid=draw(GRIDS),
+        key_grid=draw(GRIDS),
+        negatives=negatives,
+        temperature=draw(st.sampled_from([0.01, 0.07, 0.2, 1.0])),
+        reduction=draw(st.sampled_from(["mean", "sum", "none"])),
+    )
+    shape, generator = case.index.shape, torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    if draw(st.booleans()):
+        case.weight = torch.rand(shape, generator=generator, dtype=torch.float64)
+    if draw(st.booleans()):
+        case.valid = torch.rand(shape, generator=generator) < 0.7
+    if draw(st.booleans()):
+        case.exclude = torch.randint(negatives, (batch,), generator=generator)
+    if draw(st.booleans()):
+        case.count = draw(st.integers(0, negatives))
+    case.negatives = lay_out(case.negatives[:, :, None, None], draw(LAYOUT)).flatten(1)
+    if draw(st.booleans()):
+        case.negatives = case.negatives.t().contiguous().t()  # (D, K) transposed
+    return replace(case, query=lay_out(case.query, draw(LAYOUT)), key=lay_out(case.key, draw(LAYOUT)))
+
+
+@given(case=cases(), rank=st.booleans())
+def test_loss_and_every_gradient(backend: str, case: helpers.Case, rank: bool) -> None:
+    check(backend, case, rank=rank)
+
+
+@given(case=cases(), rank=st.booleans())
+def test_frozen_queue(backend: str, case: helpers.Case, rank: bool) -> None:
+    check(backend, case, wanted=("query",), rank=rank)
+
+
+@given(case=cases())
+def test_without_gradient(backend: str, case: helpers.Case) -> None:
+    with torch.no_grad():
+        check(backend, case, wanted=())
+
+
+@given(case=cases(), rank=st.booleans())
+def test_float32(backend: str, case: helpers.Case, rank: bool) -> None:
+    tolerance = 2e-5 if case.temperature > 0.05 else 2e-4  # logits up to 1 / t, each off by 1e-7
+    check(backend, case.to(torch.float32), tolerance, wanted=("query", "key", "negatives"), rank=rank)
+
+
+@pytest.mark.parametrize("wanted", ["query", "key", "negatives", "temperature"])
+@pytest.mark.parametrize("rank", [False, True])
+def test_each_gradient_alone(backend: str, wanted: str, rank: bool) -> None:
+    check(backend, make_case(1, negatives=1500), wanted=(wanted,), rank=rank)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("wanted", ["query", "key", "negatives", "temperature", "weight"])
+def test_gradcheck(backend: str, wanted: str, reduction: str) -> None:
+    case = make_case(2, batch=2, channels=3, query_grid=(1, 3), key_grid=(2, 2), negatives=5)
+    inputs = {
+        "query": case.query,
+        "key": case.key,
+        "negatives": case.negatives,
+        "temperature": torch.tensor(0.3, dtype=torch.float64),
+        "weight": torch.rand(2, 3, dtype=torch.float64) + 0.5,
+    }
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        given = inputs | {wanted: x}
+        query, key, negatives = given.pop("query"), given.pop("key"), given.pop("negatives")
+        exclude = torch.tensor([1, 4])
+        return helpers.info_nce(
+            backend, query, key, negatives, case.index, reduction=reduction, exclude=exclude, **given
+        )
+
+    assert torch.autograd.gradcheck(loss, inputs[wanted].clone().requires_grad_())
+
+
+def test_many_tiles_of_the_queue(backend: str) -> None:
+    """Four tiles and a remainder, negatives of norm 0.01 to 40: shifted, rescaled, excluded, counted."""
+    case = make_case(3, negatives=4500, temperature=0.1)
+    case.negatives *= torch.logspace(-2, 1.6, 4500, dtype=torch.float64)[torch.randperm(4500), None]
+    case.exclude = torch.tensor([0, 1024, 4499])
+    for count in (None, 4400, 1024, 1025, 1, 0):
+        for wanted in (("query",), helpers.GRADIENTS):
+            for rank in (True, False):
+                check(backend, replace(case, count=count), wanted=wanted, rank=rank)
+
+
+def test_threads(backend: str) -> None:
+    """Two threads share the rows: an even number of rows, and an odd one."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for batch in (2, 3):
+            case = make_case(4, batch=batch, query_grid=(1, 3), negatives=300)
+            check(backend, case, wanted=("query",), rank=False)
+            check(backend, case)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_identity_correspondence(backend: str) -> None:
+    case = make_case(5, query_grid=(2, 3), key_grid=(2, 3))
+    check(backend, replace(case, index=None))
+
+
+def test_image_level_vectors(backend: str) -> None:
+    """(B, D) vectors: MoCo's loss, and `none` returns (B, 1)."""
+    case = make_case(6, query_grid=(1, 1), key_grid=(1, 1))
+    query, key = case.query[:, :, 0, 0], case.key[:, :, 0, 0]
+    vectors = replace(case, query=query, key=key, index=None)
+    check(backend, vectors)
+    rows = helpers.info_nce(backend, query, key, case.negatives, reduction="none")
+    logits = torch.cat(
+        [
+            torch.cosine_similarity(query, key, dim=1)[:, None],
+            torch.nn.functional.normalize(query, dim=1) @ case.negatives.t(),
+        ],
+        1,
+    )
+    moco = torch.nn.functional.cross_entropy(logits / 0.2, torch.zeros(3, dtype=torch.long), reduction="none")
+    assert rows.shape == (3, 1)
+    assert_close(rows[:, 0], moco, 1e-12)
+
+
+@pytest.mark.parametrize("shape", ["map", "tokens", "mixed"])
+def test_every_form_of_map(backend: str, shape: str) -> None:
+    case = make_case(7)
+    if shape != "map":
+        case.query = case.query.flatten(2)
+    if shape == "tokens":
+        case.key = case.key.flatten(2)
+    check(backend, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_index_dtypes(backend: str, dtype: torch.dtype) -> None:
+    case = make_case(8, exclude=torch.tensor([3, 0, 16]))
+    truth = helpers.expected(case)
+    seen = helpers.run(backend, replace(case, index=case.index.to(dtype), exclude=case.exclude.to(dtype)))
+    assert_close(seen.loss, truth.loss, 1e-12)
+    assert_close(seen.key, truth.key, 1e-12)
+
+
+def test_queries_that_share_a_key_add_up(backend: str) -> None:
+    case = make_case(9)
+    check(backend, replace(case, index=torch.full_like(case.index, 4)))
+
+
+# ---- weights, validity, reductions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["float", "bool", "with zeros", "all zero", "float32"])
+@pytest.mark.parametrize("invalid", ["none", "some", "all"])
+def test_weights(backend: str, reduction: str, kind: str, invalid: str) -> None:
+    case = make_case(10, reduction=reduction)
+    weight = torch.rand(case.index.shape, dtype=torch.float64)
+    case.weight = {
+        "float": weight,
+        "float32": weight.float(),
+        "bool": weight > 0.5,
+        "with zeros": weight * (weight > 0.5),
+        "all zero": weight * 0,
+    }[kind]
+    if invalid != "none":
+        case.valid = (torch.rand(case.index.shape) > 0.5) & (invalid == "some")
+    wanted = ("query", "key", "negatives", "temperature") + (("weight",) if kind == "float" else ())
+    check(backend, case, wanted=wanted)
+    if invalid == "all" or kind == "all zero":
+        seen = helpers.run(backend, case)
+        assert (seen.loss == 0).all()
+        assert (seen.query == 0).all()
+        assert (seen.negatives == 0).all()
+
+
+def test_mean_divides_by_the_total_weight(backend: str) -> None:
+    case = make_case(11)
+    rows = helpers.expected(replace(case, reduction="none", upstream=None)).loss
+    weight = torch.linspace(0.5, 3, rows.size, dtype=torch.float64).view(rows.shape)
+    seen = helpers.run(backend, replace(case, weight=weight))
+    assert_close(seen.loss, (rows * weight.numpy()).sum() / weight.sum().item(), 1e-12)
+
+
+def test_valid_alone_is_a_mean_over_valid_rows(backend: str) -> None:
+    case = make_case(12, valid=torch.rand(3, 6) < 0.5)
+    rows = helpers.expected(replace(case, reduction="none", valid=None)).loss
+    assert_close(helpers.run(backend, case).loss, rows[case.valid.numpy()].mean(), 1e-12)
+
+
+# ---- the rank -------------------------------------------------------------------------------------------------------
+
+
+def exact_rank_case() -> helpers.Case:
+    """Logits that are exactly representable: two rows above the positive, two equal to it, one below."""
+    query = torch.tensor([[1.0, 0, 0, 0]])
+    key = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
+    scores = [1.0, 0.5, 0.75, 0.5, 0.0]
+    negatives = torch.tensor([[score, 0.25, 0, 0] for score in scores])
+    return helpers.Case(query, key, negatives, temperature=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rank_counts_only_what_scores_strictly_above(backend: str, dtype: torch.dtype) -> None:
+    case = exact_rank_case().to(dtype)
+    assert helpers.run(backend, case).rank.tolist() == [[2]]
+    assert helpers.run(backend, case, wanted=()).rank.tolist() == [[2]]
+
+
+@pytest.mark.parametrize(("exclude", "count", "rank"), [(0, None, 1), (1, None, 2), (2, 5, 1), (0, 2, 0), (4, 0, 0)])
+def test_rank_leaves_out_excluded_and_unfilled_rows(backend: str, exclude: int, count: int | None, rank: int) -> None:
+    case = replace(exact_rank_case(), exclude=torch.tensor([exclude]), count=count)
+    assert helpers.run(backend, case).rank.tolist() == [[rank]]
+
+
+def test_rank_of_every_row(backend: str) -> None:
+    case = make_case(13, batch=4, negatives=2100, channels=12, weight=torch.zeros(4, 6), valid=torch.zeros(4, 6) > 0)
+    truth = helpers.expected(case)
+    assert (truth.rank > 0).mean() > 0.9
+    for wanted in ((), helpers.GRADIENTS):  # the rank of a row does not depend on its weight
+        assert helpers.run(backend, case, wanted=wanted).rank.tolist() == truth.rank.tolist()
+
+
+# ---- the module -----------------------------------------------------------------------------------------------------
+
+
+def test_module_equals_function(backend: str) -> None:
+    case = make_case(14, temperature=0.1, reduction="sum", exclude=torch.tensor([1, 2, 3]))
+    case.valid, case.weight = torch.rand(3, 6) < 0.7, torch.rand(3, 6)
+    criterion = DenseInfoNCELoss(0.1, "sum", backend=backend)
+    match = Correspondence(case.index, torch.zeros(3, 6), case.valid)
+    args = helpers.to_device(backend, case.query, case.key, case.negatives, match)
+    weight, exclude = helpers.to_device(backend, case.weight, case.exclude)
+    loss, rank = criterion(*args, weight=weight, exclude=exclude, return_rank=True)
+    truth = helpers.expected(case)
+    assert_close(loss, truth.loss, 1e-12)
+    assert rank.tolist() == truth.rank.tolist()
+
+
+def test_module_defaults() -> None:
+    criterion, case = DenseInfoNCELoss(), make_case(15)
+    assert (criterion.temperature, criterion.reduction, list(criterion.parameters())) == (0.2, "mean", [])
+    assert_close(criterion(case.query, case.key, case.negatives, case.index), helpers.expected(case).loss, 1e-12)
+
+
+def test_momentum_queue_as_negatives(backend: str) -> None:
+    queue = MomentumQueue(size=9, dim=6, init="empty", dtype=torch.float64)
+    queue.enqueue(torch.randn(4, 6))
+    case = make_case(16)
+    queue_case = replace(case, negatives=queue.rows.clone(), count=4)
+    loss = helpers.info_nce(backend, case.query, case.key, queue, case.index)
+    assert_close(loss, helpers.expected(queue_case).loss, 1e-12)
+
+
+def test_learnable_temperature_gradient(backend: str) -> None:
+    case = make_case(17, temperature=0.25)
+    criterion = DenseInfoNCELoss(0.25, learnable_temperature=True, backend=backend).double()
+    (criterion,) = helpers.to_device(backend, criterion)
+    loss = criterion(*helpers.to_device(backend, case.query, case.key, case.negatives, case.index))
+    loss.backward()
+    truth = helpers.expected(case)
+    assert_close(loss, truth.loss, 1e-7)  # log(1/t) was rounded to float32
+    assert_close(criterion.logit_scale.grad, -0.25 * truth.temperature, 1e-6)  # t = exp(-logit_scale)
+
+
+def test_learnable_temperature_trains(backend: str) -> None:
+    """An Adam step moves t against the finite difference of the loss, and lowers the loss."""
+    case = make_case(18, temperature=0.2)
+    at = [float(helpers.expected(replace(case, temperature=t)).loss) for t in (0.2 - 1e-4, 0.2, 0.2 + 1e-4)]
+    criterion = DenseInfoNCELoss(0.2, learnable_temperature=True, backend=backend)
+    args = helpers.to_device(backend, case.query, case.key, case.negatives, case.index)
+    (criterion,) = helpers.to_device(backend, criterion)
+    optimizer = torch.optim.Adam(criterion.parameters(), lr=1e-3)
+    criterion(*args).backward()
+    optimizer.step()
+    moved = float(criterion.temperature.detach()) - 0.2
+    assert moved * (at[2] - at[0]) < 0
+    assert float(criterion(*args).detach()) < at[1]
+    assert abs(moved) == pytest.approx(0.2 * 1e-3, rel=1e-2)
+
+
+def test_gradient_of_a_later_scale(backend: str) -> None:
+    """Backward is linear in the upstream gradient: a loss scale of 2^16 and a sum of two losses."""
+    case = make_case(19)
+    query = case.query.clone().requires_grad_()
+    first = helpers.info_nce(backend, query, case.key, case.negatives, case.index)
+    second = helpers.info_nce(backend, query, case.key, case.negatives[:5], case.index, temperature=1.0)
+    (2.0**16 * (first - 0.5 * second)).backward()
+    wish = helpers.expected(case).query
+    wish = wish - 0.5 * helpers.expected(replace(case, negatives=case.negatives[:5], temperature=1.0)).query
+    assert_close(query.grad, 2.0**16 * wish, 1e-10)
+
+
+def test_queue_protocol_with_gradient(backend: str) -> None:
+    """Rows beyond the count get exactly zero gradient."""
+    case = make_case(20, count=11)
+    rows = case.negatives.clone().requires_grad_()
+    queue = SimpleNamespace(rows=rows, count=torch.tensor(11))
+    if backend in helpers.DEVICES:
+        queue = SimpleNamespace(rows=rows.to("cuda"), count=torch.tensor(11, device="cuda"))
+    helpers.info_nce(backend, case.query, case.key, queue, case.index).backward()
+    assert_close(rows.grad, helpers.expected(case).negatives, 1e-10)
+    assert np.abs(rows.grad[11:].numpy()).max() == 0
+
+
+def test_oracle_agrees_with_finite_differences() -> None:
+    """The judge judged: its analytic gradients against central differences of its own loss."""
+    case = make_case(21, batch=2, channels=3, query_grid=(1, 2), key_grid=(1, 3), negatives=4, count=3)
+    case.weight = torch.rand(2, 2, dtype=torch.float64)
+    case.valid = torch.tensor([[True, True], [True, False]])
+    case.exclude = torch.tensor([0, 2])
+    truth = helpers.expected(case)
+    for name in ("query", "key", "negatives", "weight"):
+        direction = torch.randn(getattr(case, name).shape, dtype=torch.float64)
+        ahead, behind = (
+            float(helpers.expected(replace(case, **{name: getattr(case, name) + step * direction})).loss)
+            for step in (1e-5, -1e-5)
+        )
+        slope = (getattr(truth, name).ravel() * direction.numpy().ravel()).sum()
+        assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
+    ahead, behind = (float(helpers.expected(replace(case, temperature=0.2 + step)).loss) for step in (1e-5, -1e-5))
+    assert truth.temperature == pytest.approx((ahead - behind) / 2e-5, rel=1e-6)
+    assert isinstance(truth, oracle.LossResult)

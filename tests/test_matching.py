@@ -1,0 +1,240 @@
+"""Feature matching against the brute-force oracle."""
+
+from __future__ import annotations
+
+import helpers
+import numpy as np
+import oracle
+import pytest
+import torch
+from helpers import LAYOUTS, flat64, lay_out
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from densecl_ops import DenseCorrespondence
+from densecl_ops.functional import dense_correspondence
+
+GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
+EPS = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(np.random.default_rng(seed).standard_normal(shape), dtype=dtype)
+
+
+def pair(
+    seed: int = 0, batch: int = 3, channels: int = 5, query: tuple[int, int] = (3, 4), key: tuple[int, int] = (4, 2)
+) -> tuple[Tensor, Tensor]:
+    return features(batch, channels, *query, seed=seed), features(batch, channels, *key, seed=seed + 1)
+
+
+def check_match(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    mutual: bool = False,
+    min_score: float | None = None,
+    grid_size: tuple[int, int] | None = None,
+    **kwargs: object,
+) -> None:
+    """Index and validity exactly, except where rounding decides between scores closer than it can tell."""
+    seen = helpers.match(backend, query, key, mutual=mutual, min_score=min_score, grid_size=grid_size, **kwargs)
+    q, k = flat64(query), flat64(key)
+    if grid_size is not None:
+        q = oracle.adaptive_pool(helpers.numpy64(query), grid_size).reshape(*query.shape[:2], -1)
+        k = oracle.adaptive_pool(helpers.numpy64(key), grid_size).reshape(*key.shape[:2], -1)
+    truth = oracle.match(q, k, mutual, min_score)
+    assert (seen.index.dtype, seen.score.dtype, seen.valid.dtype) == (torch.int64, torch.float32, torch.bool)
+    assert seen.index.shape == seen.score.shape == seen.valid.shape == truth.index.shape
+    eps = EPS[torch.float64 if torch.float64 in (query.dtype, key.dtype) else torch.float32]
+    np.testing.assert_allclose(seen.score.numpy(), truth.score, atol=1e-6)
+    close = np.sort(truth.similarity, 2)[:, :, -2:]
+    clear = (truth.similarity.shape[2] == 1) | (close[:, :, -1] - close[:, :, 0] > eps)
+    if mutual:
+        back = np.sort(truth.similarity, 1)[:, -2:]
+        settled = (truth.similarity.shape[1] == 1) | (back[:, -1] - back[:, 0] > eps)
+        clear &= np.take_along_axis(settled, truth.index, 1)
+    if min_score is not None:
+        clear &= np.abs(truth.score - min_score) > 1e-6
+    assert clear.mean() > 0.9 or query.shape[1] == 1
+    np.testing.assert_array_equal(seen.index.numpy()[clear], truth.index[clear])
+    np.testing.assert_array_equal(seen.valid.numpy()[clear], truth.valid[clear])
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 4),
+    channels=st.sampled_from([1, 2, 3, 16, 65]),
+    grids=st.tuples(GRIDS, GRIDS),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+    dtypes=st.tuples(*[st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])] * 2),
+    mutual=st.booleans(),
+    min_score=st.sampled_from([None, -1.0, 0.0, 0.35, 0.9]),
+)
+def test_matching(
+    backend: str,
+    seed: int,
+    batch: int,
+    channels: int,
+    grids: tuple[tuple[int, int], tuple[int, int]],
+    layouts: tuple[str, str],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    mutual: bool,
+    min_score: float | None,
+) -> None:
+    query = lay_out(features(batch, channels, *grids[0], seed=seed).to(dtypes[0]), layouts[0])
+    key = lay_out(features(batch, channels, *grids[1], seed=seed + 1).to(dtypes[1]), layouts[1])
+    check_match(backend, query, key, mutual, min_score)
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_one_image_in_many_tiles(backend: str, mutual: bool) -> None:
+    """1,155 x 1,200 scores per image: more than one tile of 2^20, cut over the query positions."""
+    query, key = features(2, 3, 33, 35), features(2, 3, 30, 40, seed=1)
+    check_match(backend, query, key, mutual)
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_many_images_in_many_tiles(backend: str, mutual: bool) -> None:
+    """Two images per tile and one left over."""
+    check_match(backend, features(5, 3, 20, 32), features(5, 3, 25, 28, seed=1), mutual)
+
+
+def test_query_norm_does_not_matter_and_key_norm_does(backend: str) -> None:
+    query, key = pair(2)
+    scale = torch.logspace(-3, 3, 8, dtype=torch.float64).view(1, 1, 4, 2)
+    plain, scaled = helpers.match(backend, query, key), helpers.match(backend, 1e3 * query, key * scale)
+    assert torch.equal(plain.index, scaled.index)
+    torch.testing.assert_close(plain.score, scaled.score)
+    check_match(backend, query, key * scale, mutual=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mutual", [False, True])
+def test_ties_go_to_the_lowest_index(backend: str, dtype: torch.dtype, mutual: bool) -> None:
+    """Exactly representable unit vectors, each key twice; then all keys equal."""
+    units = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [0, 0, 0, 1.0]], dtype=dtype)
+    query, key = units.t()[None], units[[2, 0, 1, 0, 2, 1]].t()[None]
+    assert helpers.match(backend, query, key, mutual=mutual).index.tolist() == [[1, 2, 0]]
+    assert helpers.match(backend, query, key, mutual=mutual).valid.all()
+    same = key[:, :, :1].expand(-1, -1, 50)
+    assert helpers.match(backend, query, same, mutual=mutual).index.tolist() == [[0, 0, 0]]
+    twins = query[:, :, [0, 0, 1, 1]]
+    back = helpers.match(backend, twins, query, mutual=True)
+    assert back.index.tolist() == [[0, 0, 1, 1]]
+    assert back.valid.tolist() == [[True, False, True, False]]  # each key's own nearest is the lower twin
+
+
+def test_ties_across_tiles(backend: str) -> None:
+    """All 1,100 x 1,100 scores equal: index 0 everywhere, and only query 0 is mutual."""
+    ones = torch.ones(1, 4, 1100)
+    match = helpers.match(backend, ones, ones, mutual=True)
+    assert (match.index == 0).all()
+    assert match.valid.sum() == 1
+    assert match.valid[0, 0]
+
+
+def test_zero_vectors(backend: str) -> None:
+    query, key = pair(3)
+    query[0, :, 0, 0] = 0
+    key[1, :, 2, 1] = 0
+    key[2] = 0
+    match = helpers.match(backend, query, key)
+    truth = oracle.match(flat64(query), flat64(key))
+    assert match.index.tolist() == truth.index.tolist()
+    assert match.score[0, 0] == 0
+    assert (match.index[2] == 0).all()
+
+
+@pytest.mark.parametrize("mutual", [False, True])
+def test_nan_stays_in_its_image_and_stays_valid(backend: str, mutual: bool) -> None:
+    query, key = pair(4)
+    clean = helpers.match(backend, query, key, mutual=mutual)
+    query[1, 0, 0, 0] = float("nan")
+    match = helpers.match(backend, query, key, mutual=mutual)
+    assert ((match.index >= 0) & (match.index < 8)).all()
+    assert match.score[1, 0].isnan()
+    for b in (0, 2):
+        assert torch.equal(match.index[b], clean.index[b])
+        assert torch.equal(match.valid[b], clean.valid[b])
+    assert helpers.match(backend, query, key, min_score=0.99).valid[1, 0]
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 2), (7, 5), (1, 1), (9, 9)])
+def test_pooling_to_a_grid(backend: str, grid: tuple[int, int]) -> None:
+    """Pooled as the oracle pools, also to a grid that does not divide the map, or is larger."""
+    check_match(backend, features(2, 6, 7, 5), features(2, 6, 8, 6, seed=1), mutual=True, grid_size=grid)
+
+
+def test_pooling_one_of_two(backend: str) -> None:
+    """A map that already has the grid passes unchanged, the other is pooled."""
+    check_match(backend, features(2, 6, 3, 3), features(2, 6, 6, 9, seed=1), grid_size=(3, 3))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", [None, (3, 3)])
+def test_autocast_changes_nothing(backend: str, autocast: torch.dtype, grid: tuple[int, int] | None) -> None:
+    """Pairs of keys 0.03 apart: bfloat16 products would choose others."""
+    query = features(4, 64, 6, 6, dtype=torch.float32)
+    key = query.flip(3) + 0.1 * features(4, 64, 6, 6, seed=1, dtype=torch.float32)
+    key[:, :, :, 3:] = key[:, :, :, :3] + 0.03 * features(4, 64, 6, 3, seed=2, dtype=torch.float32)
+    plain = helpers.match(backend, query, key, mutual=True, grid_size=grid)
+    with torch.autocast(helpers.DEVICES.get(backend, "cpu"), autocast):
+        cast = helpers.match(backend, query, key, mutual=True, grid_size=grid)
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
+    check_match(backend, query, key, grid_size=grid)
+
+
+def test_low_precision_features_are_accumulated_in_float32(backend: str) -> None:
+    """Values whose squares overflow float16, and 4,096 channels whose sum bfloat16 could not count."""
+    query, key = features(2, 4096, 3, 3), features(2, 4096, 3, 3, seed=1)
+    key = 0.1 * query.flip(2) + key
+    check_match(backend, query.to(torch.bfloat16), key.to(torch.bfloat16), mutual=True)
+    check_match(backend, (300 * query).to(torch.float16), (300 * key).to(torch.float16), mutual=True)
+
+
+def test_no_gradient(backend: str) -> None:
+    query, key = pair(5)
+    match = helpers.match(backend, query.requires_grad_(), key.requires_grad_())
+    assert not match.score.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(helpers.match(backend, query, key).index, match.index)
+
+
+def test_vectors_and_tokens(backend: str) -> None:
+    query, key = pair(6)
+    check_match(backend, query.flatten(2), key)
+    vectors = helpers.match(backend, query[:, :, 0, 0], key[:, :, 1, 1])
+    assert vectors.index.tolist() == [[0], [0], [0]]
+    wish = torch.cosine_similarity(query[:, :, 0, 0], key[:, :, 1, 1], dim=1)[:, None]
+    torch.testing.assert_close(vectors.score, wish.float())
+
+
+def test_inputs_are_left_alone(backend: str) -> None:
+    query, key = pair(7)
+    before = query.clone(), key.clone()
+    helpers.match(backend, query, key, mutual=True)
+    assert torch.equal(query, before[0])
+    assert torch.equal(key, before[1])
+
+
+def test_min_score_of_identical_maps(backend: str) -> None:
+    """The threshold includes its own value: exactly representable vectors score exactly 1."""
+    query = torch.eye(4)[None]
+    assert helpers.match(backend, query, query, min_score=1.0).valid.all()
+    assert not helpers.match(backend, query, -query, min_score=0.5).valid.any()
+
+
+def test_module_equals_function(backend: str) -> None:
+    query, key = helpers.to_device(backend, *pair(8))
+    module = DenseCorrespondence(grid_size=(2, 2), mutual=True, min_score=0.1, backend=backend)
+    function = dense_correspondence(query, key, grid_size=(2, 2), mutual=True, min_score=0.1, backend=backend)
+    for a, b in zip(module(query, key), function, strict=True):
+        assert torch.equal(a, b)
+    assert "mutual=True" in repr(module)
+    assert not list(module.state_dict())
+    default = DenseCorrespondence()(query, key)
+    np.testing.assert_array_equal(default.index.cpu().numpy(), oracle.match(flat64(query), flat64(key)).index)
+    assert default.valid.all()
