@@ -94,11 +94,12 @@ def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, bool, 
     import triton
 
     assembly = compiled.asm["sass"]
-    name = "ptxas-blackwell" if int(target[3:]) >= 100 else "ptxas"
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    newest = int(target[3:]) >= 100 or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # PTX 8.8 and later
+    ptxas = folder / ("ptxas-blackwell" if newest else "ptxas")
     suffix = "a" if int(target[3:]) >= 90 else ""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "kernel.ptx"
         source.write_text(compiled.asm["ptx"])
         command = [str(ptxas), "-v", f"--gpu-name={target}{suffix}", str(source), "-o", os.devnull]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr

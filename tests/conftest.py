@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from helpers import BACKENDS, FUSED
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():  # read when kernels are defined, so before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "repeatable",

@@ -40,7 +40,8 @@ class _InfoNCE(torch.autograd.Function):
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
         views = (problem.query, problem.key, problem.match_index) if needs_key or needs_negatives else (None,) * 3
         queue = (problem.negatives, problem.exclude, problem.negatives_count) if needs_negatives else (None,) * 3
-        ctx.save_for_backward(*rows[2:], *views, *queue)
+        _, _, *kept = rows
+        ctx.save_for_backward(*kept, *views, *queue)
         ctx.inverse_temperature, ctx.query_dtype, ctx.backend = (
             problem.inverse_temperature,
             problem.query.dtype,
@@ -120,9 +121,9 @@ def _grad_key(
 
 def _flatten(problem: Problem) -> tuple[Any, ...]:
     """An operator's schema has no "number or tensor": the inverse temperature takes two places."""
-    scale = problem.inverse_temperature
-    pair = (None, scale) if isinstance(scale, Tensor) else (scale, None)
-    return *problem[:3], *pair, *problem[4:]
+    query, key, negatives, scale, *rest = problem
+    number, learned = (None, scale) if isinstance(scale, Tensor) else (scale, None)
+    return query, key, negatives, number, learned, *rest
 
 
 def _unflatten(arguments: list[Any]) -> Problem:
