@@ -96,6 +96,7 @@ class _Tile(NamedTuple):
     span: slice  # rows of the queue
     rows: Tensor  # (T, D) in the matmul dtype
     logits: Tensor  # (N, T) in the accumulation dtype, -inf where masked; a buffer the next tile reuses
+    operand: Tensor  # (N, T) in the matmul dtype, for what becomes of the logits; the same buffer if the dtypes agree
 
 
 def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor | None) -> _Attention:
@@ -127,7 +128,7 @@ def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor 
             if tile.rows.dtype == mean.dtype:
                 mean.addmm_(logits, tile.rows)
             else:
-                mean += torch.mm(logits.to(tile.rows.dtype), tile.rows)
+                mean += torch.mm(tile.operand.copy_(logits), tile.rows)
     log_sum_exp = total.log() if top is None else _finite(top) + total.log()
     if mean is not None:
         mean /= total.masked_fill(total == 0, 1.0)  # no negative at all: a mean of zero, which pull = 0 ignores
@@ -139,19 +140,22 @@ def _tiles(scaled: Tensor, problem: Problem) -> Iterator[_Tile]:
     negatives = _existing_negatives(problem)
     dtype = _product_dtype(problem)
     queries, size = scaled.shape[0], negatives.shape[0]
-    width = min(max(size, 1), _tile_rows(queries, scaled.device.type, dtype))
+    width = min(max(size, 1), _tile_rows(queries, scaled.device.type))
     excluded = None
     if problem.exclude is not None:
         excluded = repeat(problem.exclude, "b -> (b p)", p=problem.query.shape[2])
     count = problem.negatives_count if scaled.device.type != "cpu" else None  # on a CPU, `negatives` ends there
     scaled = scaled.to(dtype)
-    buffer = scaled.new_empty(queries * width)
+    # Buffers made once: a fresh float32 copy per tile costs bfloat16 a sixth of its time in page faults.
+    products = scaled.new_empty(queries * width)
+    exact = products if dtype == problem.dtype else products.new_empty(products.shape, dtype=problem.dtype)
     for start in range(0, size, width):
         span = slice(start, min(size, start + width))
         rows = negatives[span].to(dtype)
-        logits = buffer[: queries * rows.shape[0]].view(queries, -1)
-        torch.mm(scaled, rows.t(), out=logits)
-        logits = logits.to(problem.dtype)
+        operand, logits = (buffer[: queries * rows.shape[0]].view(queries, -1) for buffer in (products, exact))
+        torch.mm(scaled, rows.t(), out=operand)
+        if dtype != problem.dtype:
+            logits.copy_(operand)
         if count is not None:
             column = torch.arange(span.start, span.stop, device=logits.device)
             logits.masked_fill_(column >= count, float("-inf"))
@@ -160,7 +164,7 @@ def _tiles(scaled: Tensor, problem: Problem) -> Iterator[_Tile]:
             inside = (column >= 0) & (column < rows.shape[0])
             column = column.clamp(0, rows.shape[0] - 1)
             logits.scatter_(1, column, logits.gather(1, column).masked_fill(inside, float("-inf")))
-        yield _Tile(span, rows, logits)
+        yield _Tile(span, rows, logits, operand)
 
 
 def _existing_negatives(problem: Problem) -> Tensor:
@@ -177,12 +181,11 @@ def _product_dtype(problem: Problem) -> torch.dtype:
     return problem.matmul_dtype
 
 
-def _tile_rows(queries: int, device_type: str, dtype: torch.dtype) -> int:
+def _tile_rows(queries: int, device_type: str) -> int:
     """Queue rows per tile; measured on 2 cores, see docs/performance.md."""
     if device_type != "cpu":
         return max(128, 2**24 // queries)  # 64 MiB of logits: few launches, still nothing like N x K
-    logits = 2**21 if dtype == torch.bfloat16 else 2**20
-    return max(128, min(1024, logits // queries))
+    return max(128, min(1024, 2**20 // queries))  # 4 MiB of logits
 
 
 def is_bounded_by_contract(problem: Problem) -> bool:
