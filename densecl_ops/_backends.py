@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -14,6 +15,24 @@ from densecl_ops._checks import require_choice
 
 BACKENDS = ("auto", "eager", "blockwise", "triton")
 HAS_TRITON = find_spec("triton") is not None  # looked up, not imported: that costs half a second
+OLDEST_TRITON = (3, 6)  # the oldest that ran the kernels right; in 3.2 the interpreter corrupts memory
+
+
+def _triton_version() -> tuple[int, int] | None:
+    for package in ("triton", "pytorch-triton-rocm", "triton-rocm"):
+        try:
+            major, minor, *_ = version(package).split(".")
+        except PackageNotFoundError:
+            continue
+        return int(major), int(minor)
+    return None
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
+
+
+TRITON_VERSION = _triton_version()
 
 
 def resolve(requested: str, tensor: Tensor, dtype: torch.dtype) -> str:
@@ -47,6 +66,8 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype) -> str:
 def _triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
     if not HAS_TRITON:
         return "the triton package is not installed"
+    if TRITON_VERSION is not None and TRITON_VERSION < OLDEST_TRITON:
+        return f"it needs triton {_dotted(OLDEST_TRITON)}, and {_dotted(TRITON_VERSION)} is installed"
     if device_type != "cuda" and not (device_type == "cpu" and _devices.interpreting()):
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     if dtype == torch.float64:
