@@ -15,6 +15,7 @@ from densecl_ops._checks import require_choice
 
 BACKENDS = ("auto", "eager", "blockwise", "triton")
 HAS_TRITON = find_spec("triton") is not None  # looked up, not imported: that costs half a second
+WIDEST = 512
 OLDEST_TRITON = (3, 6)  # the oldest that ran the kernels right; in 3.2 the interpreter corrupts memory
 
 
@@ -35,13 +36,14 @@ def _dotted(numbers: tuple[int, int]) -> str:
 TRITON_VERSION = _triton_version()
 
 
-def resolve(requested: str, tensor: Tensor, dtype: torch.dtype) -> str:
+def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str:
     """Turns a `backend` argument into "eager", "blockwise" or "triton".
 
     Args:
         requested: As the user gave it.
         tensor: Any input; tells the device.
         dtype: The accumulation dtype of the call.
+        channels: D, for the loss, whose kernels hold whole rows.
 
     Raises:
         ValueError: There is no such backend, or it cannot serve this call; says why.
@@ -49,7 +51,7 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype) -> str:
     require_choice("backend", requested, BACKENDS)
     if requested in ("eager", "blockwise"):
         return requested
-    obstacle = _triton_obstacle(tensor.device.type, dtype)
+    obstacle = _triton_obstacle(tensor.device.type, dtype, channels)
     if requested == "triton":
         if obstacle is not None:
             raise ValueError(f"backend: got 'triton', which cannot serve this call: {obstacle}")
@@ -63,7 +65,7 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype) -> str:
     return "blockwise"
 
 
-def _triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
+def _triton_obstacle(device_type: str, dtype: torch.dtype, channels: int) -> str | None:
     if not HAS_TRITON:
         return "the triton package is not installed"
     if TRITON_VERSION is not None and TRITON_VERSION < OLDEST_TRITON:
@@ -72,6 +74,8 @@ def _triton_obstacle(device_type: str, dtype: torch.dtype) -> str | None:
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     if dtype == torch.float64:
         return "it has no float64 kernels"
+    if channels > WIDEST:
+        return f"its kernels hold rows of up to {WIDEST} channels, not {channels}"
     return None
 
 

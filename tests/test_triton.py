@@ -202,6 +202,8 @@ def test_compiled_call_equals_eager_call() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_float64_is_refused_by_name_and_avoided_by_auto() -> None:
+def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"backend: got 'triton'.*up to 512 channels, not 513"):
+        run("triton", case_of(channels=513, negatives=2, query_grid=(1, 1)))
     with pytest.raises(ValueError, match=r"backend: got 'triton'.*float64"):
         run("triton", make_case())

@@ -114,7 +114,7 @@ def dense_info_nce(
     _checks.require_choice("reduction", reduction, REDUCTIONS)
     problem, valid = _normal_form(query, key, negatives, correspondence, temperature, exclude)
     row_weight = _row_weight(weight, valid, problem)
-    chosen = _backends.resolve(backend, problem.query, problem.dtype)
+    chosen = _backends.resolve(backend, problem.query, problem.dtype, problem.query.shape[1])
     with no_autocast(problem.query):
         if chosen == "eager":
             loss, rank = eager.row_loss(problem)
