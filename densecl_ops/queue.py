@@ -23,7 +23,7 @@ class MomentumQueue(nn.Module):
         size: K, rows kept. Default 65,536.
         dim: D. Default 128.
         init: "random" (default), the paper's start: random unit rows are negatives from step 1. "empty" ignores rows
-            not written yet, so that the loss starts small instead of falling for random negatives first.
+            not written yet, so that only real keys are ever negatives; the loss then starts at 0, for want of any.
         dtype: Of `rows`: float32, float64, bfloat16 or float16. Default: torch's default dtype.
         gather_distributed: Whether `enqueue` gathers the keys of every rank once torch.distributed is initialised.
 
