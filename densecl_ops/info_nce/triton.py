@@ -60,8 +60,8 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
         "scale": 0.0 if isinstance(scale, Tensor) else scale,
         **_devices.strides("query", query, "bdp"),
         **_devices.strides("key", problem.key, "bdp"),
-        "QUERY_POSITION_FASTEST": query.stride(2) == 1,
-        "KEY_POSITION_FASTEST": problem.key.stride(2) == 1,
+        "QUERY_POSITION_FASTEST": _position_fastest(query),
+        "KEY_POSITION_FASTEST": _position_fastest(problem.key),
     }
     common = {
         "rows": rows,
@@ -203,6 +203,11 @@ def _precision(problem: Problem) -> str:
     """float32 products follow torch.set_float32_matmul_precision."""
     exact = _devices.exact_precision(problem.matmul_dtype, _devices.describe(problem.query.device).architecture)
     return "tf32" if exact == "tf32x3" and torch.get_float32_matmul_precision() != "highest" else exact
+
+
+def _position_fastest(x: Tensor) -> bool:
+    """Whether neighbouring positions, not channels, lie side by side, as in an NCHW map."""
+    return x.shape[2] > 1 and x.stride(2) < x.stride(1)
 
 
 def _product_dtype(problem: Problem) -> torch.dtype:
