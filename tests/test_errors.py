@@ -259,7 +259,8 @@ def test_unknown_backend(value: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is missing")
-def test_triton_that_cannot_serve_says_why() -> None:
+def test_triton_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for call in (loss(backend="triton"), matching(backend="triton")):
         with pytest.raises(ValueError, match=r"backend: got 'triton', which cannot serve.*: \w+"):
             call()
