@@ -18,7 +18,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from densecl_ops import _devices  # noqa: E402
+from densecl_ops import _backends, _devices  # noqa: E402
 from densecl_ops.functional import dense_info_nce  # noqa: E402
 from densecl_ops.info_nce import triton as fused  # noqa: E402
 
@@ -207,3 +207,9 @@ def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
         run("triton", case_of(channels=513, negatives=2, query_grid=(1, 1)))
     with pytest.raises(ValueError, match=r"backend: got 'triton'.*float64"):
         run("triton", make_case())
+
+
+def test_too_old_a_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "TRITON_VERSION", (3, 2))
+    with pytest.raises(ValueError, match=r"it needs triton 3\.6, and 3\.2 is installed"):
+        run("triton", case_of())
