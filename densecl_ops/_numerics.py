@@ -18,7 +18,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 def inverse_norm(x: Tensor, dim: int) -> Tensor:
     """1 / |x| along `dim` (kept as size 1), 0 where |x| is below NORM_EPS, NaN where its square overflows.
 
-    The plain sum of squares: 15 times faster than torch.linalg.vector_norm along a strided dim on a CPU.
+    The plain sum of squares: F.normalize would write a normalised copy of the whole map besides.
     """
     squares = x.square().sum(dim, keepdim=True)
     tiny, huge = squares <= NORM_EPS**2, squares == float("inf")
