@@ -1,9 +1,9 @@
 """The dense InfoNCE loss in fused Triton kernels: plans and launches. The kernels stand in triton_kernels.py.
 
 prepare_kernel reads and normalises the rows, attend_kernel makes partial sums in one pass over the queue,
-combine_kernel turns them into loss and gradient. The queue is split
-when the blocks of query rows alone would not fill the device; the number of splits depends on shapes and device only
-and the parts are added in a fixed order, so results repeat bit by bit.
+combine_kernel turns them into loss and gradient. The queue is split when the blocks of query rows alone would not fill
+the device; the number of splits depends on shapes and device only and the parts are added in a fixed order, so results
+repeat bit by bit.
 """
 
 from __future__ import annotations
