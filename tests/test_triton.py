@@ -213,3 +213,24 @@ def test_too_old_a_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "TRITON_VERSION", (3, 2))
     with pytest.raises(ValueError, match=r"it needs triton 3\.6, and 3\.2 is installed"):
         run("triton", case_of())
+
+
+@pytest.mark.parametrize("backend", ["eager", "blockwise", "triton"])
+def test_squares_that_overflow_give_nan(backend: str) -> None:
+    """A vector of 1e20 has a direction, but float32 cannot square it: NaN shows that, a zero vector would hide it."""
+    case = case_of(reduction="none")
+    case.query[0, :, 0, 0] = 1e20
+    assert torch.equal(run(backend, case, wanted=()).loss.isnan().nonzero().cpu(), torch.tensor([[0, 0]]))
+    for side in (3, 10):  # one tile and many
+        key = torch.randn(1, 16, side, side)
+        key[0, :, 0, 0] = 1e20
+        assert match(backend, torch.randn(1, 16, side, side), key).score.isnan().all()
+
+
+def test_nan_in_a_row_left_out() -> None:
+    case = case_of(weight=torch.ones(2, 35))
+    case.weight[0, 8] = 0
+    case.query[0, 0, 1, 1] = float("nan")
+    seen = run("triton", case, wanted=("query", "key", "negatives"))
+    for value in (seen.loss, seen.query, seen.key, seen.negatives):
+        assert value.isfinite().all()
