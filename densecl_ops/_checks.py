@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LOWEST_TEMPERATURE = 1e-18  # 1/t^2, a factor of the gradient to t, leaves float32 below 5e-20, the logits below 1e-38
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -23,6 +24,9 @@ def shape_of(tensor: Tensor) -> str:
 def require_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
     return value
 
 
@@ -30,6 +34,13 @@ def require_float(name: str, value: object) -> Tensor:
     tensor = require_tensor(name, value)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64")
+    return tensor
+
+
+def require_real(name: str, value: object) -> Tensor:
+    tensor = require_tensor(name, value)
+    if tensor.dtype not in FLOAT_DTYPES + INTEGER_DTYPES:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a float or integer dtype")
     return tensor
 
 
@@ -66,6 +77,15 @@ def require_paired_maps(query_name: str, query: Tensor, key_name: str, key: Tens
             f"expected {query.shape[0]} of {query.shape[1]} as in {query_name}"
         )
     require_same_device(key_name, key, query_name, query)
+    if query.device.type == "meta":
+        raise ValueError(f"{query_name}: got a tensor on meta, expected a device that holds values")
+
+
+def require_bool(name: str, value: object) -> bool:
+    """A flag; "no", 0 and None are refused rather than taken for what Python makes of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected a bool")
+    return value
 
 
 def require_positive_int(name: str, value: object) -> int:
@@ -79,16 +99,21 @@ def require_positive_int(name: str, value: object) -> int:
 def require_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}, expected a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond 1.8e308
+        raise ValueError(f"{name}: got a number too large for a float, expected a finite number") from None
     if not -math.inf < number < math.inf:  # a comparison, which torch.compile can trace where math.isfinite breaks it
         raise ValueError(f"{name}: got {number}, expected a finite number")
     return number
 
 
-def require_positive(name: str, value: object) -> float:
+def require_temperature(value: object, name: str = "temperature") -> float:
     number = require_number(name, value)
     if number <= 0:
         raise ValueError(f"{name}: got {number}, expected a number above 0")
+    if number < LOWEST_TEMPERATURE:
+        raise ValueError(f"{name}: got {number}, expected at least {LOWEST_TEMPERATURE}")
     return number
 
 
@@ -100,7 +125,7 @@ def require_cosine(name: str, value: object) -> float:
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
@@ -116,17 +141,22 @@ def require_grid_size(value: object, name: str = "grid_size") -> tuple[int, int]
     return side, side
 
 
+def host_may_look(tensor: Tensor) -> bool:
+    """Whether reading values waits for no device and, under torch.compile, breaks no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def require_rows_in_range(name: str, index: Tensor, size: int) -> None:
     """Raises for an index outside [0, size) where that needs no device synchronisation.
 
     On other devices the gather itself traps, as it does for every index in torch; under torch.compile a look at
     the values would break the graph.
     """
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
+    if not host_may_look(index):
         return
     low, high = (int(bound) for bound in torch.aminmax(index))
     if low < 0 or high >= size:
-        raise ValueError(f"{name}: got indices from {low} to {high}, expected them within 0 to {size - 1}")
+        raise ValueError(f"{name}: got values from {low} to {high}, expected them within 0 to {size - 1}")
 
 
 def require_index(name: str, value: object, shape: tuple[int, ...], size: int, reference: Tensor) -> Tensor:

@@ -1,7 +1,14 @@
 """Stateless forms of the operations; the modules are thin over them."""
 
+from densecl_ops.correspondence.crops import boxes_from_kornia, boxes_from_torchvision
 from densecl_ops.correspondence.functional import dense_correspondence
 from densecl_ops.correspondence.location import location_correspondence
 from densecl_ops.info_nce.functional import dense_info_nce
 
-__all__ = ["dense_correspondence", "dense_info_nce", "location_correspondence"]
+__all__ = [
+    "boxes_from_kornia",
+    "boxes_from_torchvision",
+    "dense_correspondence",
+    "dense_info_nce",
+    "location_correspondence",
+]

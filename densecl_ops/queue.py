@@ -60,6 +60,7 @@ class MomentumQueue(nn.Module):
         _checks.require_positive_int("size", size)
         _checks.require_positive_int("dim", dim)
         _checks.require_choice("init", init, INITS)
+        _checks.require_bool("gather_distributed", gather_distributed)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype: got {dtype!r}, expected float16, bfloat16, float32 or float64")

@@ -49,6 +49,8 @@ SIGNATURES = {
         "*gather_distributed": True,
     },
     "MomentumQueue.enqueue": {"keys": EMPTY},
+    "functional.boxes_from_kornia": {"params": EMPTY, "*align_corners": True},
+    "functional.boxes_from_torchvision": {"params": EMPTY},
     "functional.dense_correspondence": {
         "query_features": EMPTY,
         "key_features": EMPTY,
@@ -112,7 +114,13 @@ def test_public_names() -> None:
     private_rooms = {"correspondence", "info_nce", "head", "queue"}  # submodules that importing binds
     public = {name for name in vars(densecl_ops) if not name.startswith("_")}
     assert public - private_rooms == set(names)
-    assert sorted(functional.__all__) == ["dense_correspondence", "dense_info_nce", "location_correspondence"]
+    assert sorted(functional.__all__) == [
+        "boxes_from_kornia",
+        "boxes_from_torchvision",
+        "dense_correspondence",
+        "dense_info_nce",
+        "location_correspondence",
+    ]
     assert {name for name in vars(functional) if not name.startswith("_")} - {"annotations"} == set(functional.__all__)
     for name in (*names, *functional.__all__):
         thing = getattr(densecl_ops, name, None) or getattr(functional, name)

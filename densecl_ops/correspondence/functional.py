@@ -57,8 +57,9 @@ def dense_correspondence(
         (True, torch.Size([2, 9]))
     """
     grid = _checks.require_grid_size(grid_size)
+    _checks.require_bool("mutual", mutual)
     if min_score is not None:
-        _checks.require_cosine("min_score", min_score)
+        min_score = _checks.require_cosine("min_score", min_score)
     query = _checks.flatten_map("query_features", pool_to_grid("query_features", query_features, grid))
     key = _checks.flatten_map("key_features", pool_to_grid("key_features", key_features, grid))
     _checks.require_paired_maps("query_features", query, "key_features", key)

@@ -30,12 +30,14 @@ def location_correspondence(
     (the distance rule of PixPro, arXiv 2011.10043, section 3.1.) Ties go to the lowest index.
 
     Args:
-        query_boxes: (B, 4) crop of the first view as (x0, y0, x1, y1), in pixels of the original image (any unit
-            that both boxes share will do).
+        query_boxes: (B, 4) crop of the first view as (x0, y0, x1, y1): the outer edges, in pixels of the original
+            image (any unit that both boxes share will do). x0 > x1 says that the crop was mirrored left to right
+            after cutting, y0 > y1 top to bottom. `boxes_from_torchvision` and `boxes_from_kornia` make them.
         key_boxes: The same of the second view.
         query_grid: S, or (H, W): the grid the query projections have.
         key_grid: The same of the key projections. Default: query_grid.
-        query_flip: (B,) bool, True where the crop was mirrored left to right after cutting. Default: none was.
+        query_flip: (B,) bool, True where the crop was mirrored left to right (once more, if x0 > x1) after cutting.
+            Default: none was.
         key_flip: The same of the second view.
         max_distance: Largest distance of a valid match, in cell diagonals. Default 0.7, PixPro's. None: all valid.
 
@@ -45,7 +47,7 @@ def location_correspondence(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: A shape, device, grid or distance does not fit; names the argument.
+        ValueError: A shape, device, grid or distance does not fit, or a box is empty or not finite; names the argument.
 
     Example:
         >>> import torch
@@ -59,11 +61,15 @@ def location_correspondence(
     grid_k = grid_q if key_grid is None else _checks.require_grid_size(key_grid, "key_grid")
     if grid_q is None or grid_k is None:
         raise TypeError("query_grid: got None, expected an int or a pair (height, width)")
-    if max_distance is not None and _checks.require_number("max_distance", max_distance) < 0:
-        raise ValueError(f"max_distance: got {max_distance}, expected at least 0")
+    if max_distance is not None:
+        max_distance = _checks.require_number("max_distance", max_distance)
+        if max_distance < 0:
+            raise ValueError(f"max_distance: got {max_distance}, expected at least 0")
     query_boxes, key_boxes = _as_boxes("query_boxes", query_boxes), _as_boxes("key_boxes", key_boxes)
     _checks.require_shape("key_boxes", key_boxes, tuple(query_boxes.shape))
     _checks.require_same_device("key_boxes", key_boxes, "query_boxes", query_boxes)
+    _require_extent("query_boxes", query_boxes)
+    _require_extent("key_boxes", key_boxes)
 
     x_q, y_q, diagonal_q = _cell_centres(query_boxes, grid_q, _as_flip("query_flip", query_flip, query_boxes))
     x_k, y_k, diagonal_k = _cell_centres(key_boxes, grid_k, _as_flip("key_flip", key_flip, key_boxes))
@@ -78,10 +84,19 @@ def location_correspondence(
 
 
 def _as_boxes(name: str, value: object) -> Tensor:
-    boxes = _checks.require_tensor(name, value)
+    boxes = _checks.require_real(name, value)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] == 0:
         raise ValueError(f"{name}: got shape {_checks.shape_of(boxes)}, expected (B, 4) with B at least 1")
     return boxes.detach().double()  # exact for integer crops of any image; (B, 4) costs nothing
+
+
+def _require_extent(name: str, boxes: Tensor) -> None:
+    if not _checks.host_may_look(boxes):
+        return
+    sides = boxes[:, 2:] - boxes[:, :2]
+    wrong = ~(sides.isfinite() & (sides != 0)).all(1)
+    if wrong.any():
+        raise ValueError(f"{name}: got {boxes[wrong][0].tolist()}, expected finite corners and sides other than 0")
 
 
 def _as_flip(name: str, value: Tensor | None, boxes: Tensor) -> Tensor | None:

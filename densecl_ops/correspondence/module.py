@@ -43,6 +43,7 @@ class DenseCorrespondence(nn.Module):
     ) -> None:
         super().__init__()
         _checks.require_grid_size(grid_size)
+        _checks.require_bool("mutual", mutual)
         if min_score is not None:
             _checks.require_cosine("min_score", min_score)
         _checks.require_choice("backend", backend, _backends.BACKENDS)

@@ -75,7 +75,7 @@ def dense_info_nce(
         negatives: (K, D) unit rows, used as they are, or a MomentumQueue.
         correspondence: A Correspondence, or an integer tensor (B, P_q) of key positions. None: position i matches
             position i, and the two grids must agree.
-        temperature: t above 0; a number, or a 0-d tensor, which receives a gradient if it asks for one.
+        temperature: t, at least 1e-18; a number, or a 0-d tensor, which receives a gradient if it asks for one.
         reduction: "mean" (over the total weight), "sum" or "none".
         weight: (B, P_q) scales the rows. A row of weight 0 or with an invalid match is left out (NaN
             and all, except in the gradients of "eager").
@@ -112,6 +112,7 @@ def dense_info_nce(
         (torch.float32, torch.Size([4, 49]), torch.Size([4, 128, 7, 7]))
     """
     _checks.require_choice("reduction", reduction, REDUCTIONS)
+    _checks.require_bool("return_rank", return_rank)
     problem, valid = _normal_form(query, key, negatives, correspondence, temperature, exclude)
     row_weight = _row_weight(weight, valid, problem)
     chosen = _backends.resolve(backend, problem.query, problem.dtype, problem.query.shape[1])
@@ -145,6 +146,8 @@ def _normal_form(
             f"{channels} being the channels of query"
         )
     _checks.require_same_device("negatives", rows, "query", q)
+    if count is not None:
+        count = _checks.require_index("negatives.count", count, (), rows.shape[0] + 1, q)
 
     index, valid = None, None
     if correspondence is None:
@@ -201,10 +204,10 @@ def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torc
                 f"temperature: got shape {_checks.shape_of(temperature)}, expected a number or a 0-d tensor"
             )
         _checks.require_same_device("temperature", temperature, "query", query)
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            _checks.require_positive("temperature", float(temperature.detach()))
+        if _checks.host_may_look(temperature):
+            _checks.require_temperature(float(temperature.detach()))
         return temperature.to(dtype).reciprocal()
-    return 1.0 / _checks.require_positive("temperature", temperature)
+    return 1.0 / _checks.require_temperature(temperature)
 
 
 def _row_weight(weight: Tensor | None, valid: Tensor | None, problem: Problem) -> Tensor | None:

@@ -18,7 +18,7 @@ class DenseInfoNCELoss(nn.Module):
     See :func:`densecl_ops.functional.dense_info_nce` for the equation and the meaning of every argument.
 
     Args:
-        temperature: t above 0. Default 0.2, DenseCL's and MoCo-v2's.
+        temperature: t, at least 1e-18. Default 0.2, DenseCL's and MoCo-v2's.
         reduction: "mean" (default, over the total weight), "sum" or "none".
         learnable_temperature: Learns log(1/t) as the parameter `logit_scale` (as CLIP does), from `temperature` on.
             Default: t is constant.
@@ -50,8 +50,9 @@ class DenseInfoNCELoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        temperature = _checks.require_positive("temperature", temperature)
+        temperature = _checks.require_temperature(temperature)
         _checks.require_choice("reduction", reduction, REDUCTIONS)
+        _checks.require_bool("learnable_temperature", learnable_temperature)
         _checks.require_choice("backend", backend, _backends.BACKENDS)
         self._temperature = temperature
         self.reduction = reduction
