@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import kernels, loss, render
+from benchmarks import kernels, loss, matching, queue, render, step
+
+SUITES = {
+    "loss": (loss, "the loss against its rivals: time, memory, error"),
+    "matching": (matching, "feature matching against its rivals"),
+    "queue": (queue, "enqueueing against slice and clone"),
+    "step": (step, "a whole MoCo-v2 step, without and with the dense term"),
+    "kernels": (kernels, "compile every Triton kernel for GPUs that are not here"),
+    "render": (render, "write the tables of README.md and docs/performance.md from the result files"),
+}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suites = parser.add_subparsers(dest="suite", required=True)
-    loss.add_arguments(suites.add_parser("loss", help="the loss, forward and backward, against its rivals"))
-    kernels.add_arguments(suites.add_parser("kernels", help="compile every Triton kernel for GPUs that are not here"))
-    render.add_arguments(suites.add_parser("render", help="write the tables of README.md from the result files"))
-    arguments = parser.parse_args()
-    {"loss": loss.main, "kernels": kernels.main, "render": render.main}[arguments.suite](arguments)
+    for name, (module, text) in SUITES.items():
+        module.add_arguments(suites.add_parser(name, help=text))
+    arguments = parser.parse_args(argv)
+    SUITES[arguments.suite][0].main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Time, memory and error of a callable, and what machine they were taken on."""
+"""Time, memory and error of callables, and what machine they were taken on."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,39 +17,123 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Row = dict[str, Any]
 
-def interleaved(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant, all of them once per round, so that a slow spell of the machine hits all alike."""
-    for run in contestants.values():
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_NVIDIA_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+
+
+def compare(
+    contestants: Mapping[str, Callable[[Any], Any]],
+    inputs: Sequence[Any],
+    device: torch.device,
+    *,
+    cold: bool,
+    seconds: float,
+) -> dict[str, Row]:
+    """Times all contestants, one run each per round, so that a slow spell of the machine hits all alike.
+
+    Args:
+        contestants: Each takes one element of `inputs`.
+        inputs: Rotated from round to round, so that no run finds its operands where the last one left them.
+        device: Where the contestants run.
+        cold: Whether a GPU's L2 cache is overwritten before every run.
+        seconds: Aimed at for all rounds together; 3 to 25 rounds are run.
+
+    Returns:
+        Per contestant `milliseconds` (quartiles), `host_us` (time until the call returns, GPU only), `rounds` and
+        `peak_extra_mib`, or `failed` with the reason: running out of memory is a result.
+    """
+    rows: dict[str, Row] = {}
+    expected: dict[str, float] = {}
+    for name, run in contestants.items():
+        try:
+            first = functools.partial(run, inputs[0])
+            first()  # compiles, loads libraries
+            rows[name] = {"peak_extra_mib": _mib(peak_extra_bytes(first, device))}
+            expected[name] = _timed(first, device, cold)[0]
+        except torch.OutOfMemoryError:
+            rows[name] = {"failed": "out of memory"}
+        except Exception as error:  # a rival that cannot serve this dtype or width says so in many ways
+            rows[name] = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    rounds = min(25, max(3, round(seconds / max(sum(expected.values()), 1e-9))))
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in expected}
+    for index in range(rounds):
+        for name in expected:
+            one = inputs[index % len(inputs)]
+            samples[name].append(_timed(functools.partial(contestants[name], one), device, cold))
+    for name, taken in samples.items():
+        rows[name]["milliseconds"] = [significant(1e3 * x) for x in quartiles([device for device, _ in taken])]
+        rows[name]["rounds"] = rounds
+        if device.type == "cuda":
+            rows[name]["host_us"] = significant(1e6 * quartiles([host for _, host in taken])[1])
+    return rows
+
+
+def _timed(run: Callable[[], Any], device: torch.device, cold: bool) -> tuple[float, float]:
+    """Seconds on the device, and seconds until the call returned."""
+    if device.type != "cuda":
+        gc.collect()
+        start = time.perf_counter()
         run()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            gc.collect()
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+        spent = time.perf_counter() - start
+        return spent, spent
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+    if cold:  # more than any L2; random bytes, as zeros compress
+        torch.empty(256 * 2**20, dtype=torch.uint8, device=device).random_()
+    torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # about 1 ms: the launches queue up behind it, so their host time is not counted
+    marks[0].record()
+    start = time.perf_counter()
+    run()
+    host = time.perf_counter() - start
+    marks[1].record()
+    torch.cuda.synchronize()
+    return marks[0].elapsed_time(marks[1]) / 1e3, host
 
 
-def quartiles(samples: list[float]) -> tuple[float, float, float]:
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
     low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (samples[0],) * 3
     return low, middle, high
 
 
-def peak_extra_bytes(run: Callable[[], Any]) -> int | None:
-    """Growth of this process's peak resident memory while `run` runs; None where the kernel cannot tell (not Linux).
+def significant(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
 
-    Run it first in a fresh process: memory that an earlier run freed but the allocator kept would hide the growth.
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Most memory held during `run` beyond what was held before; None where the system cannot tell.
+
+    On a GPU the allocator's own count. On a CPU the growth of this process's peak resident memory, after the heap's
+    free pages have been given back: whatever a run keeps for the next one is not counted.
     """
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        return None
     gc.collect()
-    clear.write_text("5")  # sets the peak back to the present size
-    before = _kib(status, "VmRSS")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    if not _CLEAR.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text("5")  # sets the peak back to the present size
+    resident = _kib(_STATUS, "VmRSS")
     run()
-    return 1024 * (_kib(status, "VmHWM") - before)
+    return 1024 * (_kib(_STATUS, "VmHWM") - resident)
+
+
+def available_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    info = Path("/proc/meminfo")
+    return 1024 * _kib(info, "MemAvailable") if info.exists() else None
+
+
+def _mib(count: int | None) -> float | None:
+    return None if count is None else round(count / 2**20, 1)
 
 
 def _kib(status: Path, field: str) -> int:
@@ -55,7 +141,38 @@ def _kib(status: Path, field: str) -> int:
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    return float((value.double() - exact).norm() / exact.norm())
+    return significant(float((value.double() - exact).norm() / exact.norm()), 3)
+
+
+def rates(device: torch.device, toy: bool = False) -> dict[str, float]:
+    """What this machine does at best, measured on random data: large matrix products, exponentials, one copy."""
+    side = 256 if toy else 8192 if device.type == "cuda" else 2048
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        spent = _best(functools.partial(torch.matmul, left, right), device)
+        found[f"matmul_{str(dtype)[6:]}_tflops"] = significant(2e-12 * side**3 / spent)
+    values = torch.randn(side, side, device=device)
+    found["exp_gops"] = significant(1e-9 * side**2 / _best(values.exp, device))
+    source = torch.randn(2 ** (16 if toy else 28 if device.type == "cuda" else 26), device=device)
+    found["copy_gb_per_s"] = significant(8e-9 * source.numel() / _best(source.clone, device))
+    return found
+
+
+def _best(run: Callable[[], Any], device: torch.device) -> float:
+    run()
+    return quartiles([_timed(run, device, False)[0] for _ in range(7)])[1]
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """Clocks, power and throttling at this moment: taken before and after every case."""
+    if device.type == "cuda":
+        query = ["nvidia-smi", f"--query-gpu={','.join(_NVIDIA_CLOCKS)}", "--format=csv,noheader"]
+        answer = _output(query)
+        return dict(zip(_NVIDIA_CLOCKS, answer.splitlines()[0].split(", "), strict=False)) if answer else None
+    info = Path("/proc/cpuinfo")
+    speeds = [line.split(":")[1] for line in info.read_text().splitlines() if "MHz" in line] if info.exists() else []
+    return {"cpu_mhz": f"{statistics.mean(float(x) for x in speeds):.0f}"} if speeds else None
 
 
 def environment() -> dict[str, Any]:
@@ -64,15 +181,21 @@ def environment() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    gpu = torch.cuda.is_available()
     return {
         "device": f"{cpu}, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if gpu else None,
+        "cuda": torch.version.cuda,
+        "float32_matmul": torch.get_float32_matmul_precision(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "torchvision": _version("torchvision"),
+        "pykeops": _version("pykeops"),
         "densecl_ops": _version("densecl-ops"),
-        "commit": _commit(),
+        "commit": _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]),
     }
 
 
@@ -83,7 +206,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+def _output(command: list[str]) -> str | None:
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
     return found.stdout.strip() or None

@@ -1,0 +1,144 @@
+"""Matching: for every query position the best key position of the same image, against the usual ways to write it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Row, available_bytes, compare, significant
+from benchmarks.records import OURS, Shape, print_rows, run_suite
+from benchmarks.records import add_arguments as add_shared
+from densecl_ops.functional import dense_correspondence
+
+SHAPES = ((32, 2048, 7), (256, 2048, 7), (256, 2048, 14), (32, 1024, 14), (32, 512, 28), (16, 256, 56), (16, 256, 112))
+Maps = tuple[Tensor, Tensor]
+
+
+def ours(maps: Maps) -> Tensor:
+    return dense_correspondence(*maps).index
+
+
+def usual(maps: Maps) -> Tensor:
+    """As DenseCL writes it: normalise, one batched product, the maximum."""
+    query, key = (F.normalize(x.flatten(2), dim=1) for x in maps)
+    return torch.bmm(query.transpose(1, 2), key).max(2).indices
+
+
+def einsum(maps: Maps) -> Tensor:
+    """Tokens first, as lightly writes it."""
+    query, key = (F.normalize(x.flatten(2).transpose(1, 2), dim=2) for x in maps)
+    return torch.einsum("bic,bjc->bij", query, key).argmax(2)
+
+
+def scaled(maps: Maps) -> Tensor:
+    """By hand: no normalised copy of a map; the scores are divided by the key's norm."""
+    query, key = (x.flatten(2) for x in maps)
+    return (torch.bmm(query.transpose(1, 2), key) * key.square().sum(1, keepdim=True).rsqrt()).argmax(2)
+
+
+@functools.cache
+def compiled() -> Callable[[Maps], Tensor]:
+    return torch.compile(usual, dynamic=False)
+
+
+CONTESTANTS: dict[str, Callable[[Maps], Tensor]] = {
+    OURS: ours,
+    "normalise, bmm, max": usual,
+    "torch.compile of it": lambda maps: compiled()(maps),
+    "einsum, argmax": einsum,
+    "bmm, scale, argmax": scaled,
+}
+
+
+def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
+    gpu = arguments.device.type == "cuda"
+    sizes = [(2, 16, 5)] if arguments.toy else [s for s in SHAPES if gpu or s[0] * s[1] * s[2] ** 4 <= 2**36]
+    for b, c, grid in sizes:
+        for dtype in ("float32", "bfloat16"):
+            for layout in ("NCHW", "channels_last"):
+                for cache in ("cold", "warm") if gpu else ("warm",):
+                    yield {"b": b, "c": c, "grid": grid, "dtype": dtype, "layout": layout, "cache": cache}
+
+
+def make_inputs(shape: Shape, device: torch.device, seed: int) -> Maps:
+    generator = torch.Generator(device).manual_seed(seed)
+    layout = torch.channels_last if shape["layout"] == "channels_last" else torch.contiguous_format
+    size = (shape["b"], shape["c"], shape["grid"], shape["grid"])
+
+    def features() -> Tensor:  # not negative, as after a ReLU
+        x = torch.randn(size, generator=generator, device=device).relu_()
+        return x.to(getattr(torch, shape["dtype"])).to(memory_format=layout)
+
+    return features(), features()
+
+
+@torch.no_grad()
+def gap(maps: Maps, index: Tensor) -> tuple[float, float]:
+    """Share of indices other than float64's, and the largest cosine similarity lost by one."""
+    differ, lost = 0, 0.0
+    for query, key, found in zip(*(x.flatten(2) for x in maps), index, strict=True):
+        unit_q, unit_k = (F.normalize(x.double(), dim=0) for x in (query, key))
+        for rows, chosen in zip(unit_q.t().split(1024), found.split(1024), strict=True):  # type: ignore[no-untyped-call]
+            scores = rows @ unit_k
+            best = scores.max(1)
+            differ += int((best.indices != chosen).sum())
+            lost = max(lost, float((best.values - scores.gather(1, chosen[:, None])[:, 0]).max()))
+    return differ / index.numel(), max(0.0, lost)
+
+
+def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row]:
+    inputs = [make_inputs(shape, device, seed) for seed in range(2)]
+    b, c, positions, size = shape["b"], shape["c"], shape["grid"] ** 2, inputs[0][0].element_size()
+    entries: dict[str, Callable[[Maps], Tensor]] = {}
+    rows: dict[str, Row] = {}
+    for name, match in CONTESTANTS.items():
+        gib = 0 if name == OURS else 3 * b * positions**2 * size / 2**30
+        room = available_bytes(device)
+        if device.type == "cpu" and room is not None and gib > 0.7 * room / 2**30:
+            rows[name] = {"failed": f"not run: needs about {gib:.0f} GiB"}
+        else:
+            entries[name] = match
+    with torch.no_grad():
+        rows = compare(entries, inputs, device, cold=shape["cache"] == "cold", seconds=seconds) | rows
+        for name, row in rows.items():
+            if "failed" not in row:
+                row["tflops"] = significant(2e-9 * b * positions**2 * c / row["milliseconds"][1])
+                row["gb_per_s"] = significant(2e-6 * b * c * positions * size / row["milliseconds"][1])
+                differ, lost = gap(inputs[0], entries[name](inputs[0]))
+                row["error_index"], row["error_score"] = significant(differ, 3), significant(lost, 3)
+    return rows
+
+
+def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
+    """Adds the share of the floor: one read of both maps, or the product at the measured rate, whichever is longer."""
+    for row in rows.values():
+        if "tflops" in row:
+            shares: dict[str, float] = {
+                "reading": row["gb_per_s"] / rates["copy_gb_per_s"],
+                "products": row["tflops"] / rates[f"matmul_{shape['dtype']}_tflops"],
+            }
+            row["floor"] = max(shares, key=lambda name: shares[name])
+            row["share_of_floor"] = significant(shares[row["floor"]], 3)
+    title = "{b} x {c} x {grid} x {grid}, {dtype}, {layout}, {cache}".format(**shape)
+    heads = {"tflops": "TFLOP/s", "gb_per_s": "  GB/s", "share_of_floor": "of floor", "error_index": "differ"}
+    print_rows(title, rows, heads | {"error_score": "lost score"})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    add_shared(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    run_suite(
+        "matching",
+        shapes(arguments),
+        lambda shape: measure(shape, arguments.device, arguments.seconds),
+        show,
+        arguments,
+    )

@@ -1,0 +1,95 @@
+"""Enqueueing against the usual slice with a host pointer and the clone of the queue that goes with it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.measure import Row, compare
+from benchmarks.records import OURS, Shape, print_rows, run_suite
+from benchmarks.records import add_arguments as add_shared
+from densecl_ops import MomentumQueue
+
+
+class SliceQueue(nn.Module):
+    """As MoCo and DenseCL write it: (D, K), the position read on the host, K a multiple of the batch."""
+
+    queue: Tensor
+    position: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("queue", F.normalize(torch.randn(dim, size), dim=0))
+        self.register_buffer("position", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        keys = F.normalize(keys, dim=1)
+        start = int(self.position)
+        assert self.queue.shape[1] % len(keys) == 0
+        self.queue[:, start : start + len(keys)] = keys.t()
+        self.position[0] = (start + len(keys)) % self.queue.shape[1]
+
+
+class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the times a tensor's value is read on the host: on a GPU the host then waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
+    sizes = [(4, 64, 16)] if arguments.toy else [(32, 65536, 128), (256, 65536, 128), (4096, 65536, 128)]
+    for n, k, d in sizes:
+        yield {"n": n, "k": k, "d": d, "dtype": "float32"}
+
+
+def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row]:
+    n, k, d = shape["n"], shape["k"], shape["d"]
+    torch.manual_seed(0)
+    ours, usual = MomentumQueue(k, d).to(device), SliceQueue(k, d).to(device)
+
+    def with_clone(keys: Tensor) -> Tensor:  # what the loss does beside it in every step
+        usual.enqueue(keys)
+        return usual.queue.clone().detach()
+
+    entries: dict[str, Callable[[Tensor], Any]] = {
+        OURS: ours.enqueue,
+        "slice, host pointer": usual.enqueue,
+        "the same, queue cloned": with_clone,
+    }
+    inputs = [torch.randn(n, d, device=device) for _ in range(4)]
+    rows = compare(entries, inputs, device, cold=False, seconds=seconds)
+    for name, row in rows.items():
+        with HostReads() as reads:  # type: ignore[no-untyped-call]
+            entries[name](inputs[0])
+        row["host_reads"] = reads.count
+    return rows
+
+
+def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
+    print_rows("{n:,} keys into {k:,} x {d}, {dtype}".format(**shape), rows, {"host_reads": "host reads"})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    add_shared(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    run_suite(
+        "queue",
+        shapes(arguments),
+        lambda shape: measure(shape, arguments.device, arguments.seconds),
+        show,
+        arguments,
+    )

@@ -1,0 +1,144 @@
+"""Result files: one JSON per suite and device, a case added as soon as it is measured, so that a run can be cut off.
+
+{"suite": "loss",
+ "runs": [{"command": ..., "environment": {...}, "rates": {...}}],
+ "cases": [{"run": 0, "shape": {...}, "clocks": [before, after], "rows": {contestant: {...}}}]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Row, clocks, environment, rates
+
+Shape = dict[str, Any]
+OURS = "densecl_ops"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that all suites share."""
+    parser.add_argument("--toy", action="store_true", help="tiny shapes: does it run at all?")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=8, help="aimed at per case (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=540, help="start no case after so many seconds")
+    parser.add_argument("--again", action="store_true", help="measure cases that the file holds already")
+
+
+def device_slug(record: dict[str, Any]) -> str:
+    name = record["runs"][-1]["environment"]["gpu"]
+    return "cpu" if name is None else re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "")).strip("-")
+
+
+def run_suite(
+    suite: str,
+    shapes: Iterable[Shape],
+    measure: Callable[[Shape], dict[str, Row]],
+    show: Callable[[Shape, dict[str, Row], dict[str, float]], None],
+    arguments: argparse.Namespace,
+) -> Path:
+    """Measures every shape the file does not hold yet; returns the file."""
+    path: Path = arguments.out / f"{suite}.json"
+    record: dict[str, Any] = {"suite": suite, "runs": [], "cases": []}
+    if path.exists():
+        record = json.loads(path.read_text())
+    done = [case["shape"] for case in record["cases"]]
+    began = time.perf_counter()
+    run: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "environment": environment(),
+        "rates": rates(arguments.device, arguments.toy),
+    }
+    print(", ".join(f"{key} {value}" for key, value in {**run["environment"], **run["rates"]}.items() if value))
+    left = []
+    for shape in shapes:
+        if shape in done and not arguments.again:
+            continue
+        if time.perf_counter() - began > arguments.limit:
+            left.append(shape)
+            continue
+        before = clocks(arguments.device)
+        rows = measure(shape)
+        add_ratios(rows)
+        if run not in record["runs"]:
+            record["runs"].append(run)
+        record["cases"] = [case for case in record["cases"] if case["shape"] != shape]
+        case = {"run": record["runs"].index(run), "shape": shape, "clocks": [before, clocks(arguments.device)]}
+        record["cases"].append(case | {"rows": rows})
+        show(shape, rows, run["rates"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        part.replace(path)
+    if left:
+        print(f"{len(left)} cases left by --limit; the same command goes on with them")
+    print(f"written: {path}")
+    return path
+
+
+def add_ratios(rows: dict[str, Row]) -> None:
+    """How many times our time a contestant takes, in this interleaved run."""
+    if "milliseconds" in rows.get(OURS, {}):
+        ours = rows[OURS]["milliseconds"][1]
+        for row in rows.values():
+            if "milliseconds" in row:
+                row["ratio"] = round(row["milliseconds"][1] / ours, 3)
+
+
+def validate(record: dict[str, Any]) -> None:
+    """Raises ValueError at the first thing that a reader of the file would stumble over."""
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(message)
+
+    need(record.keys() == {"suite", "runs", "cases"}, f"keys: got {sorted(record)}")
+    for run in record["runs"]:
+        need(run.keys() == {"command", "environment", "rates"}, f"run: got {sorted(run)}")
+        need(run["command"].startswith("python -m benchmarks "), f"command: got {run['command']!r}")
+        named = [key for key in ("device", "python", "torch", "commit", "system") if not run["environment"].get(key)]
+        need(not named, f"environment: {named} not filled")
+        need(all(rate > 0 for rate in run["rates"].values()), f"rates: got {run['rates']}")
+    seen = []
+    for case in record["cases"]:
+        need(case.keys() == {"run", "shape", "clocks", "rows"}, f"case: got {sorted(case)}")
+        need(0 <= case["run"] < len(record["runs"]), f"run: got {case['run']} of {len(record['runs'])}")
+        need(len(case["clocks"]) == 2, f"clocks: got {case['clocks']}, expected before and after")
+        need(case["shape"] not in seen, f"shape: {case['shape']} twice")
+        seen.append(case["shape"])
+        for name, row in case["rows"].items():
+            where = f"{case['shape']}, {name}"
+            if "failed" in row:
+                need(isinstance(row["failed"], str) and row["failed"] != "", f"{where}: failed without a reason")
+                continue
+            low, middle, high = row["milliseconds"]
+            need(0 < low <= middle <= high, f"{where}: milliseconds {row['milliseconds']}")
+            need(row["rounds"] >= 3, f"{where}: {row['rounds']} rounds")
+            need(row["peak_extra_mib"] is None or row["peak_extra_mib"] >= 0, f"{where}: {row['peak_extra_mib']} MiB")
+            errors = [value for key, value in row.items() if key.startswith("error_")]
+            need(all(0 <= error < 1 for error in errors), f"{where}: errors {errors}")
+
+
+def print_rows(title: str, rows: dict[str, Row], columns: dict[str, str]) -> None:
+    """One table: time, ratio, memory, then `columns` (key of a row: heading)."""
+    print(f"\n{title}")
+    print(f"{'':26} {'ms':>10} {'[quartiles]':>22} {'ratio':>7} {'peak MiB':>9} " + " ".join(columns.values()))
+    for name, row in rows.items():
+        if "failed" in row:
+            print(f"{name:26} {row['failed']}")
+            continue
+        low, middle, high = row["milliseconds"]
+        cells = [f"{row[key]:{len(head)}.2g}" if key in row else " " * len(head) for key, head in columns.items()]
+        peak = "?" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:,.1f}"
+        times = f"{middle:10.3f} {f'[{low:.3f}, {high:.3f}]':>22} {row.get('ratio', float('nan')):7.2f}"
+        print(f"{name:26} {times} {peak:>9} " + " ".join(cells))

@@ -1,0 +1,234 @@
+"""A whole training step: MoCo-v2, DenseCL written the usual way, and DenseCL with this library.
+
+The parts that DenseCL adds are also timed alone, on the tensors of a step: the dense half of both heads, matching, the
+dense loss, the second queue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import matching, rivals
+from benchmarks.measure import Row, compare
+from benchmarks.queue import SliceQueue
+from benchmarks.records import OURS, Shape, print_rows, run_suite
+from benchmarks.records import add_arguments as add_shared
+from benchmarks.rivals import Inputs
+from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+
+BASE = "MoCo-v2"
+
+
+def backbone(name: str) -> tuple[nn.Module, int]:
+    """The network without its pooling, and its channels."""
+    if name == "resnet50":
+        from torchvision.models import resnet50
+
+        return nn.Sequential(*list(resnet50().children())[:-2]), 2048
+    sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
+    from backbone import small_resnet
+
+    return small_resnet(), 256
+
+
+class Trainer(nn.Module):
+    """Encoders, queues and optimizer that all contestants of one shape share."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+        self.mixed = shape["dtype"] == "bfloat16"
+        self.backbone_q, channels = backbone(shape["backbone"])
+        self.backbone_k, _ = backbone(shape["backbone"])
+        width = 2048 if channels == 2048 else channels
+        self.head_q, self.head_k = (DenseProjectionHead(channels, width) for _ in range(2))
+        size = shape["k"]
+        self.image_queue, self.dense_queue = (MomentumQueue(size) for _ in range(2))
+        self.image_slices, self.dense_slices = (SliceQueue(size, 128) for _ in range(2))
+        self.match, self.criterion = DenseCorrespondence(), DenseInfoNCELoss(rivals.TEMPERATURE)
+        self.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone_k.requires_grad_(False)
+        self.head_k.requires_grad_(False)
+        self.pairs = [
+            list(zip(ours.parameters(), theirs.parameters(), strict=True))
+            for ours, theirs in ((self.backbone_k, self.backbone_q), (self.head_k, self.head_q))
+        ]
+        trained = [*self.backbone_q.parameters(), *self.head_q.parameters()]
+        self.optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9, weight_decay=1e-4)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+
+    @torch.no_grad()
+    def update_keys(self) -> None:
+        for pairs in self.pairs:
+            torch._foreach_lerp_([k for k, _ in pairs], [q for _, q in pairs], 0.001)
+
+    def finish(self, loss: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach()
+
+    def moco(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            query = self.head_q.image_mlp(self.backbone_q(images).mean((2, 3)))
+            with torch.no_grad():
+                self.update_keys()
+                key = self.head_k.image_mlp(self.backbone_k(images).mean((2, 3)))
+            loss = rivals.materialise(Inputs(query, key, self.image_slices.queue.t()))
+        self.image_slices.enqueue(key)
+        return self.finish(loss)
+
+    def dense_usual(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            map_q = self.backbone_q(images)
+            query = self.head_q(map_q)
+            with torch.no_grad():
+                self.update_keys()
+                map_k = self.backbone_k(images)
+                key = self.head_k(map_k)
+                index = matching.usual((map_q, map_k))
+            matched = key.dense.flatten(2).gather(2, index[:, None].expand(-1, 128, -1))
+            image_loss = rivals.materialise(Inputs(query.image, key.image, self.image_slices.queue.t()))
+            rows = [x.flatten(2).transpose(1, 2).reshape(-1, 128) for x in (query.dense, matched)]
+            dense_loss = rivals.materialise(Inputs(rows[0], rows[1], self.dense_slices.queue.t()))
+        self.image_slices.enqueue(key.image)
+        self.dense_slices.enqueue(key.pooled)
+        return self.finish(0.5 * image_loss + 0.5 * dense_loss)
+
+    def losses(self, images: Tensor) -> Tensor:
+        with self.autocast():
+            map_q = self.backbone_q(images)
+            query = self.head_q(map_q)
+            with torch.no_grad():
+                map_k = self.backbone_k(images)
+                key = self.head_k(map_k)
+            image_loss = self.criterion(query.image, key.image, self.image_queue)
+            dense_loss = self.criterion(query.dense, key.dense, self.dense_queue, self.match(map_q, map_k))
+        self.image_queue.enqueue(key.image)
+        self.dense_queue.enqueue(key.pooled)
+        total: Tensor = 0.5 * image_loss + 0.5 * dense_loss
+        return total
+
+    def dense_ours(self, images: Tensor) -> Tensor:
+        self.update_keys()
+        return self.finish(self.losses(images))
+
+    def parts(self, images: Tensor) -> dict[str, Callable[[Tensor], Any]]:
+        """What the dense term adds, each alone, on the tensors of one step."""
+        with torch.no_grad(), self.autocast():
+            map_q, map_k = self.backbone_q(images), self.backbone_k(images)
+            query, key = self.head_q(map_q), self.head_k(map_k)
+            found = self.match(map_q, map_k)
+        features = map_q.detach().requires_grad_()
+        dense = query.dense.detach().requires_grad_()
+
+        def head(_: Tensor) -> None:
+            with self.autocast():
+                out = self.head_q.dense_mlp(features)
+                with torch.no_grad():
+                    self.head_k.dense_mlp(map_k).mean((2, 3))
+            torch.autograd.grad(out, [features, *self.head_q.dense_mlp.parameters()], torch.ones_like(out))
+
+        def loss(_: Tensor) -> None:
+            torch.autograd.grad(self.criterion(dense, key.dense, self.dense_queue, found), dense)
+
+        return {
+            "part: dense head": head,
+            "part: matching": lambda _: self.match(map_q, map_k),
+            "part: dense loss": loss,
+            "part: second queue": lambda _: self.dense_queue.enqueue(key.pooled),
+        }
+
+
+def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
+    gpu = arguments.device.type == "cuda"
+    if arguments.toy:
+        sizes = [("example", 4, 32, 64)]
+    elif gpu:
+        sizes = [("resnet50", batch, 224, 65536) for batch in (256, 32, 64, 128)]
+    else:
+        sizes = [("example", 32, 64, 1024), ("example", 32, 64, 65536)]
+    for name, batch, pixels, k in sizes:
+        yield {"backbone": name, "batch": batch, "pixels": pixels, "k": k, "dtype": "bfloat16" if gpu else "float32"}
+
+
+def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row]:
+    torch.manual_seed(0)
+    trainer = Trainer(shape, device).train()
+    size = (shape["batch"], 3, shape["pixels"], shape["pixels"])
+    images = [torch.randn(size, device=device).to(memory_format=torch.channels_last) for _ in range(3)]
+    compiled = torch.compile(trainer.losses)
+
+    def ours_compiled(batch: Tensor) -> Tensor:
+        trainer.update_keys()
+        return trainer.finish(compiled(batch))
+
+    entries: dict[str, Callable[[Tensor], Any]] = {
+        BASE: trainer.moco,
+        "DenseCL, the usual way": trainer.dense_usual,
+        OURS: trainer.dense_ours,
+        f"{OURS}, compiled": ours_compiled,
+    }
+    rows = compare(entries | trainer.parts(images[0]), images, device, cold=False, seconds=seconds)
+    if "milliseconds" in rows[BASE]:
+        base = rows[BASE]["milliseconds"][1]
+        for name, row in rows.items():
+            if "milliseconds" in row:
+                own = row["milliseconds"][1]
+                row["percent_of_moco"] = round(100 * (own if name.startswith("part") else own - base) / base, 2)
+    if device.type == "cuda" and shape["batch"] == 256:
+        del trainer, images, entries, compiled
+        for name, fits in largest_batch(shape, device).items():
+            rows[name]["largest_batch"] = fits
+    return rows
+
+
+def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
+    title = "{backbone}, batch {batch}, {pixels} px, K = {k:,}, {dtype}".format(**shape)
+    print_rows(title, rows, {"percent_of_moco": "% over MoCo-v2"})
+
+
+def largest_batch(shape: Shape, device: torch.device) -> dict[str, int]:
+    """The most images, to 32, whose step fits the device's memory; 4,096 stands for at least that many."""
+    found = {}
+    for name, method in ((BASE, "moco"), ("DenseCL, the usual way", "dense_usual"), (OURS, "dense_ours")):
+        fits, step = 0, 1024
+        while step >= 32:
+            torch.cuda.empty_cache()
+            try:
+                trainer = Trainer(shape | {"batch": fits + step}, device).train()
+                images = torch.randn(fits + step, 3, shape["pixels"], shape["pixels"], device=device)
+                getattr(trainer, method)(images.to(memory_format=torch.channels_last))
+                fits += step
+            except torch.OutOfMemoryError:
+                step //= 2
+            trainer = images = None  # type: ignore[assignment]
+            if fits >= 4096:
+                break
+        found[name] = fits
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    add_shared(parser)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    run_suite(
+        "step",
+        shapes(arguments),
+        lambda shape: measure(shape, arguments.device, arguments.seconds),
+        show,
+        arguments,
+    )
