@@ -16,7 +16,7 @@ help:
 	@echo "make package  build wheel and sdist, import the wheel in a clean environment"
 	@echo "make test-gpu run the tests that need a GPU (PYTHON: an interpreter with torch for it)"
 	@echo "make kernels  compile every Triton kernel for seven GPUs: registers, spills, shared memory, instructions"
-	@echo "make bench    measure the loss on this machine"
+	@echo "make bench    measure loss, matching, queue and step on this machine (runs/bench/)"
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -50,7 +50,7 @@ kernels: $(VENV)/installed
 	$(BIN)/python -m benchmarks kernels
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks loss
+	for suite in loss matching queue step; do $(BIN)/python -m benchmarks $$suite || exit 1; done
 
 clean:
 	rm -rf $(VENV) dist build runs

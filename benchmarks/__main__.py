@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import kernels, loss, matching, queue, render, step
+from benchmarks import kernels, loss, matching, queue, render, step, tune
 
 SUITES = {
     "loss": (loss, "the loss against its rivals: time, memory, error"),
@@ -12,6 +12,7 @@ SUITES = {
     "queue": (queue, "enqueueing against slice and clone"),
     "step": (step, "a whole MoCo-v2 step, without and with the dense term"),
     "kernels": (kernels, "compile every Triton kernel for GPUs that are not here"),
+    "tune": (tune, "time other tile shapes for a Triton kernel on this GPU"),
     "render": (render, "write the tables of README.md and docs/performance.md from the result files"),
 }
 

@@ -19,3 +19,8 @@ if command -v compute-sanitizer > /dev/null; then
         tail -n 3 "$out/$tool.txt"
     done
 fi
+# Resumable: a second call with the same folder goes on where --limit stopped the first.
+"$python" -m benchmarks loss --out "$out" --limit "${LIMIT:-240}" | tee -a "$out/loss.txt" | tail -n 60
+"$python" -m benchmarks matching --out "$out" --limit 60 | tee -a "$out/matching.txt" | tail -n 40
+"$python" -m benchmarks queue --out "$out" --limit 30 | tee -a "$out/queue.txt" | tail -n 20
+"$python" -m benchmarks step --out "$out" --limit 120 | tee -a "$out/step.txt" | tail -n 40

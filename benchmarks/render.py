@@ -1,11 +1,11 @@
-"""Writes the tables of README.md from the committed result files; a test checks that they still agree."""
+"""Writes the tables of README.md and docs/performance.md from the committed result files; a test sees that they agree."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,18 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {
     "materialise": "materialised, as MoCo and DenseCL write it",
-    "chunked": "the same in chunks of 256 rows, recomputed in backward",
-    "attention": "hand-written around torch's flash attention, K = V = queue",
-    "blockwise": "**densecl_ops**",
-    "blockwise+rank": "**densecl_ops**, with the rank of every positive",
+    "materialise, autocast": "the same under autocast",
+    "torch.compile": "torch.compile of it",
+    "torch.compile, auto-chunk": "torch.compile with inductor's auto-chunker",
+    "chunked": "in chunks of 256 rows, recomputed in backward",
+    "linear_cross_entropy": "`F.linear_cross_entropy`",
+    "linear_cross_entropy, chunks": "`F.linear_cross_entropy`, its default chunks",
+    "attention, flash": "hand-written around torch's flash attention, K = V = queue",
+    "eager": '`backend="eager"`, the textbook formula',
+    "densecl_ops": "**densecl_ops**",
+    "densecl_ops, with rank": "**densecl_ops**, with the rank of every positive",
 }
+README_NAMES = ("materialise", "torch.compile", "chunked", "attention, flash", "densecl_ops", "densecl_ops, with rank")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -25,36 +32,81 @@ def load(name: str) -> dict[str, Any]:
     return record
 
 
-def cpu_cost() -> str:
-    """Loss on the CPU: one table, float32 and bfloat16 side by side."""
-    records = [load(f"cpu_loss_{dtype}.json") for dtype in ("float32", "bfloat16")]
-    shape, environment = records[0]["shape"], records[0]["environment"]
-    lines = [
-        f"Loss forward + backward on a CPU ({environment['device']}, torch {environment['torch']}) at "
-        f"N = {shape['n']:,} (32 images, 7 x 7), K = {shape['k']:,}, D = {shape['d']}; times relative to the "
-        f"materialised form in the same interleaved run ({records[0]['rows']['materialise']['milliseconds'][1]:,.0f} "
-        f"and {records[1]['rows']['materialise']['milliseconds'][1]:,.0f} ms):",
-        "",
-        "| | float32: time | extra memory | bfloat16: time | extra memory |",
-        "|---|---|---|---|---|",
-    ]
-    for key, name in NAMES.items():
+def loss_case(dtype: str, mode: str) -> dict[str, Any]:
+    """The headline case of the CPU record."""
+    wanted = {"n": 1568, "k": 65536, "d": 128, "dtype": dtype, "mode": mode, "cache": "warm"}
+    found: dict[str, Any] = next(case for case in load("cpu/loss.json")["cases"] if case["shape"] == wanted)
+    return found
+
+
+def table(names: Iterable[str], records: list[dict[str, Any]], header: str) -> list[str]:
+    """Time as a multiple of the materialised form's in the same interleaved run, and extra memory."""
+    lines = [header, "|---" * (1 + 2 * len(records)) + "|"]
+    for key in names:
         cells = []
         for record in records:
-            row = record["rows"][key]
-            cells += [f"{row['ratio_to_materialise']:.2f}", f"{row['peak_extra_mib']:,.0f} MiB"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    row, floor = records[0]["rows"]["blockwise"], records[0]["rows"]["floor"]
-    times = row["milliseconds"][1] / floor["milliseconds"][1]
-    lines += [
-        "",
-        "The arithmetic alone (both matrix products and one exp, tile by tile) takes "
-        f"{floor['ratio_to_materialise']:.2f} in float32, so the loss runs at {times:.2f} times that floor. Its "
-        "gradient is off the float64 one by "
-        f"{row['error_gradient']:.0e} (relative), the materialised form's by "
-        f"{records[0]['rows']['materialise']['error_gradient']:.0e}.",
-    ]
-    return "\n".join(lines)
+            row, base = record["rows"].get(key), record["rows"]["materialise"]["milliseconds"][1]
+            if row is None or "failed" in row:
+                cells += ["" if row is None else "failed", ""]
+            else:
+                cells += [f"{row['milliseconds'][1] / base:.2f}", f"{row['peak_extra_mib']:,.0f} MiB"]
+        lines.append(f"| {NAMES[key]} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cpu_cost() -> str:
+    """Loss on the CPU: one table, float32 and bfloat16 side by side."""
+    cases = [loss_case(dtype, "train") for dtype in ("float32", "bfloat16")]
+    environment = load("cpu/loss.json")["runs"][cases[0]["run"]]["environment"]
+    first, second = (case["rows"]["materialise"]["milliseconds"][1] for case in cases)
+    ours, floor = (cases[0]["rows"][name] for name in ("densecl_ops", "arithmetic"))
+    return "\n".join(
+        [
+            f"Loss forward + backward on a CPU ({environment['device']}, torch {environment['torch']}) at N = 1,568 "
+            "(32 images, 7 x 7), K = 65,536, D = 128; times relative to the materialised form in the same interleaved "
+            f"run ({first:,.0f} and {second:,.0f} ms):",
+            "",
+            *table(README_NAMES, cases, "| | float32: time | extra memory | bfloat16: time | extra memory |"),
+            "",
+            "The arithmetic alone (both matrix products and one exp, tile by tile) takes "
+            f"{floor['milliseconds'][1] / first:.2f} in float32, so the loss runs at "
+            f"{ours['milliseconds'][1] / floor['milliseconds'][1]:.2f} times that floor. Its gradient is off the "
+            f"float64 one by {ours['error_gradient']:.0e} (relative), the materialised form's by "
+            f"{cases[0]['rows']['materialise']['error_gradient']:.0e}.",
+        ]
+    )
+
+
+def cpu_loss() -> str:
+    """All rivals, both modes."""
+    lines = []
+    for mode, title in (("train", "Forward + backward"), ("forward", "Forward alone, under no_grad")):
+        cases = [loss_case(dtype, mode) for dtype in ("float32", "bfloat16")]
+        lines += [f"{title}:", ""]
+        lines += table(NAMES, cases, "| | float32: time | extra memory | bfloat16: time | extra memory |")
+        lines += [""]
+    return "\n".join(lines[:-1])
+
+
+def cpu_others() -> str:
+    """Matching, queue and step: medians as multiples of ours."""
+    lines = []
+    for suite, title in (
+        ("matching", "{b} x {c} x {grid} x {grid}, {dtype}, {layout}"),
+        ("queue", "{n:,} keys into {k:,} x {d}"),
+        ("step", "{backbone}'s encoder, batch {batch}, {pixels} px, K = {k:,}"),
+    ):
+        cases = load(f"cpu/{suite}.json")["cases"]
+        names = [name for name in cases[0]["rows"] if name != "densecl_ops"]
+        lines += [f"| {suite}: ms, then times ours | densecl_ops | " + " | ".join(names) + " |"]
+        lines += ["|---" * (len(names) + 2) + "|"]
+        for case in cases:
+            rows = case["rows"]
+            cells = [f"{rows[name]['ratio']:.2f}" if "ratio" in rows[name] else "failed" for name in names]
+            ours = f"{rows['densecl_ops']['milliseconds'][1]:,.2f} ms"
+            lines.append(f"| {title.format(**case['shape'])} | {ours} | " + " | ".join(cells) + " |")
+        lines += [""]
+    return "\n".join(lines[:-1])
 
 
 def demo() -> str:
@@ -81,12 +133,16 @@ def _mean(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"cpu-cost": cpu_cost, "demo": demo}
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"cpu-cost": cpu_cost, "demo": demo},
+    "docs/performance.md": {"cpu-loss": cpu_loss, "cpu-others": cpu_others},
+}
 
 
-def rendered(text: str) -> str:
-    """`text` with every section between its two markers written anew."""
-    for name, write in SECTIONS.items():
+def rendered(page: str) -> str:
+    """The page with every section between its two markers written anew."""
+    text = (ROOT / page).read_text()
+    for name, write in SECTIONS[page].items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         before, rest = text.split(begin)
         _, after = rest.split(end)
@@ -99,5 +155,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text()))
+    for page in SECTIONS:
+        (ROOT / page).write_text(rendered(page))

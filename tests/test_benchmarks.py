@@ -150,6 +150,17 @@ def test_validate_finds_what_is_wrong(tmp_path: Path) -> None:
             records.validate(broken(change))
 
 
+def test_tune(tmp_path: Path) -> None:
+    """In the interpreter: the table's row and two others, all with the right loss."""
+    pytest.importorskip("triton")
+    main(["tune", "--toy", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", "--dtype", "float32"])
+    record = json.loads((tmp_path / "tune-float32-128-train.json").read_text())
+    records.validate(record)
+    rows = record["cases"][0]["rows"]
+    assert len(rows) == 3
+    assert all(row["error_loss"] < 1e-5 for row in rows.values())
+
+
 def test_running_out_of_memory_is_a_result() -> None:
     from benchmarks.measure import compare
 

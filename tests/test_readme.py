@@ -57,10 +57,11 @@ def test_byol_step() -> None:
     assert space["dense_predictor"].weight.grad.any()
 
 
-def test_figures_come_from_the_result_files() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_figures_come_from_the_result_files(page: str) -> None:
     from benchmarks.render import rendered
 
-    assert rendered(README) == README, "run `python -m benchmarks render`"
+    assert rendered(page) == (ROOT / page).read_text(), "run `python -m benchmarks render`"
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)", README))
