@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from the committed result files; a test sees that they agree."""
+"""Writes the tables of README.md and docs/performance.md from the committed result files; a test compares them."""
 
 from __future__ import annotations
 

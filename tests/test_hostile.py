@@ -565,7 +565,7 @@ def test_memory_does_not_grow_over_ten_thousand_steps() -> None:
     steps(500)
     tensors, before = live_tensors(), resident()
     steps(10_000)
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors  # what earlier tests left may go meanwhile
     assert resident() - before < 4 * 2**20
 
 
