@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 
 from benchmarks import kernels, loss, matching, queue, render, step, tune
 
@@ -22,7 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     suites = parser.add_subparsers(dest="suite", required=True)
     for name, (module, text) in SUITES.items():
         module.add_arguments(suites.add_parser(name, help=text))
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
+    arguments.command = shlex.join(["python", "-m", "benchmarks", *argv])
     SUITES[arguments.suite][0].main(arguments)
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,7 +53,7 @@ def run_suite(
     done = [case["shape"] for case in record["cases"]]
     began = time.perf_counter()
     run: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+        "command": arguments.command,
         "environment": environment(),
         "rates": rates(arguments.device, arguments.toy),
     }

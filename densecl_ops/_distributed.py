@@ -1,49 +1,166 @@
-"""Gathering keys over the default process group."""
+"""Rows over a process group: what is said before they travel, and how they travel.
+
+Every rank first tells the others, over the host, how many rows it holds and of what kind, or that it is about to raise.
+So a mistake on one rank raises on all of them, where a gather begun anyway would hang or mix up bytes.
+"""
 
 from __future__ import annotations
 
-import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+from densecl_ops import _checks
+
+_host_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+class Header(NamedTuple):
+    """What a rank says of its rows. Ranks must agree on the fields from `size` on."""
+
+    failed: int = 0  # 1: this rank is about to raise, and sends no rows
+    rows: int = 0
+    equal: int = 1  # 0: this rank's queue may differ from the others'
+    size: int = 0  # of the queue; 0: there is none
+    dim: int = 0
+    dtype: int = 0  # place in _checks.FLOAT_DTYPES
+    requires_grad: int = 0
+
+    def __str__(self) -> str:
+        dtype = _checks.FLOAT_DTYPES[self.dtype]
+        return f"size {self.size}, dim {self.dim}, {dtype}, requires_grad {bool(self.requires_grad)}"
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenates the (n, D) rows of every rank in rank order; n may differ between ranks, and be 0.
+class Membership:
+    """The process group somebody asked for (None: the default one), and where a queue is known to be equal on all ranks.
+
+    Deep copies share the group, which cannot be copied, and have yet to be made equal.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        require_group(process_group)
+        self.process_group = process_group
+        self._equal_in: weakref.ref[dist.ProcessGroup] | None = None
+
+    def __deepcopy__(self, memo: object) -> Membership:
+        return Membership(self.process_group)
+
+    def __reduce__(self) -> tuple[type[Membership], tuple[None]]:
+        if self.process_group is not None:
+            raise TypeError(
+                "process_group: got a process group, which cannot be pickled, expected None; "
+                "save the state_dict, not the module"
+            )
+        return Membership, (None,)
+
+    def is_equal_in(self, group: dist.ProcessGroup) -> bool:
+        return self._equal_in is not None and self._equal_in() is group
+
+    def set_equal_in(self, group: dist.ProcessGroup | None) -> None:
+        self._equal_in = None if group is None else weakref.ref(group)
+
+
+def require_group(process_group: object) -> None:
+    """Passes None and a process group that this process is in."""
+    if process_group is None:
+        return
+    if dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: got a group that this process is not in, expected one of its own groups")
+    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup")
+
+
+def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group to gather over; None where this process has nobody to gather from."""
+    if not dist.is_available() or not dist.is_initialized():
+        if process_group is not None:
+            raise ValueError("process_group: got a group that has been destroyed, expected one in use")
+        return None
+    group = dist.group.WORLD if process_group is None else process_group
+    try:
+        dist.get_rank(group)
+    except ValueError:  # of an earlier init_process_group
+        raise ValueError("process_group: got a group that has been destroyed, expected one in use") from None
+    return group if dist.get_world_size(group) > 1 else None
+
+
+@contextmanager
+def telling_failure(group: dist.ProcessGroup) -> Iterator[None]:
+    """Tells the other ranks, which wait for this rank's header, of an exception; then lets it go on."""
+    try:
+        yield
+    except Exception:
+        _all_headers(Header(failed=1), group)
+        raise
+
+
+def require_device(name: str, tensor: Tensor, group: dist.ProcessGroup) -> None:
+    devices = _devices_of(group)
+    if tensor.device.type not in devices:
+        raise ValueError(
+            f"{name}: got a tensor on {tensor.device}, expected one on {' or '.join(devices)}, "
+            "which the backend of the process group serves"
+        )
+
+
+def exchange(header: Header, group: dist.ProcessGroup) -> list[Header]:
+    """Every rank's header, in rank order.
 
     Raises:
-        ValueError: Ranks disagree on D or dtype; on every rank, where the gather itself would hang or mix up bytes.
+        ValueError: Another rank failed, or the ranks do not agree; then on every rank.
     """
-    headers = _exchange((rows.shape[0], rows.shape[1], _DTYPE_CODES[rows.dtype]))
-    if len({header[1:] for header in headers}) > 1:
-        names = {code: str(dtype) for dtype, code in _DTYPE_CODES.items()}
-        seen = ", ".join(f"rank {r}: dim {dim}, {names[code]}" for r, (_, dim, code) in enumerate(headers))
-        raise ValueError(f"keys: got queues of different dim or dtype ({seen}), expected the same on every rank")
-    sizes = [header[0] for header in headers]
+    headers = _all_headers(header, group)
+    failed = [rank for rank, other in enumerate(headers) if other.failed]
+    if failed:
+        ranks = ", ".join(f"rank {rank}" for rank in failed)
+        raise ValueError(
+            f"keys: got an error on {ranks} of the process group (raised there), expected keys that fit on every rank"
+        )
+    if len({other[Header._fields.index("size") :] for other in headers}) > 1:
+        seen = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(headers))
+        raise ValueError(f"keys: got rows of different kinds ({seen}), expected the same on every rank")
+    return headers
+
+
+def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Concatenates the (n, D) rows of every rank in rank order; n, known from `sizes`, may differ and be 0."""
     largest = max(sizes)
     if largest == 0:
         return rows
     padded = torch.nn.functional.pad(rows, (0, 0, 0, largest - rows.shape[0])).contiguous()
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def _exchange(header: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Every rank's header, over a host group: sizes that travelled through a GPU would have to be waited for."""
+def send_from_first(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Overwrites the tensors of every rank with those of the group's first rank."""
+    for tensor in tensors:
+        dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+
+
+def _all_headers(header: Header, group: dist.ProcessGroup) -> list[Header]:
+    """Over a host group: sizes that travelled through a GPU would have to be waited for."""
     mine = torch.tensor(header)
-    every = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(every, mine, group=_host_group(dist.group.WORLD))
-    return [tuple(one.tolist()) for one in every]
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=_host_group(group))
+    return [Header(*one.tolist()) for one in every]
 
 
-@functools.lru_cache(maxsize=1)
-def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
+def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group itself where it serves host tensors; else a gloo twin, made by its own ranks alone at the first need."""
+    if "cpu" in _devices_of(group):
+        return group
+    if group not in _host_groups:
+        ranks = dist.get_process_group_ranks(group)
+        _host_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _host_groups[group]
+
+
+def _devices_of(group: dist.ProcessGroup) -> list[str]:
+    return [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]

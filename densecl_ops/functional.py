@@ -3,6 +3,7 @@
 from densecl_ops.correspondence.crops import boxes_from_kornia, boxes_from_torchvision
 from densecl_ops.correspondence.functional import dense_correspondence
 from densecl_ops.correspondence.location import location_correspondence
+from densecl_ops.in_batch import in_batch_negatives
 from densecl_ops.info_nce.functional import dense_info_nce
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "boxes_from_torchvision",
     "dense_correspondence",
     "dense_info_nce",
+    "in_batch_negatives",
     "location_correspondence",
 ]
