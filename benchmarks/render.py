@@ -1,11 +1,11 @@
-"""Writes the tables of README.md and docs/performance.md from the committed result files; a test compares them."""
+"""Writes the tables of README.md and docs/performance.md, and the plots, from the committed result files alone."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,48 @@ def cpu_loss() -> str:
     return "\n".join(lines[:-1])
 
 
+GRID_NAMES = {
+    "materialise": "materialised",
+    "materialise, autocast": "autocast",
+    "torch.compile": "compiled",
+    "torch.compile, auto-chunk": "auto-chunk",
+    "chunked": "chunks",
+    "linear_cross_entropy": "linear CE",
+    "linear_cross_entropy, chunks": "linear CE, chunks",
+    "attention, flash": "flash",
+    "attention, flex": "flex",
+    "eager": "eager",
+}
+
+
+def cpu_grid() -> str:
+    """Every case of the loss suite: ours in milliseconds, all others as multiples of it."""
+    record = load("cpu/loss.json")
+    lines = []
+    for mode, title in (("train", "Forward + backward"), ("forward", "Forward alone, under no_grad")):
+        lines += [f"{title}:", "", "| N, K, D, dtype | ours | extra memory | " + " | ".join(GRID_NAMES.values()) + " |"]
+        lines += ["|---" * (len(GRID_NAMES) + 3) + "|"]
+        cases = [case for case in record["cases"] if case["shape"]["mode"] == mode]
+        for case in sorted(cases, key=lambda c: [c["shape"][key] for key in ("dtype", "d", "k", "n")]):
+            rows = case["rows"]
+            ours = rows["densecl_ops"]
+            cells = [_multiple(rows.get(name)) for name in GRID_NAMES]
+            start = "{n:,}, {k:,}, {d}, {dtype}".format(**case["shape"])
+            time, memory = f"{ours['milliseconds'][1]:,.1f} ms", f"{ours['peak_extra_mib']:,.0f} MiB"
+            lines.append(f"| {start} | {time} | {memory} | " + " | ".join(cells) + " |")
+        lines += [""]
+    return "\n".join(lines[:-1])
+
+
+def _multiple(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "ratio" in row:
+        return f"{row['ratio']:.2f}"
+    reason = str(row.get("failed", "")).lower()
+    return "no memory" if "memory" in reason or "gib" in reason else "cannot"
+
+
 def cpu_others() -> str:
     """Matching, queue and step: medians as multiples of ours."""
     lines = []
@@ -135,7 +177,7 @@ def _mean(values: list[float], digits: int) -> str:
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"cpu-cost": cpu_cost, "demo": demo},
-    "docs/performance.md": {"cpu-loss": cpu_loss, "cpu-others": cpu_others},
+    "docs/performance.md": {"cpu-loss": cpu_loss, "cpu-grid": cpu_grid, "cpu-others": cpu_others},
 }
 
 
@@ -150,6 +192,14 @@ def rendered(page: str) -> str:
     return text
 
 
+def plots() -> Iterator[tuple[Path, Path, str]]:
+    """Result file, picture and dtype of every plot there should be."""
+    for source in sorted(RESULTS.glob("*/loss.json")):
+        dtypes = {case["shape"]["dtype"] for case in json.loads(source.read_text())["cases"]}
+        for dtype in sorted(dtypes):
+            yield source, ROOT / "docs" / "images" / f"loss-{source.parent.name}-{dtype}.png", dtype
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
 
@@ -157,3 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     for page in SECTIONS:
         (ROOT / page).write_text(rendered(page))
+    from benchmarks.plots import draw, save  # the other suites do without matplotlib
+
+    for source, target, dtype in plots():
+        save(draw(json.loads(source.read_text()), dtype), source, target)

@@ -212,6 +212,26 @@ def test_valid_alone_is_a_mean_over_valid_rows(backend: str) -> None:
     assert_close(helpers.run(backend, case).loss, rows[case.valid.numpy()].mean(), 1e-12)
 
 
+@pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5, 3)])
+@pytest.mark.parametrize("channels", [5, 32])
+def test_bfloat16_in_several_calls_of_the_attention_operator(
+    monkeypatch: pytest.MonkeyPatch, channels: int, negatives: int, count: int | None
+) -> None:
+    """What a processor with matrix units does in steps of 4,096 rows; any processor can do it."""
+    from densecl_ops.info_nce import blockwise
+
+    monkeypatch.setattr(blockwise, "_HAS_AMX", True)
+    monkeypatch.setattr(blockwise, "_FLASH_ROWS", 16)
+    case = make_case(21, channels=channels, negatives=negatives, count=count).to(torch.bfloat16)
+    truth = helpers.expected(case)
+    seen, usual = (helpers.run(backend, case, rank=False) for backend in ("blockwise", "eager"))
+    without = helpers.run("blockwise", case, wanted=(), rank=False)
+    assert_close(without.loss, seen.loss, 1e-6)
+    for name in ("loss", "query", "key", "negatives"):
+        wish, tolerance = getattr(truth, name), 2 * helpers.error(getattr(usual, name), getattr(truth, name))
+        assert_close(getattr(seen, name), wish, tolerance + 1e-3, name)
+
+
 # ---- the rank -------------------------------------------------------------------------------------------------------
 
 

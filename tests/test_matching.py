@@ -101,6 +101,14 @@ def test_many_images_in_many_tiles(backend: str, mutual: bool) -> None:
     check_match(backend, features(5, 3, 20, 32), features(5, 3, 25, 28, seed=1), mutual)
 
 
+@pytest.mark.parametrize("mutual", [False, True])
+def test_few_images_with_many_channels_in_many_tiles(monkeypatch: pytest.MonkeyPatch, mutual: bool) -> None:
+    """On a CPU a tile holds so many features at most: here those of two images of seven, then of none."""
+    for features_per_tile in (2 * 5 * (12 + 8), 1):
+        monkeypatch.setattr("densecl_ops.correspondence.blockwise.TILE_FEATURES", features_per_tile)
+        check_match("blockwise", *pair(batch=7), mutual)
+
+
 def test_query_norm_does_not_matter_and_key_norm_does(backend: str) -> None:
     query, key = pair(2)
     scale = torch.logspace(-3, 3, 8, dtype=torch.float64).view(1, 1, 4, 2)

@@ -64,6 +64,18 @@ def test_figures_come_from_the_result_files(page: str) -> None:
     assert rendered(page) == (ROOT / page).read_text(), "run `python -m benchmarks render`"
 
 
+def test_plots_are_those_of_the_result_files() -> None:
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import digest
+    from benchmarks.render import plots
+
+    drawn = list(plots())
+    assert drawn
+    for source, target, _ in drawn:
+        assert image.open(target).info["Source"] == digest(source), "run `python -m benchmarks render`"
+
+
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)#]+)", README))
 def test_links_lead_somewhere(path: str) -> None:
     assert (ROOT / path).exists()

@@ -10,6 +10,9 @@ from densecl_ops._numerics import accumulation_dtype, inverse_norm
 # Scores held at once. 2^20 float32 (4 MiB) stay in the cache between the product, the scaling and the argmax.
 TILE_SCORES = {"cpu": 2**20}
 TILE_SCORES_ELSEWHERE = 2**24  # 64 MiB: few enough launches, still small beside the features
+# Feature values of both maps in a tile on a CPU. The squares, and the float32 copies of half-precision maps, are then
+# small enough to be reused: 256 images of 2,048 x 7 x 7 take 33 ms instead of 70 (bfloat16: 35 instead of 115).
+TILE_FEATURES = 2**21
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +22,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     run over images first and over query positions when one image alone is too large; a tile always sees every
     key position, so only the other direction of a mutual search has anything to merge.
     """
-    images, _, queries = query.shape
+    images, channels, queries = query.shape
     keys = key.shape[2]
     budget = TILE_SCORES.get(query.device.type, TILE_SCORES_ELSEWHERE)
     dtype = accumulation_dtype(query, key)
@@ -28,6 +31,8 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     score = torch.empty(images, queries, dtype=torch.float32, device=query.device)
     agreed = torch.ones_like(index, dtype=torch.bool)
     per_tile = max(1, budget // (queries * keys))
+    if query.device.type == "cpu":
+        per_tile = min(per_tile, max(1, TILE_FEATURES // (channels * (queries + keys))))
     for first in range(0, images, per_tile):
         part = slice(first, first + per_tile)
         q, k = query[part].to(dtype), key[part].to(dtype)

@@ -1,0 +1,107 @@
+"""Negatives from the batch itself, over all ranks: for trainers without a queue, such as BYOL and SimCLR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from densecl_ops import _checks, _distributed
+from densecl_ops._numerics import accumulation_dtype, no_autocast, normalize
+
+
+def in_batch_negatives(
+    keys: Tensor,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    gather_distributed: bool = True,
+) -> tuple[Tensor, Tensor]:
+    r"""Unit rows of the keys of every rank, and which of them are this rank's own.
+
+    With B_r the batch of rank r of R and k_b the keys of all ranks in rank order,
+
+    .. math:: n_j = k_j / |k_j|, \quad j = 0 \ldots K - 1, \quad K = \sum_{r < R} B_r, \qquad
+              \mathrm{own}_b = b + \sum_{s < r} B_s
+
+    (SimCLR, arXiv 2002.05709, section 2.1: the other images of the batch are the negatives.) Pass them to the loss as
+    `negatives` and `exclude`, so that no image is its own negative.
+
+    Where keys require grad, the gradient of `negatives` is summed over the ranks on its way back to the keys, so that
+    DistributedDataParallel, which averages the parameter gradients, gives the gradient of the mean of the ranks'
+    losses: that of one process on the whole batch, if the ranks hold equally many images. Every rank then has to run
+    backward through its negatives.
+
+    Args:
+        keys: (B, D), any float dtype and strides, one row per image, such as `pooled` or `image` of a Projection. B may
+            differ between ranks.
+        process_group: The ranks to gather from. Default: torch.distributed's default group, once initialised. Every
+            rank of the group must call.
+        gather_distributed: Whether to gather at all. Default True; False keeps to this rank's keys.
+
+    Returns:
+        negatives (K, D), unit rows in the dtype of keys (zero keys stay zero), and own (B,) int64.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: keys is not (B, D), process_group is not a group of this process, or the ranks disagree on D, on
+            dtype or on requires_grad. An error on one rank raises on all.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops.functional import dense_info_nce, in_batch_negatives
+        >>> query, key = torch.randn(2, 8, 128, 7, 7)
+        >>> negatives, own = in_batch_negatives(key.mean((2, 3)))
+        >>> loss = dense_info_nce(query, key, negatives, exclude=own)  # 7 negatives per image
+        >>> negatives.shape, own.tolist()
+        (torch.Size([8, 128]), [0, 1, 2, 3, 4, 5, 6, 7])
+    """
+    _checks.require_bool("gather_distributed", gather_distributed)
+    _distributed.require_group(process_group)
+    group = _distributed.group_of(process_group) if gather_distributed else None
+    if group is None:
+        rows = _unit_rows(keys)
+        return rows, torch.arange(rows.shape[0], device=rows.device)
+    return _distributed.outside_graphs(_of_all_ranks)(keys, group)
+
+
+def _of_all_ranks(keys: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    with _distributed.telling_failure(group):
+        rows = _unit_rows(keys)
+        _distributed.require_device("keys", rows, group)
+    header = _distributed.Header(
+        rows=rows.shape[0],
+        dim=rows.shape[1],
+        dtype=_checks.FLOAT_DTYPES.index(rows.dtype),
+        requires_grad=rows.requires_grad,
+    )
+    sizes = [other.rows for other in _distributed.exchange(header, group)]
+    first = sum(sizes[: dist.get_rank(group)])
+    negatives: Tensor = _Gather.apply(rows, sizes, first, group)  # type: ignore[no-untyped-call]
+    return negatives, torch.arange(first, first + rows.shape[0], device=rows.device)
+
+
+def _unit_rows(keys: Tensor) -> Tensor:
+    _checks.require_float("keys", keys)
+    if keys.ndim != 2:
+        raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (B, D)")
+    with no_autocast(keys):
+        return normalize(keys.to(accumulation_dtype(keys)), dim=1).to(keys.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; their gradient is the sum of what every rank's loss asks of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], first: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.first, ctx.rows, ctx.group = first, rows.shape[0], group
+        return _distributed.gather_rows(rows, sizes, group)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        # Of many ranks a half-precision sum would lose digits, and autograd may still need `grad` as it is.
+        total = grad.to(accumulation_dtype(grad), copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total[ctx.first : ctx.first + ctx.rows].to(grad.dtype), None, None, None
