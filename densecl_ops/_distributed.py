@@ -7,15 +7,18 @@ So a mistake on one rank raises on all of them, where a gather begun anyway woul
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from densecl_ops import _checks
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _host_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
@@ -31,13 +34,13 @@ class Header(NamedTuple):
     dtype: int = 0  # place in _checks.FLOAT_DTYPES
     requires_grad: int = 0
 
-    def __str__(self) -> str:
-        dtype = _checks.FLOAT_DTYPES[self.dtype]
-        return f"size {self.size}, dim {self.dim}, {dtype}, requires_grad {bool(self.requires_grad)}"
+    def describe(self, field: str) -> str:
+        value = getattr(self, field)
+        return f"{field} {_checks.FLOAT_DTYPES[value]}" if field == "dtype" else f"{field} {int(value)}"
 
 
 class Membership:
-    """The process group somebody asked for (None: the default one), and where a queue is known to be equal on all ranks.
+    """The process group a queue was given (None: the default one), and where its contents are equal on all ranks.
 
     Deep copies share the group, which cannot be copied, and have yet to be made equal.
     """
@@ -69,7 +72,7 @@ def require_group(process_group: object) -> None:
     """Passes None and a process group that this process is in."""
     if process_group is None:
         return
-    if dist.is_available() and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+    if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: got a group that this process is not in, expected one of its own groups")
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup")
@@ -87,6 +90,13 @@ def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | Non
     except ValueError:  # of an earlier init_process_group
         raise ValueError("process_group: got a group that has been destroyed, expected one in use") from None
     return group if dist.get_world_size(group) > 1 else None
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Has torch.compile break its graph here, once, instead of tracing into collectives. No import of the compiler."""
+    if not torch.compiler.is_compiling():
+        return function
+    return torch.compiler.disable(function)  # type: ignore[no-untyped-call,no-any-return]
 
 
 @contextmanager
@@ -121,9 +131,14 @@ def exchange(header: Header, group: dist.ProcessGroup) -> list[Header]:
         raise ValueError(
             f"keys: got an error on {ranks} of the process group (raised there), expected keys that fit on every rank"
         )
-    if len({other[Header._fields.index("size") :] for other in headers}) > 1:
-        seen = "; ".join(f"rank {rank}: {other}" for rank, other in enumerate(headers))
-        raise ValueError(f"keys: got rows of different kinds ({seen}), expected the same on every rank")
+    fields = Header._fields[Header._fields.index("size") :]
+    unequal = [field for field in fields if len({getattr(other, field) for other in headers}) > 1]
+    if unequal:
+        seen = (
+            f"{' and '.join(other.describe(field) for field in unequal)} on rank {rank}"
+            for rank, other in enumerate(headers)
+        )
+        raise ValueError(f"keys: got {', '.join(seen)}, expected the same on every rank of the process group")
     return headers
 
 
@@ -146,14 +161,14 @@ def send_from_first(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
 
 def _all_headers(header: Header, group: dist.ProcessGroup) -> list[Header]:
     """Over a host group: sizes that travelled through a GPU would have to be waited for."""
-    mine = torch.tensor(header)
+    mine = torch.tensor(header, dtype=torch.int64, device="cpu")  # whatever the default device is
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=_host_group(group))
     return [Header(*one.tolist()) for one in every]
 
 
 def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group itself where it serves host tensors; else a gloo twin, made by its own ranks alone at the first need."""
+    """The group itself where it serves host tensors; else a gloo twin, which its own ranks make at the first need."""
     if "cpu" in _devices_of(group):
         return group
     if group not in _host_groups:

@@ -109,7 +109,10 @@ class MomentumQueue(nn.Module):
                 dtype. In a process group an error on one rank raises on all, and nothing is written.
         """
         group = _distributed.group_of(self.process_group) if self.gather_distributed else None
-        rows = self._unit_rows(keys) if group is None else self._rows_of_all_ranks(keys, group)
+        if group is None:
+            rows = self._unit_rows(keys)
+        else:
+            rows = _distributed.outside_graphs(self._rows_of_all_ranks)(keys, group)
         written = rows.shape[0]
         skipped = max(0, written - self.size)
         # Positions stay on the device: reading them on the host would wait for it at every step.

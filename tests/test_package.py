@@ -47,6 +47,7 @@ SIGNATURES = {
         "*init": "random",
         "*dtype": None,
         "*gather_distributed": True,
+        "*process_group": None,
     },
     "MomentumQueue.enqueue": {"keys": EMPTY},
     "functional.boxes_from_kornia": {"params": EMPTY, "*align_corners": True},
@@ -71,6 +72,7 @@ SIGNATURES = {
         "*return_rank": False,
         "*backend": "auto",
     },
+    "functional.in_batch_negatives": {"keys": EMPTY, "*process_group": None, "*gather_distributed": True},
     "functional.location_correspondence": {
         "query_boxes": EMPTY,
         "key_boxes": EMPTY,
@@ -111,7 +113,8 @@ def test_public_names() -> None:
         "functional",
     ]
     assert sorted(densecl_ops.__all__) == names
-    private_rooms = {"correspondence", "info_nce", "head", "queue"}  # submodules that importing binds
+    private_rooms = {"correspondence", "in_batch", "info_nce", "head", "queue"}  # submodules that importing binds
+    private_rooms |= {"interop", "metrics", "visualize"}  # public ones, bound once somebody imports them
     public = {name for name in vars(densecl_ops) if not name.startswith("_")}
     assert public - private_rooms == set(names)
     assert sorted(functional.__all__) == [
@@ -119,6 +122,7 @@ def test_public_names() -> None:
         "boxes_from_torchvision",
         "dense_correspondence",
         "dense_info_nce",
+        "in_batch_negatives",
         "location_correspondence",
     ]
     assert {name for name in vars(functional) if not name.startswith("_")} - {"annotations"} == set(functional.__all__)

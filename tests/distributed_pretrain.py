@@ -1,0 +1,32 @@
+"""docs/examples/pretrain.py for test_torchrun.py: distributed_pretrain.py STALL_AT ARGUMENT...
+
+Writes a checkpoint every second step, and its process id beside it. The last rank hangs at step STALL_AT.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
+
+import pretrain
+
+schedule = pretrain.lambda_at
+
+
+def stalling(step: int, value: float, warmup: int) -> float:
+    if step == int(sys.argv[1]) and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        time.sleep(600)
+    return schedule(step, value, warmup)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[2:]
+    out = Path(arguments[arguments.index("--out") + 1])
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    pretrain.SAVE_EVERY, pretrain.lambda_at = 2, stalling
+    pretrain.main(arguments)

@@ -1,0 +1,77 @@
+"""in_batch_negatives on one process; test_distributed.py has the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from helpers import numpy64
+
+from densecl_ops.functional import in_batch_negatives
+
+EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.mark.parametrize("dtype", list(EPS))
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_unit_rows_in_order(dtype: torch.dtype, batch: int) -> None:
+    keys = (3 * torch.randn(batch, 4, dtype=torch.float64)).to(dtype)
+    before = keys.clone()
+    negatives, own = in_batch_negatives(keys)
+    assert (negatives.dtype, negatives.shape, own.dtype) == (dtype, (batch, 4), torch.int64)
+    np.testing.assert_allclose(numpy64(negatives), oracle.unit(numpy64(keys), 1)[0], atol=EPS[dtype])
+    assert own.tolist() == list(range(batch))
+    assert torch.equal(keys, before)
+    assert not negatives.requires_grad
+
+
+@pytest.mark.parametrize("layout", [lambda x: x.t().contiguous().t(), lambda x: x[::2], lambda x: x[:, 1:]])
+def test_strides_of_keys(layout: Any) -> None:
+    keys = layout(torch.randn(6, 5, dtype=torch.float64))
+    np.testing.assert_allclose(in_batch_negatives(keys)[0].numpy(), oracle.unit(keys.numpy(), 1)[0], atol=1e-14)
+
+
+def test_extreme_keys() -> None:
+    """Zero keys stay zero; squares that overflow float16, or vanish in it, do neither here."""
+    keys = torch.tensor([[0.0, 0.0], [3e4, 4e4], [3e-4, 4e-4]], dtype=torch.float16)
+    np.testing.assert_allclose(numpy64(in_batch_negatives(keys)[0]), [[0, 0], [0.6, 0.8], [0.6, 0.8]], atol=1e-3)
+
+
+def test_autocast_changes_nothing() -> None:
+    keys = torch.randn(5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, _ = in_batch_negatives(keys)
+    assert torch.equal(inside, in_batch_negatives(keys)[0])
+
+
+def test_gradient() -> None:
+    keys = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: in_batch_negatives(x)[0], keys)
+    with torch.no_grad():
+        assert not in_batch_negatives(keys)[0].requires_grad
+
+
+def test_one_graph() -> None:
+    keys = torch.randn(4, 3, requires_grad=True)
+    compiled = torch.compile(in_batch_negatives, fullgraph=True, backend="aot_eager")
+    for seen, wish in zip(compiled(keys), in_batch_negatives(keys), strict=True):
+        torch.testing.assert_close(seen, wish)
+
+
+@pytest.mark.parametrize(
+    ("error", "start", "arguments"),
+    [
+        (TypeError, "keys: got list", {"keys": [[1.0]]}),
+        (TypeError, "keys: got dtype torch.int64", {"keys": torch.ones(2, 3).long()}),
+        (ValueError, r"keys: got shape \(2, 3, 4\), expected \(B, D\)", {"keys": torch.ones(2, 3, 4)}),
+        (ValueError, r"keys: got shape \(3,\), expected \(B, D\)", {"keys": torch.ones(3)}),
+        (TypeError, "gather_distributed: got 1", {"keys": torch.ones(2, 3), "gather_distributed": 1}),
+        (TypeError, "process_group: got str", {"keys": torch.ones(2, 3), "process_group": "gloo"}),
+    ],
+)
+def test_errors(error: type[Exception], start: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=f"^{start}"):
+        in_batch_negatives(**arguments)
