@@ -1,0 +1,181 @@
+"""A training state in our names, between the files of other projects and live modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from densecl_ops import _checks
+from densecl_ops.head import DenseProjectionHead
+from densecl_ops.interop.formats import ALL_PARTS
+from densecl_ops.queue import MomentumQueue
+
+State = dict[str, Tensor]
+
+
+def raise_all(subject: str, problems: list[str]) -> None:
+    """One error that lists everything found, so that nobody repairs a checkpoint entry by entry."""
+    if problems:
+        raise ValueError(f"{subject}: got {len(problems)} mismatches, expected none\n  " + "\n  ".join(problems))
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """Backbones, heads and queues of a training run as plain state dicts in our names.
+
+    Attributes:
+        format: Where it came from: "densecl", "mmpretrain", "moco", "lightly", "backbone", or "densecl_ops" for live
+            modules.
+        backbone_q: Query backbone in torchvision's ResNet names, without fc; as every part, None where the source has
+            none.
+        backbone_k: Key (momentum) backbone.
+        head_q: For DenseProjectionHead.load_state_dict. MoCo's has image_mlp entries only.
+        head_k: The same for the key side.
+        image_queue: For MomentumQueue.load_state_dict: rows (K, D), position () and count () int64.
+        dense_queue: The same for the pooled dense keys.
+        extra: What the file holds beside the model: epoch, meta, optimizer, ...; not interpreted.
+        unmapped: Entries of the model that have no place in our modules, under their full names: encoder_k.steps of
+            mmpretrain, a classifier, entries outside the prefix that the caller named.
+        prefix: What stood before all names, such as "module.".
+        bare: Whether the source was a state dict itself, not a mapping with a "state_dict" in it.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops import DenseProjectionHead, MomentumQueue
+        >>> from densecl_ops.interop import Checkpoint
+        >>> head, queue = DenseProjectionHead(8, 8, 4), MomentumQueue(16, 4)
+        >>> checkpoint = Checkpoint.from_modules(head_q=head, image_queue=queue)
+        >>> checkpoint
+        Checkpoint(format='densecl_ops', head_q=8 entries, image_queue=3 entries)
+        >>> other = DenseProjectionHead(8, 8, 4)
+        >>> checkpoint.load_into(head_q=other)
+        []
+        >>> torch.equal(other.image_mlp[0].weight, head.image_mlp[0].weight)
+        True
+    """
+
+    format: str = "densecl_ops"
+    backbone_q: State | None = None
+    backbone_k: State | None = None
+    head_q: State | None = None
+    head_k: State | None = None
+    image_queue: State | None = None
+    dense_queue: State | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    unmapped: State = field(default_factory=dict)
+    prefix: str = ""
+    bare: bool = False
+
+    @classmethod
+    def from_modules(
+        cls,
+        *,
+        backbone_q: nn.Module | None = None,
+        backbone_k: nn.Module | None = None,
+        head_q: DenseProjectionHead | None = None,
+        head_k: DenseProjectionHead | None = None,
+        image_queue: MomentumQueue | None = None,
+        dense_queue: MomentumQueue | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> Checkpoint:
+        """Copies the state of live modules; training on does not change the copy.
+
+        Args:
+            backbone_q: Query backbone with torchvision's ResNet names and without fc.
+            backbone_k: Key backbone.
+            head_q: Query head.
+            head_k: Key head.
+            image_queue: Queue of image keys.
+            dense_queue: Queue of pooled dense keys.
+            extra: Kept as it is and written beside the model, for example {"meta": {"epoch": 3, "iter": 900}}.
+
+        Raises:
+            TypeError: A module is none.
+        """
+        modules = _given(backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue)
+        checkpoint = cls(extra=dict(extra or {}))
+        for part, module in modules.items():
+            setattr(checkpoint, part, {name: value.detach().clone() for name, value in module.state_dict().items()})
+        return checkpoint
+
+    def load_into(
+        self,
+        *,
+        backbone_q: nn.Module | None = None,
+        backbone_k: nn.Module | None = None,
+        head_q: DenseProjectionHead | None = None,
+        head_k: DenseProjectionHead | None = None,
+        image_queue: MomentumQueue | None = None,
+        dense_queue: MomentumQueue | None = None,
+        keep_dense: bool = False,
+    ) -> list[str]:
+        """Loads the parts whose modules are given, strictly, and either all of them or none.
+
+        Args:
+            backbone_q: Query backbone with torchvision's ResNet names and without fc.
+            backbone_k: Key backbone.
+            head_q: Query head.
+            head_k: Key head.
+            image_queue: Queue of image keys, of the checkpoint's K and D.
+            dense_queue: Queue of pooled dense keys.
+            keep_dense: Whether the dense branch of a head stays as it is where the checkpoint has none (MoCo's).
+                Default False: an error.
+
+        Returns:
+            The entries that keep_dense left as they were, such as "head_q.dense_mlp.0.weight".
+
+        Raises:
+            TypeError: A module is none.
+            ValueError: No module is given, or a part or an entry is missing, unexpected or of another shape: all of
+                them in one message.
+        """
+        _checks.require_bool("keep_dense", keep_dense)
+        modules = _given(backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue)
+        if not modules:
+            raise ValueError("load_into: got no module, expected at least one")
+        problems: list[str] = []
+        kept: list[str] = []
+        for part, module in modules.items():
+            state: State | None = getattr(self, part)
+            if state is None:
+                problems.append(f"{part}: got a checkpoint ({self.format}) without it, expected one that has it")
+                continue
+            no_dense = part.startswith("head") and not any(name.startswith("dense_mlp.") for name in state)
+            wanted = module.state_dict()
+            for name, value in wanted.items():
+                if name in state:
+                    if state[name].shape != value.shape:
+                        shapes = f"got shape {_checks.shape_of(state[name])}, expected {_checks.shape_of(value)}"
+                        problems.append(f"{part}.{name}: {shapes}")
+                elif no_dense and keep_dense and name.startswith("dense_mlp."):
+                    kept.append(f"{part}.{name}")
+                else:
+                    hint = " (keep_dense=True leaves it as it is)" if no_dense and name.startswith("dense") else ""
+                    problems.append(f"{part}.{name}: got nothing, expected shape {_checks.shape_of(value)}{hint}")
+            problems += [
+                f"{part}.{name}: got shape {_checks.shape_of(state[name])}, expected no such entry"
+                for name in state
+                if name not in wanted
+            ]
+        raise_all("checkpoint", problems)
+        for part, module in modules.items():
+            module.load_state_dict(getattr(self, part), strict=not kept)
+        return kept
+
+    def __repr__(self) -> str:
+        sizes = {part: getattr(self, part) for part in ALL_PARTS} | {"unmapped": self.unmapped or None}
+        shown = [f"{part}={len(state)} entries" for part, state in sizes.items() if state is not None]
+        if self.extra:
+            shown.append(f"extra={sorted(map(str, self.extra))}")
+        return f"Checkpoint({', '.join([f'format={self.format!r}', *shown])})"
+
+
+def _given(*modules: nn.Module | None) -> dict[str, nn.Module]:
+    """The modules that are not None, by part."""
+    given = {part: module for part, module in zip(ALL_PARTS, modules, strict=True) if module is not None}
+    for part, module in given.items():
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{part}: got {type(module).__name__}, expected a torch.nn.Module")
+    return given

@@ -1,0 +1,565 @@
+"""Checkpoints of other projects against stand-ins: module trees with exactly their names, shapes and arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from densecl_ops import DenseProjectionHead, MomentumQueue
+from densecl_ops.interop import Checkpoint, read_checkpoint, write_checkpoint
+
+C, HIDDEN, D, K = 6, 5, 4, 8
+PARTS = ("backbone_q", "backbone_k", "head_q", "head_k", "image_queue", "dense_queue")
+PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels)
+        self.downsample = nn.Sequential(nn.Conv2d(channels, channels, 1, 2, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)) + self.downsample(x))
+
+
+def resnet(channels: int = C, classes: int | None = None) -> nn.Sequential:
+    """Children of a torchvision ResNet in its order, with one stage of four."""
+    children: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(3, channels, 3, bias=False),
+        "bn1": nn.BatchNorm2d(channels),
+        "relu": nn.ReLU(),
+        "maxpool": nn.MaxPool2d(2),
+        "layer1": nn.Sequential(Block(channels)),
+    }
+    if classes is not None:
+        children |= {"avgpool": nn.AdaptiveAvgPool2d(1), "fc": nn.Linear(channels, classes)}
+    return nn.Sequential(OrderedDict(children))
+
+
+class Neck(nn.Module):
+    """DenseCL's neck: names and arithmetic of mmselfsup's."""
+
+    def __init__(self, channels: int = C, hidden: int = HIDDEN, dim: int = D) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.mlp2 = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, dim, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dense = self.mlp2(x)
+        return self.mlp(F.adaptive_avg_pool2d(x, 1).flatten(1)), dense, F.adaptive_avg_pool2d(dense, 1).flatten(1)
+
+
+def add_queue(module: nn.Module, name: str, position: int, size: int = K, dim: int = D) -> None:
+    module.register_buffer(name, F.normalize(torch.randn(dim, size), dim=0))
+    module.register_buffer(f"{name}_ptr", torch.tensor([position]))
+
+
+def scramble(module: nn.Module) -> nn.Module:
+    """No two entries alike, key side unlike query side."""
+    for x in module.state_dict(keep_vars=True).values():
+        if x.is_floating_point() and x.ndim != 2:
+            x.data.add_(torch.rand(x.shape))
+    return module
+
+
+def densecl(channels: int = C, hidden: int = HIDDEN, dim: int = D, size: int = K) -> nn.Module:
+    model = nn.Module()
+    model.encoder_q = nn.Sequential(resnet(), Neck(channels, hidden, dim))
+    model.encoder_k = nn.Sequential(resnet(), Neck(channels, hidden, dim))
+    model.backbone = model.encoder_q[0]
+    add_queue(model, "queue", 3, size, dim)
+    add_queue(model, "queue2", 6, size, dim)
+    return scramble(model)
+
+
+def mmpretrain() -> nn.Module:
+    model = nn.Module()
+    model.backbone, model.neck, model.encoder_k = resnet(), Neck(), nn.Module()
+    model.encoder_k.module = nn.Sequential(resnet(), Neck())
+    model.encoder_k.register_buffer("steps", torch.tensor(1234))
+    add_queue(model, "queue", 3)
+    add_queue(model, "queue2", 6)
+    return scramble(model)
+
+
+def moco(channels: int = C, dim: int = D, size: int = K, version: int = 2) -> nn.Module:
+    model = nn.Module()
+    for side in ("encoder_q", "encoder_k"):
+        encoder = resnet(classes=dim)
+        if version == 2:
+            encoder.fc = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
+        setattr(model, side, encoder)
+    add_queue(model, "queue", 5, size, dim)
+    wrapped = nn.Module()
+    wrapped.module = scramble(model)  # as under DistributedDataParallel
+    return wrapped
+
+
+class LightlyHead(nn.Module):
+    def __init__(self, normed: bool = False) -> None:
+        super().__init__()
+        norm = [nn.BatchNorm1d(HIDDEN)] if normed else []
+        self.layers = nn.Sequential(nn.Linear(C, HIDDEN, bias=not normed), *norm, nn.ReLU(), nn.Linear(HIDDEN, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def lightly(kind: str) -> nn.Module:
+    model = nn.Module()
+    model.backbone = nn.Sequential(*resnet().children())  # numbers for names
+    for head in ("projection_head_global", "projection_head_local") if kind == "densecl" else ("projection_head",):
+        model.add_module(head, LightlyHead(kind == "byol"))
+    for name, module in list(model.named_children()):
+        model.add_module(f"{name}_momentum", scramble(copy.deepcopy(module)))
+    if kind == "byol":
+        model.prediction_head = nn.Linear(D, D)
+    return scramble(model)
+
+
+def full(model: nn.Module) -> dict[str, Any]:
+    """What a trainer saves."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    return {
+        "meta": {"epoch": 7, "iter": 99},
+        "state_dict": OrderedDict((name, x.clone()) for name, x in model.state_dict().items()),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def modules() -> dict[str, nn.Module]:
+    heads = {f"head_{x}": DenseProjectionHead(C, HIDDEN, D) for x in "qk"}
+    queues = {f"{x}_queue": MomentumQueue(K, D) for x in ("image", "dense")}
+    return {"backbone_q": resnet(), "backbone_k": resnet(), **heads, **queues}
+
+
+def assert_same(seen: Any, wanted: Any, where: str = "") -> None:
+    """Names, types, shapes and bits of nested dictionaries."""
+    if isinstance(wanted, dict):
+        assert list(map(str, sorted(seen, key=str))) == list(map(str, sorted(wanted, key=str))), where
+        for name in wanted:
+            assert_same(seen[name], wanted[name], f"{where}.{name}")
+    elif isinstance(wanted, Tensor):
+        assert seen.dtype == wanted.dtype, where
+        assert seen.shape == wanted.shape, where
+        bits = [x.contiguous().reshape(-1).view(torch.uint8) for x in (seen, wanted)]
+        assert torch.equal(*bits), where
+    else:
+        assert seen == wanted, where
+
+
+def test_stand_ins_have_the_published_names() -> None:
+    """Names and shapes of everything but the ResNet, as the projects' sources and users state them."""
+    head = {"mlp.0": (5, 6), "mlp.2": (4, 5), "mlp2.0": (5, 6, 1, 1), "mlp2.2": (4, 5, 1, 1)}
+    queues = {"queue": (4, 8), "queue_ptr": (1,), "queue2": (4, 8), "queue2_ptr": (1,)}
+
+    def necks(*before: str) -> dict[str, tuple[int, ...]]:
+        weights = {f"{b}.{layer}.weight": shape for b in before for layer, shape in head.items()}
+        return weights | {f"{b}.{layer}.bias": shape[:1] for b in before for layer, shape in head.items()}
+
+    fc = [f"module.encoder_{x}.fc.{i}.{leaf}" for x in "qk" for i in (0, 2) for leaf in ("weight", "bias")]
+    wanted = {
+        "densecl": queues | necks("encoder_q.1", "encoder_k.1"),
+        "mmpretrain": queues | {"encoder_k.steps": ()} | necks("neck", "encoder_k.module.1"),
+        "moco": {"module.queue": (4, 8), "module.queue_ptr": (1,)}
+        | dict(zip(fc, [(6, 6), (6,), (4, 6), (4,)] * 2, strict=True)),
+    }
+    backbones = ("encoder_q.0.", "encoder_k.0.", "backbone.", "encoder_k.module.0.")
+    for name, entries in wanted.items():
+        state = MODELS[name]().state_dict()
+        rest = {n: tuple(x.shape) for n, x in state.items() if not n.startswith(backbones)}
+        resnets = [f"module.encoder_{x}.{n}" for x in "qk" for n in resnet().state_dict()] if name == "moco" else []
+        assert {n: shape for n, shape in rest.items() if n not in resnets} == entries
+
+
+MODELS = {"densecl": densecl, "mmpretrain": mmpretrain, "moco": moco}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
+def test_round_trip_bit_for_bit(name: str, wrapped: bool, bare: bool, tmp_path: Path) -> None:
+    model: Any = MODELS[name]()
+    if wrapped:
+        model, inner = nn.Module(), model
+        model.module = inner
+    source = full(model)
+    source["state_dict"][next(n for n in source["state_dict"] if n.endswith("bn1.weight"))][:2] = torch.tensor(
+        [float("nan"), -0.0]
+    )
+    if name == "densecl":
+        prefix = "module." * wrapped
+        source["state_dict"][f"{prefix}backbone.bn1.weight"] = source["state_dict"][f"{prefix}encoder_q.0.bn1.weight"]
+    source = source["state_dict"] if bare else source
+    torch.save(source, tmp_path / "theirs.pth")
+    checkpoint = read_checkpoint(tmp_path / "theirs.pth")
+    assert checkpoint.format == name
+    returned = write_checkpoint(checkpoint, tmp_path / "back.pth", format=name)
+    assert_same(returned, source)
+    assert_same(torch.load(tmp_path / "back.pth", weights_only=True), source)
+
+
+@pytest.mark.parametrize("name", ["densecl", "mmpretrain"])
+def test_loaded_modules_compute_what_theirs_do(name: str) -> None:
+    model = MODELS[name]().double()
+    ours = {part: module.double() for part, module in modules().items()}
+    assert read_checkpoint(model.state_dict()).load_into(**ours) == []
+    theirs_q = (model.encoder_q[0], model.encoder_q[1]) if name == "densecl" else (model.backbone, model.neck)
+    theirs_k = model.encoder_k if name == "densecl" else model.encoder_k.module
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    for side, (backbone, neck) in (("q", theirs_q), ("k", theirs_k)):
+        features = backbone(images)
+        assert_close(ours[f"backbone_{side}"](images), features, 1e-14)
+        for seen, wanted in zip(ours[f"head_{side}"](features), neck(features), strict=True):
+            assert_close(seen, wanted, 1e-12)
+    for queue, theirs in (("image_queue", "queue"), ("dense_queue", "queue2")):
+        assert torch.equal(ours[queue].rows, getattr(model, theirs).T)
+        assert int(ours[queue].position) == int(getattr(model, f"{theirs}_ptr"))
+        assert int(ours[queue].count) == K
+
+
+def test_a_run_goes_on_where_it_was() -> None:
+    """One SGD step of theirs, then the second one there and here: weights agree, momentum buffers included."""
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+
+    def step(optimizer: Any, backbone: nn.Module, head: nn.Module) -> None:
+        optimizer.zero_grad()
+        sum(x.square().mean() for x in head(backbone(images))).backward()
+        optimizer.step()
+
+    model = densecl().double()
+    model.encoder_k.requires_grad_(False)
+    theirs = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+    step(theirs, *model.encoder_q)
+    saved = copy.deepcopy({"state_dict": model.state_dict(), "optimizer": theirs.state_dict()})
+    before = model.encoder_q[1].mlp[0].weight.detach().clone()
+    step(theirs, *model.encoder_q)
+
+    ours = {part: module.double() for part, module in modules().items()}
+    checkpoint = read_checkpoint(saved)
+    checkpoint.load_into(**ours)
+    order = [p for x in ("backbone_q", "head_q", "backbone_k", "head_k") for p in ours[x].parameters()]
+    optimizer = torch.optim.SGD(order, 0.1, momentum=0.9, weight_decay=1e-2)
+    optimizer.load_state_dict(checkpoint.extra["optimizer"])
+    step(optimizer, ours["backbone_q"], ours["head_q"])
+    back = write_checkpoint(Checkpoint.from_modules(**ours))["state_dict"]
+    for name, wanted in model.state_dict().items():
+        assert_close(back[name], wanted, 1e-12, name)
+    assert not torch.equal(before, model.encoder_q[1].mlp[0].weight)
+
+
+def test_between_formats() -> None:
+    """densecl -> mmpretrain -> densecl loses nothing; the EMA counter is not 0, which would restart the key side."""
+    source = full(densecl())
+    there = write_checkpoint(read_checkpoint(source), format="mmpretrain")
+    mmpretrain().load_state_dict(there["state_dict"])  # strict
+    assert int(there["state_dict"]["encoder_k.steps"]) == 1
+    assert_same(write_checkpoint(read_checkpoint(there)), source)
+    kept = write_checkpoint(read_checkpoint(full(mmpretrain())), format="mmpretrain")
+    assert int(kept["state_dict"]["encoder_k.steps"]) == 1234
+    stepless = broken("mmpretrain", drop("encoder_k.steps"))
+    assert_same(write_checkpoint(read_checkpoint(stepless), format="mmpretrain"), stepless)
+
+
+def test_modules_to_file_and_back(tmp_path: Path) -> None:
+    ours = modules()
+    ours["image_queue"].enqueue(torch.randn(3, D))
+    checkpoint = Checkpoint.from_modules(**ours, extra={"epoch": 4})
+    wanted = {part: copy.deepcopy(dict(module.state_dict())) for part, module in ours.items()}
+    ours["image_queue"].enqueue(torch.randn(3, D))  # the checkpoint is a copy
+    nn.init.zeros_(ours["head_q"].image_mlp[0].weight)
+    write_checkpoint(checkpoint, tmp_path / "run.pth")
+    densecl().load_state_dict(torch.load(tmp_path / "run.pth", weights_only=True)["state_dict"])  # strict
+    again = read_checkpoint(str(tmp_path / "run.pth"))
+    assert again.extra == {"epoch": 4}
+    for part in PARTS:
+        assert_same(getattr(again, part), wanted[part], part)
+
+
+def test_moco_start() -> None:
+    model = moco()
+    checkpoint = read_checkpoint(model.state_dict())
+    ours = {**modules(), **{f"head_{x}": DenseProjectionHead(C, C, D) for x in "qk"}}
+    del ours["dense_queue"]
+    before = {part: copy.deepcopy(ours[part].dense_mlp.state_dict()) for part in ("head_q", "head_k")}
+    with pytest.raises(ValueError, match=r"head_q.dense_mlp.0.weight: got nothing.*keep_dense=True"):
+        checkpoint.load_into(**ours)
+    kept = checkpoint.load_into(**ours, keep_dense=True)
+    names = [f"dense_mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")]
+    assert kept == [f"{part}.{name}" for part in ("head_q", "head_k") for name in names]
+    for part in before:
+        assert_same(dict(ours[part].dense_mlp.state_dict()), dict(before[part]))
+    features = torch.randn(2, C, 3, 3)
+    wanted = model.module.encoder_q.fc(features.mean((2, 3)))
+    assert_close(ours["head_q"](features).image, wanted, 1e-6)
+    assert torch.equal(ours["image_queue"].rows, model.module.queue.T)
+
+
+def test_to_moco() -> None:
+    """Without a dense branch, and under the prefix that main_moco.py resumes from."""
+    checkpoint = read_checkpoint(moco().state_dict())
+    ours = dataclasses.replace(checkpoint, format="densecl_ops", prefix="")
+    moco().load_state_dict(write_checkpoint(ours, format="moco")["state_dict"])  # strict
+    assert "queue" in write_checkpoint(ours, format="moco", prefix="")["state_dict"]
+
+
+def test_moco_without_its_key_side_and_v1() -> None:
+    state = {name: x for name, x in moco().state_dict().items() if ".encoder_q." in name}
+    checkpoint = read_checkpoint(state)
+    assert checkpoint.backbone_k is checkpoint.head_k is checkpoint.image_queue is None
+    assert_same(write_checkpoint(checkpoint, format="moco"), state)
+    with pytest.raises(ValueError, match=r"image_queue: got a checkpoint \(moco\) without it"):
+        checkpoint.load_into(image_queue=MomentumQueue(K, D))
+    old = moco(version=1).state_dict()
+    with pytest.raises(ValueError, match=r'single Linear of MoCo v1.*prefix="module.encoder_q."'):
+        read_checkpoint(old)
+    alone = read_checkpoint(old, format="backbone", prefix="module.encoder_q.")
+    assert alone.load_into(backbone_q=resnet()) == []
+    assert_same(write_checkpoint(alone, format="backbone"), dict(old))
+
+
+@pytest.mark.parametrize("kind", ["moco", "densecl", "byol"])
+@pytest.mark.parametrize("prefix", [None, "model."])
+def test_lightly(kind: str, prefix: str | None) -> None:
+    model = lightly(kind).double().eval()
+    state = {(prefix or "") + name: x for name, x in model.state_dict().items()}
+    if prefix:
+        state["criterion.scale"] = torch.ones(1)
+        with pytest.raises(ValueError, match=r"prefix='model.' may be"):
+            read_checkpoint(state)
+    checkpoint = read_checkpoint({"state_dict": state, "hyper_parameters": {}}, prefix=prefix)
+    assert checkpoint.format == "lightly"
+    assert checkpoint.extra == {"hyper_parameters": {}}
+    outside = {"criterion.scale"} if prefix else set()
+    carried = {f"{prefix or ''}prediction_head.{x}" for x in ("weight", "bias")} if kind == "byol" else set()
+    assert set(checkpoint.unmapped) == outside | carried
+    norm = nn.BatchNorm2d if kind == "byol" else None
+    features = torch.randn(2, C, 3, 3, dtype=torch.float64)
+    for side, suffix in (("q", ""), ("k", "_momentum")):
+        head, backbone = DenseProjectionHead(C, HIDDEN, D, norm_layer=norm).double().eval(), resnet().double()
+        parts = {f"head_{side}": head, f"backbone_{side}": backbone}
+        kept = checkpoint.load_into(**parts, keep_dense=kind != "densecl")
+        assert bool(kept) == (kind != "densecl")
+        name = "projection_head_global" if kind == "densecl" else "projection_head"
+        theirs = getattr(model, name + suffix)
+        assert_close(head(features).image, theirs(features.mean((2, 3))), 1e-12)
+        if kind == "densecl":
+            tokens = getattr(model, f"projection_head_local{suffix}")(features.flatten(2).transpose(1, 2))
+            assert_close(head(features).dense.flatten(2), tokens.transpose(1, 2), 1e-12)
+        cut = getattr(model, f"backbone{suffix}").state_dict().values()
+        assert all(torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), cut, strict=True))
+
+
+def test_a_lightly_head_alone_and_its_bank() -> None:
+    head = LightlyHead()
+    state = {f"net.head.{name}": x for name, x in head.state_dict().items()}
+    ours = DenseProjectionHead(C, HIDDEN, D)
+    read_checkpoint(state, prefix="net.head.").load_into(head_q=ours, keep_dense=True)
+    assert torch.equal(ours.image_mlp[2].weight, head.layers[2].weight)
+
+    rows = F.normalize(torch.randn(K, D), dim=1)
+    state = {f"projection_head.{name}": x for name, x in head.state_dict().items()}
+    for bank in (rows, rows.T):  # new and old versions
+        bank_state = {"criterion.memory_bank.bank": bank, "criterion.memory_bank.bank_ptr": torch.tensor([2])}
+        queue = MomentumQueue(K, D)
+        read_checkpoint(state | bank_state).load_into(image_queue=queue)
+        assert torch.equal(queue.rows, rows)
+        assert int(queue.position) == 2
+    bank_state["criterion.memory_bank.bank"] = torch.eye(D)
+    with pytest.raises(ValueError, match=r"memory_bank.bank: got \(4, 4\), expected K other than D"):
+        read_checkpoint(state | bank_state)
+
+
+@pytest.mark.parametrize("before", ["", "backbone."])
+def test_published_backbones(before: str) -> None:
+    state = {before + name: x for name, x in resnet().state_dict().items()}
+    checkpoint = read_checkpoint({"state_dict": state, "meta": {}})
+    assert [part for part in PARTS if getattr(checkpoint, part) is not None] == ["backbone_q"]
+    backbone = resnet()
+    checkpoint.load_into(backbone_q=backbone)
+    assert_same(dict(backbone.state_dict()), dict(resnet().state_dict()) | dict(checkpoint.backbone_q or {}))
+    assert_same(write_checkpoint(checkpoint, format="backbone"), {"state_dict": state, "meta": {}})
+    plain = write_checkpoint(read_checkpoint(full(densecl())), format="backbone")
+    assert list(plain) == list(backbone.state_dict())
+
+
+def broken(name: str, change: Any) -> dict[str, Tensor]:
+    state = dict(MODELS[name]().state_dict())
+    change(state)
+    return state
+
+
+def put(name: str, value: Any) -> Any:
+    return lambda state: state.__setitem__(name, value)
+
+
+def drop(*names: str) -> Any:
+    return lambda state: [state.pop(name) for name in names]
+
+
+WRONG = {
+    "missing head": (
+        "densecl",
+        drop("encoder_q.1.mlp.0.bias"),
+        r"encoder_q.1.mlp.0.bias: got nothing, expected \(5,\)",
+    ),
+    "missing queue": ("densecl", drop("queue2", "queue2_ptr"), "dense_queue: got no entry, expected queue2"),
+    "missing pointer": ("densecl", drop("queue_ptr"), r"queue_ptr: got nothing, expected \(1,\) int64"),
+    "missing in key": ("densecl", drop("encoder_k.0.conv1.weight"), "encoder_k.0.conv1.weight: got nothing"),
+    "missing copy": ("densecl", drop("backbone.conv1.weight"), "backbone.conv1.weight: got nothing"),
+    "extra": ("densecl", put("encoder_q.2.weight", torch.ones(3)), r"encoder_q.2.weight: got shape \(3,\)"),
+    "extra layer": ("mmpretrain", put("neck.mlp.4.weight", torch.ones(3)), "neck.mlp.4.weight: got shape"),
+    "extra leaf": ("mmpretrain", put("neck.mlp.0.scale", torch.ones(3)), r"neck.mlp.0.scale: got \(3,\), expected no"),
+    "head shape": ("densecl", put("encoder_k.1.mlp.2.weight", torch.ones(3, 5)), r"encoder_k.1.mlp.2.bias: got \(4,\)"),
+    "dense shape": (
+        "mmpretrain",
+        put("neck.mlp2.0.weight", torch.ones(5, 6)),
+        r"got \(5, 6\), expected \(5, 6, 1, 1\)",
+    ),
+    "key shape": ("moco", put("module.encoder_k.bn1.bias", torch.ones(9)), r"encoder_k.bn1.bias: got \(9,\), expected"),
+    "queue (K, D)": ("densecl", put("queue", torch.ones(K, D)), r"queue: got \(8, 4\), expected \(4, K\)"),
+    "queue dtype": ("densecl", put("queue", torch.ones(D, K).long()), r"queue: got \(4, 8\), expected .* floats"),
+    "pointer dtype": ("densecl", put("queue2_ptr", torch.ones(1)), r"queue2_ptr: got \(1,\) torch.float32, expected"),
+    "pointer shape": (
+        "densecl",
+        put("queue_ptr", torch.tensor(1)),
+        r"queue_ptr: got \(\) torch.int64, expected \(1,\)",
+    ),
+    "pointer value": ("densecl", put("queue_ptr", torch.tensor([K])), "queue_ptr: got 8, expected 0 to 7"),
+    "copy differs": ("densecl", put("backbone.bn1.bias", torch.zeros(C)), "backbone.bn1.bias: got other values"),
+    "no tensor": ("densecl", put("queue", [1.0]), "queue: got list, expected a tensor"),
+    "no copies": (
+        "densecl",
+        lambda s: [s.pop(n) for n in list(s) if n.startswith("backbone.")],
+        "backbone.conv1.weight: got nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_named(case: str) -> None:
+    name, change, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(broken(name, change))
+
+
+def test_all_mismatches_in_one_message_and_nothing_loaded() -> None:
+    both = broken("densecl", lambda s: (s.pop("queue_ptr"), s.pop("encoder_q.1.mlp2.0.bias")))
+    with pytest.raises(ValueError, match=r"(?s)encoder_q.1.mlp2.0.bias.*queue_ptr"):
+        read_checkpoint(both)
+    ours = {**modules(), "head_k": DenseProjectionHead(C, HIDDEN + 1, D), "dense_queue": MomentumQueue(K + 1, D)}
+    before = copy.deepcopy({part: dict(module.state_dict()) for part, module in ours.items()})
+    expected = r"(?s)head_k.image_mlp.0.weight: got shape \(5, 6\), expected \(6, 6\).*dense_queue.rows: got shape"
+    with pytest.raises(ValueError, match=expected):
+        read_checkpoint(densecl().state_dict()).load_into(**ours)
+    assert_same({part: dict(module.state_dict()) for part, module in ours.items()}, before)
+    with pytest.raises(ValueError, match=r"(?s)backbone_q.0.weight: got nothing.*backbone_q.conv1.weight: .* no such"):
+        read_checkpoint(densecl().state_dict()).load_into(backbone_q=nn.Sequential(*resnet().children()))
+    with pytest.raises(ValueError, match=r"backbone_q.fc.weight: got nothing"):
+        read_checkpoint(densecl().state_dict()).load_into(backbone_q=resnet(classes=10))
+
+
+def test_what_a_format_cannot_hold_is_not_written(tmp_path: Path) -> None:
+    ours = modules()
+
+    def refused(message: str, format: str = "densecl", **changes: nn.Module) -> None:  # noqa: A002
+        with pytest.raises(ValueError, match=message):
+            write_checkpoint(Checkpoint.from_modules(**{**ours, **changes}), tmp_path / "no.pth", format)
+        assert not (tmp_path / "no.pth").exists()
+
+    normed = DenseProjectionHead(C, HIDDEN, D, norm_layer=nn.BatchNorm2d)
+    refused("head_q.image_mlp.5.weight: got an entry, expected none but", head_q=normed)
+    refused("dense_queue: got 3 entries, expected None", "moco")
+    refused("head_k.dense_mlp.0.weight: got an entry, expected none but", "moco")
+    refused("image_queue.count: got 0 of 8 rows, expected a full", image_queue=MomentumQueue(K, D, init="empty"))
+    refused("backbone_q.fc.weight: got a classifier", backbone_q=resnet(classes=3))
+    refused("encoder_k.1.mlp.0.weight: got", head_k=DenseProjectionHead(C, HIDDEN + 1, D))
+    partial = Checkpoint.from_modules(head_q=ours["head_q"])
+    with pytest.raises(ValueError, match=r"(?s)backbone_q: got no entry.*dense_queue: got no entry"):
+        write_checkpoint(partial)
+    started = dataclasses.replace(
+        Checkpoint.from_modules(**ours), format="moco", extra={"optimizer": {}}, unmapped={"x": torch.ones(1)}
+    )
+    with pytest.raises(ValueError, match=r"(?s)extra: got optimizer of a moco run.*unmapped: got x.*unmapped=\{\}"):
+        write_checkpoint(started)
+    write_checkpoint(dataclasses.replace(started, extra={}, unmapped={}))
+
+
+class Foreign:
+    pass
+
+
+def test_arguments_and_files(tmp_path: Path) -> None:
+    torch.save({"state_dict": densecl().state_dict(), "message_hub": Foreign()}, tmp_path / "hub.pth")
+    with pytest.raises(ValueError, match=r"(?s)weights_only=True\) refuses.*Foreign.*weights_only=False"):
+        read_checkpoint(tmp_path / "hub.pth")
+    torch.save([1], tmp_path / "list.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "list.pth").read_bytes()[:200])
+    for source, error, message in (
+        (tmp_path / "list.pth", TypeError, "got a file with a list"),
+        (tmp_path / "text.pth", ValueError, r"text.pth: got a file that torch cannot read"),
+        (tmp_path / "cut.pth", ValueError, r"cut.pth: got a file that torch cannot read"),
+        (tmp_path / "none.pth", FileNotFoundError, "none.pth"),
+        (3, TypeError, "source: got int, expected a path or a mapping"),
+        ({"state_dict": 3}, TypeError, "state_dict: got int"),
+        ({"net.weight": torch.ones(1)}, ValueError, "format: got names such as net.weight, expected those of"),
+        ({}, ValueError, "prefix: got ''"),
+    ):
+        with pytest.raises(error, match=message):
+            read_checkpoint(source)
+    with pytest.raises(ValueError, match="format: got 'mmcv'"):
+        read_checkpoint({}, format="mmcv")
+    with pytest.raises(ValueError, match=r"prefix: got 'model.'"):
+        read_checkpoint(densecl().state_dict(), prefix="model.")
+    with pytest.raises(ValueError, match="format: got 'lightly'"):
+        write_checkpoint(Checkpoint(), format="lightly")
+    with pytest.raises(TypeError, match="checkpoint: got dict"):
+        write_checkpoint({})
+    with pytest.raises(TypeError, match=r"head_q: got dict, expected a torch.nn.Module"):
+        Checkpoint().load_into(head_q={})
+    with pytest.raises(ValueError, match="got no module"):
+        Checkpoint().load_into()
+    with pytest.raises(TypeError, match="keep_dense: got 1"):
+        Checkpoint().load_into(keep_dense=1)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its snippets, on files with heads and queues of the paper's sizes; a small ResNet stands for torchvision's."""
+    torchvision: Any = ModuleType("torchvision")
+    torchvision.models = SimpleNamespace(resnet50=lambda: resnet(classes=10))
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    monkeypatch.chdir(tmp_path)
+    theirs = full(densecl(2048, 2048, 128, 65536))
+    torch.save(theirs, "densecl.pth")
+    start = moco(2048, 128, 65536)
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": start.state_dict()}, "moco_v2.pth.tar")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    namespace: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, namespace)
+    back = torch.load("continued.pth", weights_only=True)
+    assert_same(back["state_dict"], theirs["state_dict"])
+    assert_same(back["optimizer"], theirs["optimizer"])
+    assert torch.load("for_mmpretrain.pth", weights_only=True)["state_dict"]["encoder_k.steps"] == 1
+    assert list(torch.load("for_detection.pth", weights_only=True)) == list(resnet().state_dict())
+    parts = namespace["parts"]
+    assert torch.equal(parts["image_queue"].rows, start.module.queue.T)
+    assert torch.equal(parts["head_k"].image_mlp[2].weight, start.module.encoder_k.fc[2].weight)
+    assert torch.equal(parts["head_k"].dense_mlp[0].weight, parts["head_q"].dense_mlp[0].weight)
