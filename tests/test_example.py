@@ -145,6 +145,17 @@ def test_resume_is_exact(finished: Path, tmp_path: Path, monkeypatch: pytest.Mon
         pretrain.main([*TINY, "--out", str(tmp_path), "--resume", "--seed", "1"])
 
 
+def test_queue_init(finished: Path, tmp_path: Path) -> None:
+    """An empty queue: no negatives at the first step. What it was is stored, except for the default."""
+    pretrain.main([*TINY, "--out", str(tmp_path), "--queue-init", "empty"])
+    assert json.loads((tmp_path / "result.json").read_text())["settings"]["queue_init"] == "empty"
+    assert load(tmp_path)["history"][0].tolist() == [0, 0, 1]
+    assert int(load(tmp_path)["model"]["dense_queue.count"]) == 4 * 4  # steps, batch
+    assert "queue_init" not in json.loads((finished / "result.json").read_text())["settings"]
+    with pytest.raises(SystemExit, match="was made with"):
+        pretrain.main([*TINY, "--out", str(tmp_path), "--resume"])
+
+
 def test_two_processes_equal_one(finished: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parents[1])}

@@ -10,13 +10,16 @@ mpl.use("Agg")  # a file, never a window
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from PIL import Image
 from stereo import CLOSE, Matches, Pair
 from torch import Tensor
 
+from densecl_ops import Correspondence
+from densecl_ops.visualize import plot_correspondence
+
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#666666"  # told apart by every kind of colour vision
-GAP = 24  # pixels between the two images
 
 
 def draw(pair: Pair, random: Matches, trained: Matches, history: Tensor, warmup: int, folder: Path) -> None:
@@ -36,29 +39,18 @@ def draw(pair: Pair, random: Matches, trained: Matches, history: Tensor, warmup:
 
 def draw_matches(axes: Axes, pair: Pair, matches: Matches, name: str) -> None:
     """The left image above the right one, and a line from every few cells of it to its match."""
-    left, right = (image[0].permute(1, 2, 0).cpu().numpy() for image in (pair.left, pair.right))
-    height, width = left.shape[:2]
-    canvas = np.concatenate([left, np.ones((GAP, width, 3), np.float32), right])
-    axes.imshow(0.45 * canvas + 0.55, interpolation="antialiased")  # pale, so that the lines stand out
-    axes.set_axis_off()
+    height, width = matches.error.shape
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    error, predicted = matches.error.cpu(), matches.predicted.cpu().long()
+    index = predicted[..., 0] * width + predicted[..., 1]
+    first = 2 + row * 5 % 12  # staggered, or lines would cover each other; and only where the right answer is known
+    drawn = (row % 8 == 3) & (column >= first) & ((column - first) % 12 == 0) & ~error.isnan()
+    truth = torch.where(error <= CLOSE, index, (index + 1) % (height * width))  # close is right, by our measure
+    chosen = Correspondence(index.view(1, -1), -error.view(1, -1), drawn.view(1, -1))
+    left, right, truth, grid = pair.left[0], pair.right[0], truth.flatten(), (height, width)
+    plot_correspondence(left, right, chosen, axes, top_k=None, truth=truth, query_grid=grid, vertical=True)
     title = f"{name}: {matches.close:.1%} within {CLOSE} cells, median error {matches.median:.2f} cells"
     axes.set_title(title, fontsize=11)
-
-    error, predicted = matches.error.cpu().numpy(), matches.predicted.cpu().numpy()
-    centre = pair.stride / 2
-    for row in range(3, error.shape[0], 8):
-        for column in range(2 + row * 5 % 12, error.shape[1], 12):  # staggered, or lines would cover each other
-            if np.isnan(error[row, column]):
-                continue
-            y, x = predicted[row, column] * pair.stride + centre
-            ends_x, ends_y = [column * pair.stride + centre, x], [row * pair.stride + centre, y + height + GAP]
-            if error[row, column] <= CLOSE:
-                axes.plot(ends_x, ends_y, "-o", color=RIGHT, linewidth=0.9, markersize=3, zorder=2)
-            else:
-                axes.plot(ends_x, ends_y, "--X", color=WRONG, linewidth=0.9, markersize=4.5, zorder=3)
-    axes.plot([], [], "-o", color=RIGHT, markersize=3, label=f"right (within {CLOSE} cells)")
-    axes.plot([], [], "--X", color=WRONG, markersize=4.5, label="wrong")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, frameon=False)
 
 
 def draw_history(losses: Axes, accuracy: Axes, history: Tensor, warmup: int) -> None:

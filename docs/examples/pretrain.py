@@ -35,6 +35,7 @@ from views import TwoViews, load_photographs
 
 import densecl_ops
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue, Projection
+from densecl_ops.metrics import contrastive_accuracy
 
 SAVE_EVERY = 100  # steps
 
@@ -55,14 +56,16 @@ class Encoder(nn.Module):
 class DenseCL(nn.Module):
     """MoCo-v2; densecl_ops adds to it the lines marked (dense)."""
 
-    def __init__(self, queue_size: int = 1024, momentum: float = 0.99, temperature: float = 0.2) -> None:
+    def __init__(
+        self, queue_size: int = 1024, momentum: float = 0.99, temperature: float = 0.2, queue_init: str = "random"
+    ) -> None:
         super().__init__()
         self.encoder_q = Encoder()
         self.encoder_k = AveragedModel(self.encoder_q, multi_avg_fn=get_ema_multi_avg_fn(momentum))  # type: ignore[no-untyped-call]
         self.encoder_k.requires_grad_(False)
         self.criterion = DenseInfoNCELoss(temperature)
-        self.image_queue = MomentumQueue(queue_size, dim=128)
-        self.dense_queue = MomentumQueue(queue_size, dim=128)  # (dense)
+        self.image_queue = MomentumQueue(queue_size, dim=128, init=queue_init)
+        self.dense_queue = MomentumQueue(queue_size, dim=128, init=queue_init)  # (dense)
         self.match = DenseCorrespondence()  # (dense)
 
     def forward(self, images_q: Tensor, images_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +81,7 @@ class DenseCL(nn.Module):
 
         self.image_queue.enqueue(key.image)  # after the loss: a batch is not among its own negatives
         self.dense_queue.enqueue(key.pooled)  # (dense)
-        return image_loss, dense_loss, (rank == 0).float().mean()
+        return image_loss, dense_loss, contrastive_accuracy(rank)
 
 
 def lambda_at(step: int, value: float, warmup: int) -> float:
@@ -131,7 +134,9 @@ def train(model: DenseCL, views: TwoViews, lambda_: float, checkpoint: Path, arg
 
 def settings_of(args: argparse.Namespace, lambda_: float) -> dict[str, Any]:
     """What decides the weights: a resumed run must agree with it, and the results are stored beside it."""
-    names = ("seed", "steps", "batch_size", "lr", "lambda_warmup", "amp")
+    names = ["seed", "steps", "batch_size", "lr", "lambda_warmup", "amp"]
+    if args.queue_init != "random":  # younger than the first results: where it is missing it was "random"
+        names.append("queue_init")
     return {"lambda": lambda_, "images": args.images_seen} | {name: getattr(args, name) for name in names}
 
 
@@ -173,6 +178,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--lambda", dest="lambda_", type=float, default=0.5, help="weight of the dense term, 0 to 1")
     parser.add_argument("--lambda-warmup", type=int, default=50, help="first steps, lambda 0 (default: %(default)s)")
+    parser.add_argument("--queue-init", choices=("random", "empty"), default="random", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--compare", action="store_true", help="also train with lambda 0, the image term alone")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in OUT, if there are any")
@@ -231,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs = {"image term alone": 0.0} if args.compare else {}
     for name, lambda_ in (runs | {"image and dense": args.lambda_}).items():
         torch.manual_seed(args.seed)
-        model = DenseCL().to(device)
+        model = DenseCL(queue_init=args.queue_init).to(device)
         if device.type == "cuda" and dist.is_initialized():
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         matches["random weights"] = evaluate(model.encoder_q.backbone, pair)

@@ -1,0 +1,141 @@
+"""What to log beside the loss: three numbers that cost little and never wait for the device.
+
+All return 0-d float32 tensors on the device of their input. Collect them as tensors, and move them to the host when
+you print: `.item()` at every step would wait for the device at every step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from densecl_ops import _checks
+from densecl_ops._types import Correspondence
+from densecl_ops.correspondence.functional import dense_correspondence
+
+__all__ = ["contrastive_accuracy", "match_score", "mutual_share"]
+
+
+def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = None) -> Tensor:
+    r"""Share of positives that fewer than `top_k` negatives outscore; the accuracy that MoCo trainers print.
+
+    .. math:: \frac{1}{|V|} \sum_{i \in V} [\mathrm{rank}_i < \mathrm{top\_k}]
+
+    with V the valid rows. A negative that ties with the positive does not outscore it. With no valid row the result is
+    0, as the loss is.
+
+    Args:
+        rank: (B, P) or, image-level, (B,) integers: how many negatives score above the positive, what
+            `DenseInfoNCELoss` returns for return_rank=True.
+        top_k: 1 (default) asks the positive to beat every negative, 5 all but four.
+        valid: bool of rank's shape, the rows that count, such as `Correspondence.valid`. Default: all.
+
+    Returns:
+        0-d float32 in [0, 1].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shape, device or number do not fit.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops.metrics import contrastive_accuracy
+        >>> rank = torch.tensor([[0, 3, 9, 0]])
+        >>> contrastive_accuracy(rank), contrastive_accuracy(rank, top_k=5)
+        (tensor(0.5000), tensor(0.7500))
+    """
+    rank = _checks.require_tensor("rank", rank)
+    if rank.dtype not in _checks.INTEGER_DTYPES:
+        raise TypeError(f"rank: got dtype {rank.dtype}, expected an integer dtype such as int64")
+    if rank.ndim not in (1, 2) or rank.numel() == 0:
+        raise ValueError(f"rank: got shape {_checks.shape_of(rank)}, expected (B, P) or (B,), every size above 0")
+    hit = rank < _checks.require_positive_int("top_k", top_k)
+    if valid is None:
+        return hit.float().mean()
+    _require_mask("valid", valid, "rank", rank)
+    return (hit & valid).sum().float() / valid.sum().clamp(min=1).float()
+
+
+def match_score(correspondence: Correspondence) -> Tensor:
+    r"""Mean score of the valid matches; for feature matching their mean cosine similarity.
+
+    It says how alike the matched *backbone* features are, not whether the matches are right: a collapsed backbone
+    scores 1. With no valid match the result is 0. NaN scores of valid matches give NaN.
+
+    Args:
+        correspondence: What `DenseCorrespondence` or `densecl_ops.functional.dense_correspondence` returns. Matches
+            by place score minus a distance in cell diagonals instead of a cosine.
+
+    Returns:
+        0-d float32; for feature matching in [-1, 1].
+
+    Raises:
+        TypeError: Not a Correspondence, or its score or valid has the wrong dtype.
+        ValueError: The shapes or devices of score and valid differ, or they are empty.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops import DenseCorrespondence
+        >>> from densecl_ops.metrics import match_score
+        >>> features = torch.randn(2, 16, 7, 7)
+        >>> round(match_score(DenseCorrespondence()(features, features)).item(), 3)
+        1.0
+    """
+    if not isinstance(correspondence, Correspondence):
+        raise TypeError(f"correspondence: got {type(correspondence).__name__}, expected a Correspondence")
+    score = _checks.require_float("correspondence.score", correspondence.score)
+    if score.ndim != 2 or score.numel() == 0:
+        raise ValueError(
+            f"correspondence.score: got shape {_checks.shape_of(score)}, expected (B, P), every size above 0"
+        )
+    valid = _require_mask("correspondence.valid", correspondence.valid, "correspondence.score", score)
+    return score.float().masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1).float()
+
+
+def mutual_share(
+    query_features: Tensor,
+    key_features: Tensor,
+    grid_size: int | tuple[int, int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Share of query positions whose match names them back: i is the nearest query of its own nearest key.
+
+    .. math:: \frac{1}{B P_q} \sum_{b,i} [\, i = \arg\max_l \langle f^q_{b,l}, f^k_{b,\mathrm{index}(i)} \rangle
+        / |f^q_{b,l}| \,]
+
+    Near 1 every position has a partner of its own; it is low where many positions share one key. It costs one more
+    matching, so log it every few steps. If the loss already uses `DenseCorrespondence(mutual=True)` and no
+    min_score, its `valid.float().mean()` is this number for free.
+
+    Args:
+        query_features: (B, C, H, W) backbone map, (B, C, P) or (B, C), any strides.
+        key_features: The same of the other view. Its grid may differ: with fewer keys than queries the share cannot
+            exceed P_k / P_q.
+        grid_size: Average-pools both maps to S x S (or (H, W)) first. Default: none.
+        backend: "auto" (default), "eager", "blockwise" or "triton".
+
+    Returns:
+        0-d float32 in [0, 1].
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices do not fit, or the backend cannot serve.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops.metrics import mutual_share
+        >>> features = torch.randn(2, 16, 7, 7)
+        >>> mutual_share(features, features.flip(3))
+        tensor(1.)
+    """
+    matches = dense_correspondence(query_features, key_features, grid_size=grid_size, mutual=True, backend=backend)
+    return matches.valid.float().mean()
+
+
+def _require_mask(name: str, value: object, reference_name: str, reference: Tensor) -> Tensor:
+    mask = _checks.require_tensor(name, value)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {mask.dtype}, expected torch.bool")
+    _checks.require_shape(name, mask, tuple(reference.shape))
+    _checks.require_same_device(name, mask, reference_name, reference)
+    return mask

@@ -1,0 +1,247 @@
+"""Pictures of dense matches. Needs matplotlib: pip install "densecl-ops[plot]"."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from densecl_ops import _checks
+from densecl_ops._types import Correspondence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_correspondence"]
+
+RIGHT, WRONG, UNKNOWN = "#0072B2", "#D55E00", "#666666"  # told apart by every kind of colour vision
+COLOURS = "viridis_r"  # dark is high: the best matches stand out from the pale images
+GAP = 0.04  # of the longest side, between the images
+PALE = 0.4  # of the images' contrast is kept, so that lines stand out
+
+Image = Any  # a torch.Tensor or a numpy array; numpy is no dependency of this package
+
+
+def plot_correspondence(
+    image_q: Image,
+    image_k: Image,
+    correspondence: Correspondence,
+    ax: Axes | None = None,
+    top_k: int | None = 40,
+    truth: Tensor | None = None,
+    *,
+    sample: int = 0,
+    query_grid: int | tuple[int, int] | None = None,
+    key_grid: int | tuple[int, int] | None = None,
+    vertical: bool = False,
+) -> Figure:
+    """Draws two views beside each other and a line from the centre of each query cell to that of its match.
+
+    Lines are coloured by score (viridis, dark is high), best ones on top. With `truth`, right matches are solid blue
+    with dots, wrong ones dashed orange with crosses, and those without truth dotted grey. pyplot, its backend and its
+    open figures are left alone, so the result suits TensorBoard:
+    `writer.add_figure("matches", plot_correspondence(...), step)`.
+
+    Args:
+        image_q: Query view: a (3, H, W), (1, H, W) or (H, W) tensor, or a (H, W, 3), (H, W, 1) or (H, W) numpy
+            array; uint8, or float in [0, 1]. A float image with values outside [0, 1], such as a normalised one, is
+            shifted and scaled by its own minimum and maximum, over all channels together. Any device.
+        image_k: Key view, the same; it may have another size.
+        correspondence: Matches of a batch, index, score and valid each (B, P_q), such as DenseCorrespondence returns.
+        ax: Axes to draw into. Default: a new Figure of their own.
+        top_k: How many matches to draw, those of highest score among the valid ones. None: all. Default 40.
+        truth: (P_q,) integers: the right key position of each query position, or -1 where unknown. The title then
+            states the share of right ones among *all* valid matches with known truth, not only those drawn. To let
+            near misses count, pass the match's own index wherever you call it right.
+        sample: Which image of the batch. Default 0.
+        query_grid: S or (H, W), in cells. Default: P_q is taken for a square.
+        key_grid: The same of the key view. Default: that of the query view.
+        vertical: Puts the key view below the query view. Clearer where matches lie in the same row, as in a stereo
+            pair: side by side their lines would cover each other. Default False.
+
+    Returns:
+        The Figure drawn into; of `ax`, if that was given.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, grids or numbers do not fit.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops import DenseCorrespondence
+        >>> from densecl_ops.visualize import plot_correspondence
+        >>> image, features = torch.rand(3, 64, 64), torch.randn(1, 16, 7, 7)
+        >>> matches = DenseCorrespondence()(features, features.flip(3))
+        >>> figure = plot_correspondence(image, image.flip(2), matches, top_k=10)
+        >>> figure.axes[0].get_title()
+        '10 of 49 valid matches, by score'
+    """
+    index, score, valid = _one_sample(correspondence, sample)
+    if top_k is not None:
+        _checks.require_positive_int("top_k", top_k)
+    _checks.require_bool("vertical", vertical)
+    grid_q = _grid("query_grid", query_grid, len(index))
+    grid_k = _checks.require_grid_size(key_grid, "key_grid") or grid_q
+    low, high, keys = int(index.min()), int(index.max()), grid_k[0] * grid_k[1]
+    if low < 0 or high >= keys:
+        raise ValueError(f"key_grid: got {grid_k} for indices {low} to {high}, expected a grid that holds them")
+    known, right = _judge(index, truth, keys)
+    picture_q, picture_k = _pixels("image_q", image_q), _pixels("image_k", image_k)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('densecl_ops.visualize needs matplotlib: pip install "densecl-ops[plot]"') from error
+
+    (height_q, width_q), (height_k, width_k) = picture_q.shape[:2], picture_k.shape[:2]
+    gap = max(1.0, GAP * max(height_q, width_q, height_k, width_k))
+    shift_x, shift_y = (0.0, height_q + gap) if vertical else (width_q + gap, 0.0)
+    width, height = max(width_q, shift_x + width_k), max(height_q, shift_y + height_k)
+    if ax is None:
+        wide = min(10.0, 10.0 * width / height)
+        tall = wide * height / width
+        margin = 0.9 + 0.04 * tall if truth is None else 0.8  # title, and colour bar or legend
+        size = (max(wide, 5.0), tall + margin)  # in inches; a title takes 4
+        ax = Figure(figsize=size, dpi=100, layout="constrained").add_subplot()
+    for picture, x, y in ((picture_q, 0.0, 0.0), (picture_k, shift_x, shift_y)):
+        bottom, right_edge = y + picture.shape[0], x + picture.shape[1]
+        pale = (PALE * picture + 1 - PALE).numpy()
+        ax.imshow(pale, extent=(x, right_edge, bottom, y), interpolation="antialiased")
+    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    ax.set_axis_off()
+
+    drawn = torch.where(valid, score.nan_to_num(-math.inf), -math.inf).argsort(descending=True, stable=True)
+    drawn = drawn[: int(valid.sum())][:top_k].flip(0)  # the best are drawn last, on top
+    start_xy = _centres(drawn, grid_q, height_q, width_q)
+    end_xy = _centres(index[drawn], grid_k, height_k, width_k) + torch.tensor([shift_x, shift_y])
+    kind = torch.where(known, right.long(), 2)[drawn]
+    if truth is None:
+        _draw_by_score(ax, start_xy, end_xy, score[drawn])
+        title = f"{len(drawn)} of {int(valid.sum())} valid matches, by score"
+    else:
+        _draw_by_truth(ax, start_xy, end_xy, kind)
+        judged = valid & known
+        count, total = int((right & judged).sum()), int(judged.sum())
+        share = f"{count / total:.1%} right ({count} of {total})" if total else "no match with known truth"
+        title = f"{share}, {len(drawn)} drawn"
+    ax.set_title(title, fontsize=12)
+    return ax.figure.figure  # the second one leaves subfigures
+
+
+def _draw_by_score(ax: Axes, start: Tensor, end: Tensor, score: Tensor) -> None:
+    from matplotlib.collections import LineCollection
+
+    segments = torch.stack([start, end], 1).numpy()
+    lines = LineCollection(list(segments), cmap=COLOURS, linewidths=1.3, zorder=2)
+    lines.set_array(score.numpy())
+    finite = score[score.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    margin = max(0.0, 0.005 - (high - low) / 2)  # equal scores: no colour bar of rounding errors
+    lines.set_clim(low - margin, high + margin)
+    ax.add_collection(lines, autolim=False)
+    x, y = torch.cat([start, end]).T.numpy()
+    low, high = lines.get_clim()
+    ax.scatter(x, y, 16, score.repeat(2).numpy(), cmap=COLOURS, vmin=low, vmax=high, zorder=3)
+    bar = ax.figure.colorbar(lines, ax=ax, orientation="horizontal", fraction=0.05, pad=0.02, shrink=0.5, aspect=30)
+    bar.set_label("score")
+
+
+def _draw_by_truth(ax: Axes, start: Tensor, end: Tensor, kind: Tensor) -> None:
+    looks = {  # wrong ones last, on top of the many right ones
+        2: ("truth unknown", {"color": UNKNOWN, "linestyle": ":", "marker": ".", "linewidth": 1.0, "markersize": 4}),
+        1: ("right", {"color": RIGHT, "linestyle": "-", "marker": "o", "linewidth": 1.1, "markersize": 3.5}),
+        0: ("wrong", {"color": WRONG, "linestyle": "--", "marker": "X", "linewidth": 1.1, "markersize": 5}),
+    }
+    handles = {}
+    for zorder, (number, (label, look)) in enumerate(looks.items(), 2):
+        chosen = kind == number
+        if chosen.any():
+            x, y = (torch.stack([start[chosen, axis], end[chosen, axis]]).numpy() for axis in (0, 1))
+            handles[label] = ax.plot(x, y, zorder=zorder, **look)[0]  # type: ignore[arg-type]
+    if handles:
+        labels = sorted(handles)
+        lines = [handles[label] for label in labels]
+        ax.legend(lines, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(lines), frameon=False)
+
+
+def _one_sample(correspondence: Correspondence, sample: int) -> Correspondence:
+    """(P_q,) index, score and valid of one image, on the host."""
+    if not isinstance(correspondence, Correspondence):
+        raise TypeError(f"correspondence: got {type(correspondence).__name__}, expected a Correspondence")
+    index = _checks.require_tensor("correspondence.index", correspondence.index)
+    if index.dtype not in _checks.INTEGER_DTYPES:
+        raise TypeError(f"correspondence.index: got dtype {index.dtype}, expected an integer dtype such as int64")
+    if index.ndim != 2 or index.numel() == 0:
+        raise ValueError(f"correspondence.index: got shape {_checks.shape_of(index)}, expected (B, P), none of them 0")
+    for name in ("score", "valid"):
+        tensor = _checks.require_tensor(f"correspondence.{name}", getattr(correspondence, name))
+        _checks.require_shape(f"correspondence.{name}", tensor, tuple(index.shape))
+    if isinstance(sample, bool) or not isinstance(sample, int):
+        raise TypeError(f"sample: got {sample!r}, expected an int")
+    if not 0 <= sample < len(index):
+        raise ValueError(f"sample: got {sample}, expected 0 to {len(index) - 1}")
+    index, score, valid = (tensor[sample].detach().cpu() for tensor in correspondence)
+    return Correspondence(index.long(), score.float(), valid.bool())
+
+
+def _grid(name: str, value: object, positions: int) -> tuple[int, int]:
+    grid = _checks.require_grid_size(value, name)
+    if grid is None:
+        side = math.isqrt(positions)
+        if side * side != positions:
+            raise ValueError(f"{name}: got None for {positions} positions, no square; expected (height, width)")
+        return side, side
+    if grid[0] * grid[1] != positions:
+        raise ValueError(f"{name}: got {grid}, expected a grid of {positions} positions")
+    return grid
+
+
+def _judge(index: Tensor, truth: Tensor | None, keys: int) -> tuple[Tensor, Tensor]:
+    """(P_q,) bool: where the truth is known, and where the match is right."""
+    if truth is None:
+        nothing = torch.zeros(index.shape, dtype=torch.bool)
+        return nothing, nothing
+    truth = _checks.require_tensor("truth", truth)
+    if truth.dtype not in _checks.INTEGER_DTYPES:
+        raise TypeError(f"truth: got dtype {truth.dtype}, expected an integer dtype such as int64")
+    _checks.require_shape("truth", truth, tuple(index.shape))
+    truth = truth.detach().cpu().long()
+    low, high = int(truth.min()), int(truth.max())
+    if low < -1 or high >= keys:
+        raise ValueError(f"truth: got values from {low} to {high}, expected them within -1 to {keys - 1}")
+    return truth >= 0, truth == index
+
+
+def _centres(position: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
+    """(n, 2) x and y, in pixels, of the centres of row-major cells."""
+    x = (position % grid[1] + 0.5) * (width / grid[1])
+    y = (position // grid[1] + 0.5) * (height / grid[0])
+    return torch.stack([x, y], 1)
+
+
+def _pixels(name: str, image: Image) -> Tensor:
+    """(H, W, 3) float32 in [0, 1] on the host."""
+    if isinstance(image, Tensor):
+        pixels = _checks.require_real(name, image).detach().cpu()
+        expected, channels_first = "(3, H, W), (1, H, W) or (H, W)", True
+    elif type(image).__module__ == "numpy" and hasattr(image, "shape"):
+        pixels = torch.from_numpy(image.copy())  # a copy: torch refuses negative strides and warns of read-only arrays
+        expected, channels_first = "(H, W, 3), (H, W, 1) or (H, W)", False
+    else:
+        raise TypeError(f"{name}: got {type(image).__name__}, expected a torch.Tensor or a numpy array")
+    if not (pixels.dtype == torch.uint8 or pixels.dtype in _checks.FLOAT_DTYPES):
+        raise TypeError(f"{name}: got dtype {pixels.dtype}, expected uint8 or a float dtype")
+    if pixels.ndim == 3 and channels_first:
+        pixels = pixels.permute(1, 2, 0)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.numel() == 0:
+        raise ValueError(f"{name}: got shape {tuple(image.shape)}, expected {expected}")
+    scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float().nan_to_num()
+    low, high = float(scaled.min()), float(scaled.max())
+    if low < 0 or high > 1:
+        scaled = (scaled - low) / max(high - low, 1e-12)
+    return scaled.expand(-1, -1, 3).contiguous()
