@@ -64,8 +64,8 @@ class DenseProjectionHead(nn.Module):
         image: list[nn.Module] = [nn.Linear(in_channels, hidden_channels)]
         dense: list[nn.Module] = [nn.Conv2d(in_channels, hidden_channels, 1)]
         if norm_layer is not None:
-            image += [nn.Unflatten(1, (hidden_channels, 1, 1)), norm_layer(hidden_channels), nn.Flatten()]
-            dense += [norm_layer(hidden_channels)]
+            image += [nn.Unflatten(1, (hidden_channels, 1, 1)), _norm(norm_layer, hidden_channels), nn.Flatten()]
+            dense += [_norm(norm_layer, hidden_channels)]
         self.image_mlp = nn.Sequential(*image, nn.ReLU(inplace=True), nn.Linear(hidden_channels, out_channels))
         self.dense_mlp = nn.Sequential(*dense, nn.ReLU(inplace=True), nn.Conv2d(hidden_channels, out_channels, 1))
 
@@ -90,3 +90,10 @@ class DenseProjectionHead(nn.Module):
         pooled = reduce(dense, "b d h w -> b d", "mean")
         shape = (*dense.shape[:2], *grid.shape[2:])
         return Projection(image, dense.reshape(shape), pooled)
+
+
+def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
+    norm = norm_layer(channels)
+    if not isinstance(norm, nn.Module):
+        raise TypeError(f"norm_layer: got a callable that returns {type(norm).__name__}, expected a torch.nn.Module")
+    return norm

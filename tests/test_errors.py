@@ -424,6 +424,7 @@ def test_head_sizes(name: str, error: type[Exception], came: str, value: Any) ->
 
 def test_head_norm_layer() -> None:
     refused(TypeError, "norm_layer", "'batch'", lambda: DenseProjectionHead(4, 4, 4, norm_layer="batch"))
+    refused(TypeError, "norm_layer", "NoneType", lambda: DenseProjectionHead(4, 4, 4, norm_layer=lambda channels: None))
 
 
 @pytest.mark.parametrize(("error", "came", "value"), MAPS)
