@@ -108,7 +108,8 @@ class _Tile(NamedTuple):
 def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor | None) -> _Attention:
     """Log-sum-exp over the negatives of each scaled query row (N, D), with mean and rank as asked."""
     if positive is None and _flash_is_better(problem, want_mean):
-        return _flash_attend(scaled, problem)
+        seen = _flash_attend(scaled, problem)
+        return seen if want_mean else seen._replace(mean=None)
 
     total = scaled.new_zeros(scaled.shape[0], 1)
     mean = torch.zeros_like(scaled) if want_mean else None
