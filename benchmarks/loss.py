@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.measure import Row, available_bytes, compare, relative_error, significant
+from benchmarks.measure import Row, compare, relative_error, significant, too_large
 from benchmarks.records import OURS, Shape, print_rows, run_suite
 from benchmarks.records import add_arguments as add_shared
 from benchmarks.rivals import TEMPERATURE, Inputs, Loss
@@ -123,12 +123,11 @@ def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row
     entries: dict[str, Callable[[Inputs], Any]] = {}
     rows: dict[str, Row] = {}
     for name, loss in contestants(device, dtype).items():
-        gib = COPIES.get(name, 0) * n * k * dtype.itemsize / 2**30
-        room = available_bytes(device)
-        if device.type == "cpu" and room is not None and gib > 0.7 * room / 2**30:  # a CPU has no error to catch
-            rows[name] = {"failed": f"not run: needs about {gib:.0f} GiB"}
-        else:
+        refused = too_large(COPIES.get(name, 0) * n * k * dtype.itemsize, device)
+        if refused is None:
             entries[name] = functools.partial(run, loss)
+        else:
+            rows[name] = refused
     if device.type == "cpu" and k >= 512:
         entries["arithmetic"] = lambda one: arithmetic(one, train)
     rows = compare(entries, inputs, device, cold=shape["cache"] == "cold", seconds=seconds) | rows

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Row, available_bytes, compare, significant
+from benchmarks.measure import Row, compare, significant, too_large
 from benchmarks.records import OURS, Shape, print_rows, run_suite
 from benchmarks.records import add_arguments as add_shared
 from densecl_ops.functional import dense_correspondence
@@ -97,12 +97,11 @@ def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row
     entries: dict[str, Callable[[Maps], Tensor]] = {}
     rows: dict[str, Row] = {}
     for name, match in CONTESTANTS.items():
-        gib = 0 if name == OURS else 3 * b * positions**2 * size / 2**30
-        room = available_bytes(device)
-        if device.type == "cpu" and room is not None and gib > 0.7 * room / 2**30:
-            rows[name] = {"failed": f"not run: needs about {gib:.0f} GiB"}
-        else:
+        refused = None if name == OURS else too_large(3 * b * positions**2 * size, device)
+        if refused is None:
             entries[name] = match
+        else:
+            rows[name] = refused
     with torch.no_grad():
         rows = compare(entries, inputs, device, cold=shape["cache"] == "cold", seconds=seconds) | rows
         for name, row in rows.items():

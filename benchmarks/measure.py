@@ -132,6 +132,14 @@ def available_bytes(device: torch.device) -> int | None:
     return 1024 * _kib(info, "MemAvailable") if info.exists() else None
 
 
+def too_large(needed_bytes: float, device: torch.device) -> Row | None:
+    """The row of a form that would not fit a CPU's memory, where there is no error to catch; None if it may run."""
+    room = available_bytes(device)
+    if device.type == "cpu" and room is not None and needed_bytes > 0.7 * room:
+        return {"failed": f"not run: needs about {needed_bytes / 2**30:.0f} GiB"}
+    return None
+
+
 def _mib(count: int | None) -> float | None:
     return None if count is None else round(count / 2**20, 1)
 

@@ -44,6 +44,13 @@ def require_real(name: str, value: object) -> Tensor:
     return tensor
 
 
+def require_integer(name: str, value: object) -> Tensor:
+    tensor = require_tensor(name, value)
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected an integer dtype such as int64")
+    return tensor
+
+
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {shape_of(tensor)}, expected {shape}")
@@ -161,10 +168,18 @@ def require_rows_in_range(name: str, index: Tensor, size: int) -> None:
 
 def require_index(name: str, value: object, shape: tuple[int, ...], size: int, reference: Tensor) -> Tensor:
     """An integer tensor of the given shape with values in [0, size), as int64."""
-    index = require_tensor(name, value)
-    if index.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name}: got dtype {index.dtype}, expected an integer dtype such as int64")
+    index = require_integer(name, value)
     require_shape(name, index, shape)
     require_same_device(name, index, "query", reference)
     require_rows_in_range(name, index, size)
     return index.long()
+
+
+def require_mask(name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor) -> Tensor:
+    """A bool tensor of the given shape on the device of the reference."""
+    mask = require_tensor(name, value)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: got dtype {mask.dtype}, expected torch.bool")
+    require_shape(name, mask, shape)
+    require_same_device(name, mask, reference_name, reference)
+    return mask

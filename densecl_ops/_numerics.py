@@ -30,6 +30,12 @@ def normalize(x: Tensor, dim: int) -> Tensor:
     return x * inverse_norm(x, dim)
 
 
+def to_unit_rows(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, D) keys as negatives: unit rows in `dtype`, normalised in the accumulation dtype, autocast or not."""
+    with no_autocast(keys):
+        return normalize(keys.to(accumulation_dtype(keys)), dim=1).to(dtype)
+
+
 def no_autocast(tensor: Tensor) -> torch.autocast:
     """Switches autocast off for our own arithmetic: each backend casts exactly what the contract says."""
     return torch.autocast(tensor.device.type, enabled=False)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densecl_ops import _checks, _distributed
-from densecl_ops._numerics import accumulation_dtype, no_autocast, normalize
+from densecl_ops._numerics import accumulation_dtype, to_unit_rows
 
 
 def in_batch_negatives(
@@ -86,8 +86,7 @@ def _unit_rows(keys: Tensor) -> Tensor:
     _checks.require_float("keys", keys)
     if keys.ndim != 2:
         raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (B, D)")
-    with no_autocast(keys):
-        return normalize(keys.to(accumulation_dtype(keys)), dim=1).to(keys.dtype)
+    return to_unit_rows(keys, keys.dtype)
 
 
 class _Gather(torch.autograd.Function):

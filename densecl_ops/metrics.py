@@ -6,7 +6,6 @@ you print: `.item()` at every step would wait for the device at every step.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from densecl_ops import _checks
@@ -44,15 +43,13 @@ def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = No
         >>> contrastive_accuracy(rank), contrastive_accuracy(rank, top_k=5)
         (tensor(0.5000), tensor(0.7500))
     """
-    rank = _checks.require_tensor("rank", rank)
-    if rank.dtype not in _checks.INTEGER_DTYPES:
-        raise TypeError(f"rank: got dtype {rank.dtype}, expected an integer dtype such as int64")
+    rank = _checks.require_integer("rank", rank)
     if rank.ndim not in (1, 2) or rank.numel() == 0:
         raise ValueError(f"rank: got shape {_checks.shape_of(rank)}, expected (B, P) or (B,), every size above 0")
     hit = rank < _checks.require_positive_int("top_k", top_k)
     if valid is None:
         return hit.float().mean()
-    _require_mask("valid", valid, "rank", rank)
+    _checks.require_mask("valid", valid, tuple(rank.shape), "rank", rank)
     return (hit & valid).sum().float() / valid.sum().clamp(min=1).float()
 
 
@@ -88,7 +85,8 @@ def match_score(correspondence: Correspondence) -> Tensor:
         raise ValueError(
             f"correspondence.score: got shape {_checks.shape_of(score)}, expected (B, P), every size above 0"
         )
-    valid = _require_mask("correspondence.valid", correspondence.valid, "correspondence.score", score)
+    shape, name = tuple(score.shape), "correspondence.valid"
+    valid = _checks.require_mask(name, correspondence.valid, shape, "correspondence.score", score)
     return score.float().masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1).float()
 
 
@@ -130,12 +128,3 @@ def mutual_share(
     """
     matches = dense_correspondence(query_features, key_features, grid_size=grid_size, mutual=True, backend=backend)
     return matches.valid.float().mean()
-
-
-def _require_mask(name: str, value: object, reference_name: str, reference: Tensor) -> Tensor:
-    mask = _checks.require_tensor(name, value)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: got dtype {mask.dtype}, expected torch.bool")
-    _checks.require_shape(name, mask, tuple(reference.shape))
-    _checks.require_same_device(name, mask, reference_name, reference)
-    return mask

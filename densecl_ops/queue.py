@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from densecl_ops import _checks, _distributed
-from densecl_ops._numerics import accumulation_dtype, no_autocast, normalize
+from densecl_ops._numerics import normalize, to_unit_rows
 
 INITS = ("random", "empty")
 
@@ -126,8 +126,7 @@ class MomentumQueue(nn.Module):
         if keys.ndim != 2 or keys.shape[1] != self.dim:
             raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (n, {self.dim})")
         _checks.require_same_device("keys", keys, "the queue", self.rows)
-        with no_autocast(keys):
-            return normalize(keys.to(accumulation_dtype(keys)), dim=1).to(self.rows.dtype)
+        return to_unit_rows(keys, self.rows.dtype)
 
     def _rows_of_all_ranks(self, keys: Tensor, group: dist.ProcessGroup) -> Tensor:
         with _distributed.telling_failure(group):

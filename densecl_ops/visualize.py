@@ -171,9 +171,7 @@ def _one_sample(correspondence: Correspondence, sample: int) -> Correspondence:
     """(P_q,) index, score and valid of one image, on the host."""
     if not isinstance(correspondence, Correspondence):
         raise TypeError(f"correspondence: got {type(correspondence).__name__}, expected a Correspondence")
-    index = _checks.require_tensor("correspondence.index", correspondence.index)
-    if index.dtype not in _checks.INTEGER_DTYPES:
-        raise TypeError(f"correspondence.index: got dtype {index.dtype}, expected an integer dtype such as int64")
+    index = _checks.require_integer("correspondence.index", correspondence.index)
     if index.ndim != 2 or index.numel() == 0:
         raise ValueError(f"correspondence.index: got shape {_checks.shape_of(index)}, expected (B, P), none of them 0")
     for name in ("score", "valid"):
@@ -204,9 +202,7 @@ def _judge(index: Tensor, truth: Tensor | None, keys: int) -> tuple[Tensor, Tens
     if truth is None:
         nothing = torch.zeros(index.shape, dtype=torch.bool)
         return nothing, nothing
-    truth = _checks.require_tensor("truth", truth)
-    if truth.dtype not in _checks.INTEGER_DTYPES:
-        raise TypeError(f"truth: got dtype {truth.dtype}, expected an integer dtype such as int64")
+    truth = _checks.require_integer("truth", truth)
     _checks.require_shape("truth", truth, tuple(index.shape))
     truth = truth.detach().cpu().long()
     low, high = int(truth.min()), int(truth.max())

@@ -219,6 +219,7 @@ def test_bfloat16_in_several_calls_of_the_attention_operator(
 ) -> None:
     """What a processor with matrix units does in steps of 4,096 rows; any processor can do it."""
     from densecl_ops.info_nce import blockwise
+    from densecl_ops.info_nce.functional import _normal_form
 
     monkeypatch.setattr(blockwise, "_HAS_AMX", True)
     monkeypatch.setattr(blockwise, "_FLASH_ROWS", 16)
@@ -227,6 +228,8 @@ def test_bfloat16_in_several_calls_of_the_attention_operator(
     seen, usual = (helpers.run(backend, case, rank=False) for backend in ("blockwise", "eager"))
     without = helpers.run("blockwise", case, wanted=(), rank=False)
     assert_close(without.loss, seen.loss, 1e-6)
+    problem, _ = _normal_form(case.query, case.key, case.negatives, case.index, case.temperature, None)
+    assert blockwise.forward(problem, want_grad=False, want_rank=False).grad_query.numel() == 0
     for name in ("loss", "query", "key", "negatives"):
         wish, tolerance = getattr(truth, name), 2 * helpers.error(getattr(usual, name), getattr(truth, name))
         assert_close(getattr(seen, name), wish, tolerance + 1e-3, name)

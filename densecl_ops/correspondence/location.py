@@ -102,11 +102,7 @@ def _require_extent(name: str, boxes: Tensor) -> None:
 def _as_flip(name: str, value: Tensor | None, boxes: Tensor) -> Tensor | None:
     if value is None:
         return None
-    if _checks.require_tensor(name, value).dtype != torch.bool:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected torch.bool")
-    _checks.require_shape(name, value, (boxes.shape[0],))
-    _checks.require_same_device(name, value, "query_boxes", boxes)
-    return value
+    return _checks.require_mask(name, value, (boxes.shape[0],), "query_boxes", boxes)
 
 
 def _cell_centres(boxes: Tensor, grid: tuple[int, int], flip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

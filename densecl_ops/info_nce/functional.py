@@ -189,11 +189,7 @@ def _correspondence_contents(match: Correspondence, shape: tuple[int, int], key:
             f"correspondence: got {type(match).__name__}, expected a Correspondence, an integer tensor or None"
         )
     index = _checks.require_index("correspondence.index", index, shape, key.shape[2], key)
-    if valid.dtype != torch.bool:
-        raise TypeError(f"correspondence.valid: got dtype {valid.dtype}, expected torch.bool")
-    _checks.require_shape("correspondence.valid", valid, shape)
-    _checks.require_same_device("correspondence.valid", valid, "query", key)
-    return index, valid
+    return index, _checks.require_mask("correspondence.valid", valid, shape, "query", key)
 
 
 def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> float | Tensor:
