@@ -123,10 +123,14 @@ def test_repeats_bit_by_bit() -> None:
 
 
 def test_plan_uses_the_device() -> None:
-    """13 blocks of rows leave 119 of 132 multiprocessors idle; ten parts of the queue leave 2."""
+    """13 blocks of rows leave 119 of 132 multiprocessors idle; ten parts of the queue leave 2.
+
+    98 blocks leave 34 idle; four parts of the queue are 392 programs, three rounds of 132 but for 4.
+    """
     per_split = fused.plan_split(items=1568, length=65536, block=128, step=128, slots=132)
     assert per_split % 128 == 0
     assert 13 * -(-65536 // per_split) in range(125, 133)
+    assert fused.plan_split(items=12544, length=65536, block=128, step=128, slots=132) == 65536 // 4
     assert fused.plan_split(items=50176, length=65536, block=128, step=128, slots=132) == 65536
     assert fused.plan_split(items=64, length=100, block=128, step=128, slots=132) == 128
 

@@ -8,6 +8,8 @@ repeat bit by bit.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -186,16 +188,21 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
     return grad
 
 
+@functools.cache
 def plan_split(items: int, length: int, block: int, step: int, slots: int, splits: int | None = None) -> int:
     """How much of `length` each program takes, a multiple of `step`.
 
     `items / block` programs share the device's `slots`. Splitting `length` s ways multiplies the programs; the best s
-    is the one whose rounds of programs waste least, counting 1% of a full pass per split for adding it up again.
+    is the one whose rounds of programs waste least, counting 1% of a full pass per split for adding it up again. Up to
+    four rounds: 98 blocks (N = 12,544) on 132 multiprocessors leave a quarter of them idle, 4 x 98 fill three rounds.
     """
     blocks, steps = triton.cdiv(items, block), triton.cdiv(length, step)
+
+    def cost(s: int) -> float:
+        return float(triton.cdiv(blocks * s, slots) * triton.cdiv(steps, s) / steps + 0.01 * s * blocks / slots)
+
     if splits is None:
-        candidates = range(1, min(steps, max(1, 2 * slots // blocks), 64) + 1)
-        splits = min(candidates, key=lambda s: triton.cdiv(blocks * s, slots) / s + 0.01 * s * blocks / slots)
+        splits = min(range(1, max(1, min(steps, 4 * slots // blocks)) + 1), key=cost)
     return int(triton.cdiv(steps, splits)) * step
 
 
