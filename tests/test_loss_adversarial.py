@@ -490,6 +490,17 @@ def test_memory_of_the_published_setting(fused: str, options: dict[str, bool], l
     assert peak_of(step) < limit
 
 
+def test_memory_does_not_grow_with_a_bfloat16_queue() -> None:
+    """A float32 copy of these 2^18 rows would be 64 MiB; ranks and norms go through it in tiles."""
+    rows = torch.nn.functional.normalize(torch.randn(2**18, 64), dim=1).bfloat16()
+
+    def step() -> None:
+        query, key = (torch.randn(2, 64, 4, 4, dtype=torch.bfloat16, requires_grad=wanted) for wanted in (True, False))
+        helpers.info_nce("blockwise", query, key, rows, return_rank=True)[0].backward()
+
+    assert peak_of(step) < 8
+
+
 def test_nothing_of_size_n_by_k_is_saved(fused: str) -> None:
     """What waits for backward() is N x D, however many negatives there are."""
     case, saved = make_case(28, negatives=5000).to(torch.float32), []
