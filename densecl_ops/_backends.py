@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from densecl_ops import _devices
+from densecl_ops import _launch
 from densecl_ops._checks import require_choice
 
 BACKENDS = ("auto", "eager", "blockwise", "triton")
@@ -70,7 +70,7 @@ def _triton_obstacle(device_type: str, dtype: torch.dtype, channels: int) -> str
         return "the triton package is not installed"
     if TRITON_VERSION is not None and TRITON_VERSION < OLDEST_TRITON:
         return f"it needs triton {_dotted(OLDEST_TRITON)}, and {_dotted(TRITON_VERSION)} is installed"
-    if device_type != "cuda" and not (device_type == "cpu" and _devices.interpreting()):
+    if device_type != "cuda" and not (device_type == "cpu" and _launch.interpreting()):
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     if dtype == torch.float64:
         return "it has no float64 kernels"

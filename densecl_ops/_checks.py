@@ -10,7 +10,12 @@ import math
 from numbers import Real
 
 import torch
+from einops import einsum, reduce
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from densecl_ops._numerics import accumulation_dtype, no_autocast
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -76,6 +81,35 @@ def flatten_map(name: str, value: object) -> Tensor:
     return tensor.unsqueeze(2) if tensor.ndim == 2 else tensor.flatten(2)
 
 
+def pool_to_grid(name: str, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of a map that flatten_map accepts; one that already has the grid passes unchanged.
+
+    A mean over equal cells, or else two small matrix products. torch's own form has no deterministic backward on CUDA.
+    """
+    if features.ndim != 4:
+        raise ValueError(
+            f"{name}: got shape {shape_of(features)}, expected a (B, C, H, W) map, "
+            "the only form that grid_size can pool"
+        )
+    height, width = features.shape[2:]
+    if (height, width) == grid:
+        return features
+    if height % grid[0] == 0 and width % grid[1] == 0:
+        return reduce(features, "b c (h y) (w x) -> b c h w", "mean", h=grid[0], w=grid[1])
+    with no_autocast(features):
+        exact = features.to(accumulation_dtype(features))
+        down, across = _pooling_matrix(grid[0], height, exact), _pooling_matrix(grid[1], width, exact)
+        return einsum(down, exact, across, "h y, b c y x, w x -> b c h w").to(features.dtype)
+
+
+def _pooling_matrix(cells: int, size: int, like: Tensor) -> Tensor:
+    """(cells, size): cell i is the mean from floor(i size / cells) to ceil((i + 1) size / cells), as in torch."""
+    cell = torch.arange(cells, device=like.device)[:, None]
+    position = torch.arange(size, device=like.device)
+    inside = (position >= cell * size // cells) & (position < ((cell + 1) * size + cells - 1) // cells)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
+
+
 def require_paired_maps(query_name: str, query: Tensor, key_name: str, key: Tensor) -> None:
     """Two flattened maps of the same images: equal batch, equal channels, one device. Grids may differ."""
     if query.shape[:2] != key.shape[:2]:
@@ -115,7 +149,7 @@ def require_number(name: str, value: object) -> float:
     return number
 
 
-def require_temperature(value: object, name: str = "temperature") -> float:
+def require_temperature(name: str, value: object) -> float:
     number = require_number(name, value)
     if number <= 0:
         raise ValueError(f"{name}: got {number}, expected a number above 0")
@@ -136,7 +170,7 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def require_grid_size(value: object, name: str = "grid_size") -> tuple[int, int] | None:
+def require_grid_size(name: str, value: object) -> tuple[int, int] | None:
     """None, S (for S x S) or (H, W)."""
     if value is None:
         return None
@@ -148,31 +182,41 @@ def require_grid_size(value: object, name: str = "grid_size") -> tuple[int, int]
     return side, side
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds values of its own: no FakeTensor, and none that torch.func or a tracer wraps."""
+    if isinstance(tensor, (FakeTensor, FunctionalTensor)):
+        return False
+    return not (torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor))
+
+
 def host_may_look(tensor: Tensor) -> bool:
     """Whether reading values waits for no device and, under torch.compile, breaks no graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(tensor)
 
 
-def require_rows_in_range(name: str, index: Tensor, size: int) -> None:
-    """Raises for an index outside [0, size) where that needs no device synchronisation.
+def outside_inference(tensor: Tensor) -> Tensor:
+    """A tensor that autograd may save: one made under inference_mode is copied once that mode is left."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
 
-    On other devices the gather itself traps, as it does for every index in torch; under torch.compile a look at
-    the values would break the graph.
+
+def require_index(
+    name: str, value: object, shape: tuple[int, ...], size: int, reference_name: str, reference: Tensor
+) -> Tensor:
+    """An integer tensor of the given shape on the device of the reference, as int64.
+
+    Values outside [0, size) raise where looking waits for no device. Elsewhere torch's own gather traps, and the Triton
+    kernels give the row NaN.
     """
-    if not host_may_look(index):
-        return
-    low, high = (int(bound) for bound in torch.aminmax(index))
-    if low < 0 or high >= size:
-        raise ValueError(f"{name}: got values from {low} to {high}, expected them within 0 to {size - 1}")
-
-
-def require_index(name: str, value: object, shape: tuple[int, ...], size: int, reference: Tensor) -> Tensor:
-    """An integer tensor of the given shape with values in [0, size), as int64."""
     index = require_integer(name, value)
     require_shape(name, index, shape)
-    require_same_device(name, index, "query", reference)
-    require_rows_in_range(name, index, size)
-    return index.long()
+    require_same_device(name, index, reference_name, reference)
+    if host_may_look(index):
+        low, high = (int(bound) for bound in torch.aminmax(index))
+        if low < 0 or high >= size:
+            raise ValueError(f"{name}: got values from {low} to {high}, expected them within 0 to {size - 1}")
+    return outside_inference(index).long()
 
 
 def require_mask(name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor) -> Tensor:
@@ -182,4 +226,4 @@ def require_mask(name: str, value: object, shape: tuple[int, ...], reference_nam
         raise TypeError(f"{name}: got dtype {mask.dtype}, expected torch.bool")
     require_shape(name, mask, shape)
     require_same_device(name, mask, reference_name, reference)
-    return mask
+    return outside_inference(mask)

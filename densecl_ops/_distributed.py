@@ -1,14 +1,13 @@
-"""Rows over a process group: what is said before they travel, and how they travel.
+"""Keys over a process group: what is said before they travel, and how they travel.
 
-Every rank first tells the others, over the host, how many rows it holds and of what kind, or that it is about to raise.
+Every rank first tells the others, over the host, how many keys it holds and of what kind, or that it is about to raise.
 So a mistake on one rank raises on all of them, where a gather begun anyway would hang or mix up bytes.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -24,11 +23,11 @@ _host_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = 
 
 
 class Header(NamedTuple):
-    """What a rank says of its rows. Ranks must agree on the fields from `size` on."""
+    """What a rank says of its keys. Ranks must agree on the fields from `size` on."""
 
-    failed: int = 0  # 1: this rank is about to raise, and sends no rows
-    rows: int = 0
-    equal: int = 1  # 0: this rank's queue may differ from the others'
+    failed: int = 0  # 1: this rank is about to raise, and sends no keys
+    keys: int = 0  # how many
+    synchronised: int = 1  # 0: this rank's queue may differ from the others'
     size: int = 0  # of the queue; 0: there is none
     dim: int = 0
     dtype: int = 0  # place in _checks.FLOAT_DTYPES
@@ -37,35 +36,6 @@ class Header(NamedTuple):
     def describe(self, field: str) -> str:
         value = getattr(self, field)
         return f"{field} {_checks.FLOAT_DTYPES[value]}" if field == "dtype" else f"{field} {int(value)}"
-
-
-class Membership:
-    """The process group a queue was given (None: the default one), and where its contents are equal on all ranks.
-
-    Deep copies share the group, which cannot be copied, and have yet to be made equal.
-    """
-
-    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
-        require_group(process_group)
-        self.process_group = process_group
-        self._equal_in: weakref.ref[dist.ProcessGroup] | None = None
-
-    def __deepcopy__(self, memo: object) -> Membership:
-        return Membership(self.process_group)
-
-    def __reduce__(self) -> tuple[type[Membership], tuple[None]]:
-        if self.process_group is not None:
-            raise TypeError(
-                "process_group: got a process group, which cannot be pickled, expected None; "
-                "save the state_dict, not the module"
-            )
-        return Membership, (None,)
-
-    def is_equal_in(self, group: dist.ProcessGroup) -> bool:
-        return self._equal_in is not None and self._equal_in() is group
-
-    def set_equal_in(self, group: dist.ProcessGroup | None) -> None:
-        self._equal_in = None if group is None else weakref.ref(group)
 
 
 def require_group(process_group: object) -> None:
@@ -99,31 +69,39 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     return torch.compiler.disable(function)  # type: ignore[no-untyped-call,no-any-return]
 
 
-@contextmanager
-def telling_failure(group: dist.ProcessGroup) -> Iterator[None]:
-    """Tells the other ranks, which wait for this rank's header, of an exception; then lets it go on."""
+def announce(prepare: Callable[[], Tensor], group: dist.ProcessGroup, **said: int) -> tuple[Tensor, list[Header]]:
+    """Prepares this rank's keys and tells every rank of them.
+
+    Args:
+        prepare: Checks and makes the (n, D) keys. What it raises is raised on every rank.
+        group: The ranks that call this together.
+        said: Further fields of this rank's Header.
+
+    Returns:
+        The keys, and every rank's Header in rank order.
+
+    Raises:
+        ValueError: The process group does not serve the keys' device, another rank failed, or the ranks do not agree;
+            then on every rank.
+    """
     try:
-        yield
+        keys = prepare()
+        devices = _devices_of(group)
+        if keys.device.type not in devices:
+            raise ValueError(
+                f"keys: got a tensor on {keys.device}, expected one on {' or '.join(devices)}, "
+                "which the backend of the process group serves"
+            )
     except Exception:
         _all_headers(Header(failed=1), group)
         raise
-
-
-def require_device(name: str, tensor: Tensor, group: dist.ProcessGroup) -> None:
-    devices = _devices_of(group)
-    if tensor.device.type not in devices:
-        raise ValueError(
-            f"{name}: got a tensor on {tensor.device}, expected one on {' or '.join(devices)}, "
-            "which the backend of the process group serves"
-        )
-
-
-def exchange(header: Header, group: dist.ProcessGroup) -> list[Header]:
-    """Every rank's header, in rank order.
-
-    Raises:
-        ValueError: Another rank failed, or the ranks do not agree; then on every rank.
-    """
+    header = Header(
+        keys=keys.shape[0],
+        dim=keys.shape[1],
+        dtype=_checks.FLOAT_DTYPES.index(keys.dtype),
+        requires_grad=keys.requires_grad,
+        **said,
+    )
     headers = _all_headers(header, group)
     failed = [rank for rank, other in enumerate(headers) if other.failed]
     if failed:
@@ -139,15 +117,15 @@ def exchange(header: Header, group: dist.ProcessGroup) -> list[Header]:
             for rank, other in enumerate(headers)
         )
         raise ValueError(f"keys: got {', '.join(seen)}, expected the same on every rank of the process group")
-    return headers
+    return keys, headers
 
 
-def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Concatenates the (n, D) rows of every rank in rank order; n, known from `sizes`, may differ and be 0."""
+def gather(keys: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Concatenates the (n, D) keys of every rank in rank order; n, known from `sizes`, may differ and be 0."""
     largest = max(sizes)
     if largest == 0:
-        return rows
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, largest - rows.shape[0])).contiguous()
+        return keys
+    padded = torch.nn.functional.pad(keys, (0, 0, 0, largest - keys.shape[0])).contiguous()
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

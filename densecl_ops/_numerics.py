@@ -30,7 +30,7 @@ def normalize(x: Tensor, dim: int) -> Tensor:
     return x * inverse_norm(x, dim)
 
 
-def to_unit_rows(keys: Tensor, dtype: torch.dtype) -> Tensor:
+def normalize_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, D) keys as negatives: unit rows in `dtype`, normalised in the accumulation dtype, autocast or not."""
     with no_autocast(keys):
         return normalize(keys.to(accumulation_dtype(keys)), dim=1).to(dtype)

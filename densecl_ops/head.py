@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from densecl_ops import _checks
 from densecl_ops._types import Projection
-from densecl_ops.correspondence.functional import pool_to_grid
 
 
 class DenseProjectionHead(nn.Module):
@@ -60,7 +59,7 @@ class DenseProjectionHead(nn.Module):
                 f"norm_layer: got {norm_layer!r}, expected a callable such as torch.nn.BatchNorm2d, or None"
             )
         self.in_channels = in_channels
-        self.grid_size = _checks.require_grid_size(grid_size)
+        self.grid_size = _checks.require_grid_size("grid_size", grid_size)
         image: list[nn.Module] = [nn.Linear(in_channels, hidden_channels)]
         dense: list[nn.Module] = [nn.Conv2d(in_channels, hidden_channels, 1)]
         if norm_layer is not None:
@@ -84,7 +83,7 @@ class DenseProjectionHead(nn.Module):
             raise ValueError(
                 f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
             )
-        grid = pool_to_grid("features", features, self.grid_size)
+        grid = features if self.grid_size is None else _checks.pool_to_grid("features", features, self.grid_size)
         image = self.image_mlp(reduce(flat, "b c p -> b c", "mean"))
         dense = self.dense_mlp(grid if grid.ndim == 4 else flat[:, :, :, None])
         pooled = reduce(dense, "b d h w -> b d", "mean")

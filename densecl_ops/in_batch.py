@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from densecl_ops import _checks, _distributed
-from densecl_ops._numerics import accumulation_dtype, to_unit_rows
+from densecl_ops._numerics import accumulation_dtype, normalize_keys
 
 
 def in_batch_negatives(
@@ -61,41 +61,33 @@ def in_batch_negatives(
     _distributed.require_group(process_group)
     group = _distributed.group_of(process_group) if gather_distributed else None
     if group is None:
-        rows = _unit_rows(keys)
-        return rows, torch.arange(rows.shape[0], device=rows.device)
+        unit = _unit_keys(keys)
+        return unit, torch.arange(unit.shape[0], device=unit.device)
     return _distributed.outside_graphs(_of_all_ranks)(keys, group)
 
 
 def _of_all_ranks(keys: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    with _distributed.telling_failure(group):
-        rows = _unit_rows(keys)
-        _distributed.require_device("keys", rows, group)
-    header = _distributed.Header(
-        rows=rows.shape[0],
-        dim=rows.shape[1],
-        dtype=_checks.FLOAT_DTYPES.index(rows.dtype),
-        requires_grad=rows.requires_grad,
-    )
-    sizes = [other.rows for other in _distributed.exchange(header, group)]
+    unit, headers = _distributed.announce(lambda: _unit_keys(keys), group)
+    sizes = [header.keys for header in headers]
     first = sum(sizes[: dist.get_rank(group)])
-    negatives: Tensor = _Gather.apply(rows, sizes, first, group)  # type: ignore[no-untyped-call]
-    return negatives, torch.arange(first, first + rows.shape[0], device=rows.device)
+    negatives: Tensor = _Gather.apply(unit, sizes, first, group)  # type: ignore[no-untyped-call]
+    return negatives, torch.arange(first, first + unit.shape[0], device=unit.device)
 
 
-def _unit_rows(keys: Tensor) -> Tensor:
+def _unit_keys(keys: Tensor) -> Tensor:
     _checks.require_float("keys", keys)
     if keys.ndim != 2:
         raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (B, D)")
-    return to_unit_rows(keys, keys.dtype)
+    return normalize_keys(keys, keys.dtype)
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks; their gradient is the sum of what every rank's loss asks of this rank's rows."""
+    """Unit keys of all ranks; their gradient is the sum of what every rank's loss asks of this rank's keys."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], first: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.first, ctx.rows, ctx.group = first, rows.shape[0], group
-        return _distributed.gather_rows(rows, sizes, group)
+    def forward(ctx: Any, keys: Tensor, sizes: list[int], first: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.own, ctx.group = slice(first, first + keys.shape[0]), group
+        return _distributed.gather(keys, sizes, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -103,4 +95,4 @@ class _Gather(torch.autograd.Function):
         # Of many ranks a half-precision sum would lose digits, and autograd may still need `grad` as it is.
         total = grad.to(accumulation_dtype(grad), copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
-        return total[ctx.first : ctx.first + ctx.rows].to(grad.dtype), None, None, None
+        return total[ctx.own].to(grad.dtype), None, None, None

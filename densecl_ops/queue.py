@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -9,9 +10,38 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from densecl_ops import _checks, _distributed
-from densecl_ops._numerics import normalize, to_unit_rows
+from densecl_ops._numerics import accumulation_dtype, normalize_keys
 
 INITS = ("random", "empty")
+
+
+class Membership:
+    """The process group a queue was given (None: the default one), and where its ranks have been synchronised.
+
+    Deep copies share the group, which cannot be copied, and have yet to be synchronised.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
+        _distributed.require_group(process_group)
+        self.process_group = process_group
+        self._synchronised_in: weakref.ref[dist.ProcessGroup] | None = None
+
+    def __deepcopy__(self, memo: object) -> Membership:
+        return Membership(self.process_group)
+
+    def __reduce__(self) -> tuple[type[Membership], tuple[None]]:
+        if self.process_group is not None:
+            raise TypeError(
+                "process_group: got a process group, which cannot be pickled, expected None; "
+                "save the state_dict, not the module"
+            )
+        return Membership, (None,)
+
+    def is_synchronised_in(self, group: dist.ProcessGroup) -> bool:
+        return self._synchronised_in is not None and self._synchronised_in() is group
+
+    def set_synchronised_in(self, group: dist.ProcessGroup | None) -> None:
+        self._synchronised_in = None if group is None else weakref.ref(group)
 
 
 class MomentumQueue(nn.Module):
@@ -72,9 +102,11 @@ class MomentumQueue(nn.Module):
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype: got {dtype!r}, expected float16, bfloat16, float32 or float64")
         self.gather_distributed = gather_distributed
-        self._membership = _distributed.Membership(process_group)
-        rows = torch.zeros(size, dim) if init == "empty" else normalize(torch.randn(size, dim), dim=1)
-        self.register_buffer("rows", rows.to(dtype))
+        self._membership = Membership(process_group)
+        rows = torch.zeros(size, dim, dtype=dtype)
+        if init == "random":
+            rows = normalize_keys(torch.randn(size, dim, dtype=accumulation_dtype(rows)), dtype)
+        self.register_buffer("rows", rows)
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
         self.register_buffer("count", torch.tensor(0 if init == "empty" else size))
 
@@ -110,43 +142,36 @@ class MomentumQueue(nn.Module):
         """
         group = _distributed.group_of(self.process_group) if self.gather_distributed else None
         if group is None:
-            rows = self._unit_rows(keys)
+            unit = self._unit_keys(keys)
         else:
-            rows = _distributed.outside_graphs(self._rows_of_all_ranks)(keys, group)
-        written = rows.shape[0]
+            unit = _distributed.outside_graphs(self._unit_keys_of_all_ranks)(keys, group)
+        written = unit.shape[0]
         skipped = max(0, written - self.size)
         # Positions stay on the device: reading them on the host would wait for it at every step.
-        target = torch.arange(skipped, written, device=rows.device).add_(self.position).remainder_(self.size)
-        self.rows.index_copy_(0, target, rows[skipped:])
+        target = torch.arange(skipped, written, device=unit.device).add_(self.position).remainder_(self.size)
+        self.rows.index_copy_(0, target, unit[skipped:])
         self.position.add_(written).remainder_(self.size)
         self.count.add_(written).clamp_(max=self.size)
 
-    def _unit_rows(self, keys: Tensor) -> Tensor:
+    def _unit_keys(self, keys: Tensor) -> Tensor:
         _checks.require_float("keys", keys)
         if keys.ndim != 2 or keys.shape[1] != self.dim:
             raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (n, {self.dim})")
         _checks.require_same_device("keys", keys, "the queue", self.rows)
-        return to_unit_rows(keys, self.rows.dtype)
+        return normalize_keys(keys, self.rows.dtype)
 
-    def _rows_of_all_ranks(self, keys: Tensor, group: dist.ProcessGroup) -> Tensor:
-        with _distributed.telling_failure(group):
-            rows = self._unit_rows(keys)
-            _distributed.require_device("keys", rows, group)
-        header = _distributed.Header(
-            rows=rows.shape[0],
-            equal=self._membership.is_equal_in(group),
-            size=self.size,
-            dim=self.dim,
-            dtype=_checks.FLOAT_DTYPES.index(rows.dtype),
+    def _unit_keys_of_all_ranks(self, keys: Tensor, group: dist.ProcessGroup) -> Tensor:
+        synchronised = self._membership.is_synchronised_in(group)
+        unit, headers = _distributed.announce(
+            lambda: self._unit_keys(keys), group, size=self.size, synchronised=synchronised
         )
-        headers = _distributed.exchange(header, group)
-        if not all(other.equal for other in headers):
+        if not all(header.synchronised for header in headers):
             _distributed.send_from_first([self.rows, self.position, self.count], group)
-            self._membership.set_equal_in(group)
-        return _distributed.gather_rows(rows, [other.rows for other in headers], group)
+            self._membership.set_synchronised_in(group)
+        return _distributed.gather(unit, [header.keys for header in headers], group)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._membership.set_equal_in(None)
+        self._membership.set_synchronised_in(None)
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -85,7 +85,7 @@ def plot_correspondence(
         _checks.require_positive_int("top_k", top_k)
     _checks.require_bool("vertical", vertical)
     grid_q = _grid("query_grid", query_grid, len(index))
-    grid_k = _checks.require_grid_size(key_grid, "key_grid") or grid_q
+    grid_k = _checks.require_grid_size("key_grid", key_grid) or grid_q
     low, high, keys = int(index.min()), int(index.max()), grid_k[0] * grid_k[1]
     if low < 0 or high >= keys:
         raise ValueError(f"key_grid: got {grid_k} for indices {low} to {high}, expected a grid that holds them")
@@ -186,7 +186,7 @@ def _one_sample(correspondence: Correspondence, sample: int) -> Correspondence:
 
 
 def _grid(name: str, value: object, positions: int) -> tuple[int, int]:
-    grid = _checks.require_grid_size(value, name)
+    grid = _checks.require_grid_size(name, value)
     if grid is None:
         side = math.isqrt(positions)
         if side * side != positions:

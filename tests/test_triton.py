@@ -18,15 +18,15 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from densecl_ops import _backends, _devices  # noqa: E402
+from densecl_ops import _backends, _launch  # noqa: E402
 from densecl_ops.functional import dense_info_nce  # noqa: E402
-from densecl_ops.info_nce import triton as fused  # noqa: E402
+from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
 
 FLOAT32 = 5e-6  # relative error norm; eager float32 stays below 2e-6 on the same cases
 LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "swapped")
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and not _devices.interpreting(), reason="needs a GPU or TRITON_INTERPRET=1"
+    not torch.cuda.is_available() and not _launch.interpreting(), reason="needs a GPU or TRITON_INTERPRET=1"
 )
 
 

@@ -8,15 +8,15 @@ from torch import Tensor
 from densecl_ops._numerics import accumulation_dtype, inverse_norm
 
 # Scores held at once. 2^20 float32 (4 MiB) stay in the cache between the product, the scaling and the argmax.
-TILE_SCORES = {"cpu": 2**20}
-TILE_SCORES_ELSEWHERE = 2**24  # 64 MiB: few enough launches, still small beside the features
+TILE_SCORES_CPU = 2**20
+TILE_SCORES = 2**24  # 64 MiB: few enough launches, still small beside the features
 # Feature values of both maps in a tile on a CPU. The squares, and the float32 copies of half-precision maps, are then
-# small enough to be reused: 256 images of 2,048 x 7 x 7 take 33 ms instead of 70 (bfloat16: 35 instead of 115).
+# small enough to be reused (docs/performance.md: half the time for 256 images, a third in bfloat16).
 TILE_FEATURES = 2**21
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as eager.match.
+    """As in Backend.
 
     The raw product is scaled by 1 / |key| afterwards: C times less to normalise than the maps themselves. Tiles
     run over images first and over query positions when one image alone is too large; a tile always sees every
@@ -24,7 +24,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     """
     images, channels, queries = query.shape
     keys = key.shape[2]
-    budget = TILE_SCORES.get(query.device.type, TILE_SCORES_ELSEWHERE)
+    budget = TILE_SCORES_CPU if query.device.type == "cpu" else TILE_SCORES
     dtype = accumulation_dtype(query, key)
 
     index = torch.empty(images, queries, dtype=torch.int64, device=query.device)
@@ -39,8 +39,9 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
         q_inverse, k_inverse = inverse_norm(q, dim=1), inverse_norm(k, dim=1)
         back_score = q.new_full((q.shape[0], keys), float("-inf"))
         back_index = index.new_zeros((q.shape[0], keys))
-        for top in range(0, queries, rows := max(1, budget // (q.shape[0] * keys))):
-            strip = slice(top, top + rows)
+        per_strip = max(1, budget // (q.shape[0] * keys))
+        for top in range(0, queries, per_strip):
+            strip = slice(top, top + per_strip)
             products = torch.bmm(q[:, :, strip].transpose(1, 2), k)
             if mutual:
                 best, where = (products * q_inverse[:, 0, strip, None]).max(dim=1)

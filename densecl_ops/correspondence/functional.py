@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from densecl_ops import _backends, _checks
 from densecl_ops._numerics import accumulation_dtype, no_autocast
+from densecl_ops._operators import operator
 from densecl_ops._types import Correspondence
 from densecl_ops.correspondence import blockwise, eager
 
@@ -56,53 +58,57 @@ def dense_correspondence(
         >>> bool(match.valid.all()), match.score.shape
         (True, torch.Size([2, 9]))
     """
-    grid = _checks.require_grid_size(grid_size)
+    grid = _checks.require_grid_size("grid_size", grid_size)
     _checks.require_bool("mutual", mutual)
     if min_score is not None:
         min_score = _checks.require_cosine("min_score", min_score)
-    query = _checks.flatten_map("query_features", pool_to_grid("query_features", query_features, grid))
-    key = _checks.flatten_map("key_features", pool_to_grid("key_features", key_features, grid))
+    query, key = _pooled("query_features", query_features, grid), _pooled("key_features", key_features, grid)
     _checks.require_paired_maps("query_features", query, "key_features", key)
     chosen = _backends.resolve(backend, query, accumulation_dtype(query, key))
     with torch.no_grad(), no_autocast(query):
-        if chosen == "eager":
+        if chosen == "eager":  # left open to compilers, which fuse it
             index, score, agreed = eager.match(query, key, mutual)
-        elif torch.compiler.is_compiling():
-            index, score, agreed = _match_op(query, key, mutual, chosen)
         else:
             index, score, agreed = _match(query, key, mutual, chosen)
         valid = agreed if min_score is None else agreed & ~(score < min_score)
     return Correspondence(index, score, valid)
 
 
-def pool_to_grid(name: str, features: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Adaptive average pooling to `grid`; a map that already has it, or no grid at all, passes unchanged."""
-    _checks.flatten_map(name, features)  # what came is checked before pooling changes its shape
-    if grid is None:
-        return features
-    if features.ndim != 4:
-        raise ValueError(
-            f"{name}: got shape {_checks.shape_of(features)}, expected a (B, C, H, W) map, "
-            "the only form that grid_size can pool"
-        )
-    return features if features.shape[2:] == grid else F.adaptive_avg_pool2d(features, grid)
+def _pooled(name: str, features: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    flat = _checks.flatten_map(name, features)  # what came is checked before pooling changes its shape
+    return flat if grid is None else _checks.flatten_map(name, _checks.pool_to_grid(name, features, grid))
 
 
-def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    if backend == "blockwise":
-        return blockwise.match(query, key, mutual)
-    from densecl_ops.correspondence import triton  # imported on first use: it needs the triton package
+class Backend(Protocol):
+    """What every backend offers."""
 
-    return triton.match(query, key, mutual)
+    def match(self, query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Nearest key position by cosine similarity for every query position. Runs under no_grad, with autocast off.
+
+        Args:
+            query: (B, C, P_q) features.
+            key: (B, C, P_k) features.
+            mutual: Whether to compare with the other direction, the nearest query position of every key position.
+
+        Returns:
+            index (B, P_q) int64, score (B, P_q) float32, and agreed (B, P_q) bool, True where the matched key
+            position's own nearest query position is this one (all True when mutual is False).
+        """
 
 
-# One opaque node in a compiled graph: traced, the tile loops would unroll.
-@torch.library.custom_op("densecl_ops::match", mutates_args=())
-def _match_op(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _match(query, key, mutual, backend)
+def _backend(name: str) -> Backend:
+    if name == "blockwise":
+        return blockwise
+    from densecl_ops.correspondence import triton_launch  # imported on first use: it needs the triton package
+
+    return triton_launch
 
 
-@_match_op.register_fake
-def _(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     index = query.new_empty((query.shape[0], query.shape[2]), dtype=torch.int64)
     return index, torch.empty_like(index, dtype=torch.float32), torch.empty_like(index, dtype=torch.bool)
+
+
+@operator("match", "(Tensor query, Tensor key, bool mutual, str backend) -> (Tensor, Tensor, Tensor)", _fake_match)
+def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _backend(backend).match(query, key, mutual)

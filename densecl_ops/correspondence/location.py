@@ -57,8 +57,8 @@ def location_correspondence(
         >>> match.index.tolist(), match.valid.tolist()
         ([[2, 3, 6, 7]], [[True, True, True, True]])
     """
-    grid_q = _checks.require_grid_size(query_grid, "query_grid")
-    grid_k = grid_q if key_grid is None else _checks.require_grid_size(key_grid, "key_grid")
+    grid_q = _checks.require_grid_size("query_grid", query_grid)
+    grid_k = grid_q if key_grid is None else _checks.require_grid_size("key_grid", key_grid)
     if grid_q is None or grid_k is None:
         raise TypeError("query_grid: got None, expected an int or a pair (height, width)")
     if max_distance is not None:

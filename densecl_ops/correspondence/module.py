@@ -42,7 +42,7 @@ class DenseCorrespondence(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _checks.require_grid_size(grid_size)
+        _checks.require_grid_size("grid_size", grid_size)
         _checks.require_bool("mutual", mutual)
         if min_score is not None:
             _checks.require_cosine("min_score", min_score)

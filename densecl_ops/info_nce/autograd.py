@@ -1,77 +1,121 @@
 """Differentiation of the loss, for every backend that returns the gradient together with the loss.
 
-The gradient of a row depends on that row alone, so the forward pass already has it and backward only scales it, for
-any reduction. Key gradients follow from what the rows kept; only gradients to the negatives read the queue again.
+The gradient of a query depends on that query alone, so the forward pass already has it and backward only scales it, for
+any reduction. Key gradients follow from what was kept of the queries; only gradients to the negatives read the queue
+again.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from densecl_ops._numerics import no_autocast
+from densecl_ops._operators import operator
 from densecl_ops.info_nce import blockwise
-from densecl_ops.info_nce.problem import Problem, Rows
+from densecl_ops.info_nce.problem import Backend, Problem, Result
 
 
 def row_loss(problem: Problem, want_rank: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """Same contract as eager.row_loss, without its memory: loss (B, P_q) and rank (B, P_q), (0,) if not wanted."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in problem):
-        loss, rank = _InfoNCE.apply(*problem, want_rank, backend)  # type: ignore[no-untyped-call]
-        return loss, rank
-    rows = _forward(problem, False, want_rank, backend)
-    return rows.loss, rows.rank
+    """As eager.row_loss, without its memory: loss (B, P_q) and rank (B, P_q), (0,) if not wanted."""
+    if not torch.compiler.is_compiling() and _is_forward_mode(problem):
+        raise RuntimeError(
+            f"dense_info_nce: the {backend!r} backend has no forward-mode derivative (jvp); use backend='eager'"
+        )
+    wanted = [isinstance(x, Tensor) and x.requires_grad for x in problem]
+    if torch.is_grad_enabled() and any(wanted):
+        want_grad = wanted[Problem._fields.index("query")] or wanted[Problem._fields.index("scale")]
+        loss, rank, *_ = _InfoNCE.apply(*problem, want_grad, want_rank, backend)  # type: ignore[no-untyped-call]
+    else:
+        loss, rank, *_ = _forward(*_flatten(problem), False, want_rank, backend)
+    return loss, rank
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The fields of a Problem -> row losses and ranks. Differentiable once, by its first four arguments."""
+    """The fields of a Problem -> the fields of a Result. Differentiable once, by its first four arguments.
+
+    All that backward needs of the result is an output, as torch.func asks.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *fields, want_rank, backend = args
-        problem = Problem(*fields)
-        rows = _forward(problem, True, want_rank, backend)
-        ctx.mark_non_differentiable(rows.rank)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        *fields, want_grad, want_rank, backend = arguments
+        return _forward(*_flatten(Problem(*fields)), want_grad, want_rank, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *fields, _, _, backend = inputs
+        problem, result = Problem(*fields), Result(*output)
+        ctx.mark_non_differentiable(*result[1:])
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
-        views = (problem.query, problem.key, problem.match_index) if needs_key or needs_negatives else (None,) * 3
-        queue = (problem.negatives, problem.exclude, problem.negatives_count) if needs_negatives else (None,) * 3
-        _, _, *kept = rows
-        ctx.save_for_backward(*kept, *views, *queue)
-        ctx.inverse_temperature, ctx.query_dtype, ctx.backend = (
-            problem.inverse_temperature,
-            problem.query.dtype,
-            backend,
+        views = (problem.query, problem.key, problem.index) if needs_key or needs_negatives else (None,) * 3
+        queue = (problem.negatives, problem.exclude, problem.count) if needs_negatives else (None,) * 3
+        learned = problem.scale if isinstance(problem.scale, Tensor) else None
+        ctx.save_for_backward(
+            result.log_sum_exp, result.pull, result.grad_query, result.grad_scale, learned, *views, *queue
         )
+        ctx.number = None if learned is not None else problem.scale
         ctx.precision = (problem.unit_negatives, problem.dtype, problem.matmul_dtype)
-        return rows.loss, rows.rank
+        ctx.query_dtype, ctx.backend = problem.query.dtype, backend
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # on inside backward: create_graph=True
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if _wants_a_graph():
             raise RuntimeError(
                 f"dense_info_nce: the {ctx.backend!r} backend can be differentiated once only, got create_graph=True; "
                 "use backend='eager' for second derivatives"
             )
-        log_sum_exp, pull, grad_query, grad_scale, query, key, index, negatives, exclude, count = ctx.saved_tensors
-        needs_query, needs_key, needs_negatives, needs_scale, *not_differentiable = ctx.needs_input_grad
-        scale = ctx.inverse_temperature
-        row_weight = _weigh(grad_loss, pull)
-        to_query = to_key = to_negatives = to_scale = None
-        if needs_query:
-            to_query = _weigh(grad_loss[:, :, None], grad_query).transpose(1, 2).to(ctx.query_dtype)
-        if needs_key:
-            to_key = _grad_key(query, key, index, row_weight * scale, grad_loss.dtype, ctx.backend).to(key.dtype)
-        if needs_negatives:
-            problem = Problem(query, key, negatives, scale, index, exclude, count, *ctx.precision)
-            to_negatives = _grad_negatives(problem, log_sum_exp, row_weight, ctx.backend).to(negatives.dtype)
-        if needs_scale:
-            to_scale = _weigh(grad_loss, grad_scale).sum().to(scale.dtype)
-        return to_query, to_key, to_negatives, to_scale, *(None,) * len(not_differentiable)
+        with torch.no_grad():
+            return _gradients(ctx, grad_loss)
+
+
+def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    log_sum_exp, pull, grad_query, grad_scale, learned, query, key, index, negatives, exclude, count = saved
+    needs_query, needs_key, needs_negatives, needs_scale, *not_differentiable = ctx.needs_input_grad
+    scale = ctx.number if learned is None else learned
+    row_weight = _weigh(grad_loss, pull)
+    to_query = to_key = to_negatives = to_scale = None
+    if needs_query:
+        to_query = _weigh(grad_loss[:, :, None], grad_query).transpose(1, 2).to(ctx.query_dtype)
+    if needs_key:
+        grad = _grad_key(query, key, index, row_weight * scale, grad_loss.dtype, ctx.backend)
+        to_key = grad.transpose(1, 2).to(key.dtype)
+    if needs_negatives:
+        problem = Problem(query, key, negatives, scale, index, exclude, count, *ctx.precision)
+        grad = _grad_negatives(*_flatten(problem), log_sum_exp, row_weight, ctx.backend)
+        to_negatives = grad.to(negatives.dtype)
+    if needs_scale:
+        to_scale = _weigh(grad_loss, grad_scale).sum().to(scale.dtype)
+    return to_query, to_key, to_negatives, to_scale, *(None,) * len(not_differentiable)
+
+
+def _is_forward_mode(problem: Problem) -> bool:
+    if forward_ad._current_level < 0:  # neither in a dual_level nor in a jvp
+        return False
+    tensors = (x for x in problem if isinstance(x, Tensor))
+    return TransformType.Jvp in _transforms() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _wants_a_graph() -> bool:
+    """Whether backward is to be differentiated in turn: create_graph=True, or one torch.func gradient in another."""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = _transforms()
+    return transforms.count(TransformType.Grad) > 1 if transforms else torch.is_grad_enabled()
+
+
+def _transforms() -> list[TransformType]:
+    """What torch.func has under way, outermost first; inside a gradient of its own, gradients are always on."""
+    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 def _weigh(grad: Tensor, row: Tensor) -> Tensor:
@@ -79,48 +123,16 @@ def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     return torch.where(grad == 0, 0.0, grad * row)
 
 
-# ---- calls into the backend: directly in eager mode, as one opaque node each in a compiled graph -------------------
-# A registered operator costs about 60 us of host time per eager call, so eager mode goes around it.
-
-
-def _module(backend: str) -> ModuleType:
-    if backend == "blockwise":
+def _backend(name: str) -> Backend:
+    if name == "blockwise":
         return blockwise
-    from densecl_ops.info_nce import triton  # imported on first use: it needs the triton package
+    from densecl_ops.info_nce import triton_launch  # imported on first use: it needs the triton package
 
-    return triton
-
-
-def _forward(problem: Problem, want_grad: bool, want_rank: bool, backend: str) -> Rows:
-    with no_autocast(problem.query):
-        if torch.compiler.is_compiling():
-            return Rows(*_forward_op(*_flatten(problem), want_grad, want_rank, backend))
-        rows: Rows = _module(backend).forward(problem, want_grad, want_rank)
-        return rows
-
-
-def _grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, backend: str) -> Tensor:
-    with no_autocast(problem.query):
-        if torch.compiler.is_compiling():
-            grad: Tensor = _grad_negatives_op(*_flatten(problem), log_sum_exp, row_weight, backend)
-        else:
-            grad = _module(backend).grad_negatives(problem, log_sum_exp, row_weight)
-        return grad
-
-
-def _grad_key(
-    query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
-) -> Tensor:
-    with no_autocast(query):
-        if torch.compiler.is_compiling():
-            grad: Tensor = _grad_key_op(query, key, index, row_weight, dtype, backend)
-        else:
-            grad = _module(backend).grad_key(query, key, index, row_weight, dtype)
-        return grad.transpose(1, 2)
+    return triton_launch
 
 
 def _flatten(problem: Problem) -> tuple[Any, ...]:
-    """An operator's schema has no "number or tensor": the inverse temperature takes two places."""
+    """An operator's schema has no "number or tensor": the scale takes two places."""
     query, key, negatives, scale, *rest = problem
     number, learned = (None, scale) if isinstance(scale, Tensor) else (scale, None)
     return query, key, negatives, number, learned, *rest
@@ -137,63 +149,64 @@ _PROBLEM = (
 )
 
 
-@torch.library.custom_op(
-    "densecl_ops::info_nce",
-    mutates_args=(),
-    schema=f"({_PROBLEM}, bool want_grad, bool want_rank, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    *problem, want_grad, want_rank, backend = arguments
-    return tuple(_module(backend).forward(_unflatten(problem), want_grad, want_rank))
-
-
-@_forward_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, want_grad, want_rank, _ = arguments
     problem = _unflatten(fields)
-    batch, channels, queries = problem.query.shape
-    row = problem.query.new_empty((batch, queries), dtype=problem.dtype)
+    batch, channels, positions = problem.query.shape
+    row = problem.query.new_empty((batch, positions), dtype=problem.dtype)
     none = (0,)
-    return (
-        row,
-        row.new_empty(row.shape if want_rank else none, dtype=torch.int64),
-        torch.empty_like(row),
-        torch.empty_like(row),
-        row.new_empty((batch, queries, channels) if want_grad else none),
-        row.new_empty(row.shape if want_grad else none),
+    return Result(
+        loss=row,
+        rank=row.new_empty(row.shape if want_rank else none, dtype=torch.int64),
+        log_sum_exp=torch.empty_like(row),
+        pull=torch.empty_like(row),
+        grad_query=row.new_empty((batch, positions, channels) if want_grad else none),
+        grad_scale=row.new_empty(row.shape if want_grad else none),
     )
 
 
-@torch.library.custom_op(
-    "densecl_ops::info_nce_grad_negatives",
-    mutates_args=(),
-    schema=f"({_PROBLEM}, Tensor log_sum_exp, Tensor row_weight, str backend) -> Tensor",
+@operator(
+    "info_nce",
+    f"({_PROBLEM}, bool want_grad, bool want_rank, str backend)"
+    " -> (Tensor loss, Tensor rank, Tensor log_sum_exp, Tensor pull, Tensor grad_query, Tensor grad_scale)",
+    _fake_forward,
 )
-def _grad_negatives_op(*arguments: Any) -> Tensor:
-    *problem, log_sum_exp, row_weight, backend = arguments
-    grad: Tensor = _module(backend).grad_negatives(_unflatten(problem), log_sum_exp, row_weight)
-    return grad
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *fields, want_grad, want_rank, backend = arguments
+    problem = _unflatten(fields)
+    with no_autocast(problem.query):
+        return _backend(backend).forward(problem, want_grad, want_rank)
 
 
-@_grad_negatives_op.register_fake
-def _(*arguments: Any) -> Tensor:
+def _fake_grad_negatives(*arguments: Any) -> Tensor:
     problem = _unflatten(list(arguments[:-3]))
-    return torch.empty(problem.negatives.shape, dtype=problem.dtype, device=problem.negatives.device)
+    return problem.negatives.new_empty(problem.negatives.shape, dtype=problem.dtype)
 
 
-@torch.library.custom_op(
-    "densecl_ops::info_nce_grad_key",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor? index, Tensor row_weight, ScalarType dtype, str backend) -> Tensor",
+@operator(
+    "info_nce_grad_negatives",
+    f"({_PROBLEM}, Tensor log_sum_exp, Tensor row_weight, str backend) -> Tensor",
+    _fake_grad_negatives,
 )
-def _grad_key_op(*arguments: Any) -> Tensor:
-    *inputs, backend = arguments
-    grad: Tensor = _module(backend).grad_key(*inputs)
-    return grad
+def _grad_negatives(*arguments: Any) -> Tensor:
+    *fields, log_sum_exp, row_weight, backend = arguments
+    problem = _unflatten(fields)
+    with no_autocast(problem.query):
+        return _backend(backend).grad_negatives(problem, log_sum_exp, row_weight)
 
 
-@_grad_key_op.register_fake
-def _(query: Tensor, key: Tensor, index: Tensor, row_weight: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtype: torch.dtype, backend: str) -> Tensor:
     batch, channels, positions = key.shape
-    return torch.empty((batch, positions, channels), dtype=dtype, device=key.device)
+    return key.new_empty((batch, positions, channels), dtype=dtype)
+
+
+@operator(
+    "info_nce_grad_key",
+    "(Tensor query, Tensor key, Tensor? index, Tensor row_weight, ScalarType dtype, str backend) -> Tensor",
+    _fake_grad_key,
+)
+def _grad_key(
+    query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
+) -> Tensor:
+    with no_autocast(query):
+        return _backend(backend).grad_key(query, key, index, row_weight, dtype)

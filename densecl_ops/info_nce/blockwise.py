@@ -17,10 +17,16 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from densecl_ops.info_nce.problem import Problem, Rows, gather_matches, scatter_matches, through_norm, unit_rows
-
-# exp() without any shift overflows float32 near 88; |logit| <= 70 leaves room for a sum over e^18 negatives.
-UNSHIFTED_LIMIT = 70.0
+from densecl_ops.info_nce.problem import (
+    UNSHIFTED_LIMIT,
+    Problem,
+    Result,
+    gather_matches,
+    is_bounded_by_contract,
+    scatter_matches,
+    through_norm,
+    unit_vectors,
+)
 
 # torch's CPU flash-attention operator: 0.83 of the tile loop's time in float32 at N = 1,568, K = 65,536, D = 128,
 # because its tiles never leave the cache. In bfloat16 it takes 0.6 of the loop's time where the processor has matrix
@@ -33,11 +39,11 @@ _HAS_AMX = _capabilities is not None and bool(_capabilities().get("amx_bf16"))
 _FLASH_ROWS = 4096
 
 
-def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Rows:
-    """Loss of every query row and, when asked for, its gradient and the rank of its positive."""
-    query, inverse_norm = unit_rows(problem.query, problem.dtype)
-    key = gather_matches(unit_rows(problem.key, problem.dtype)[0], problem.match_index)
-    scale = problem.inverse_temperature
+def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
+    """As in Backend."""
+    query, inverse_norm = unit_vectors(problem.query, problem.dtype)
+    key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.index)
+    scale = problem.scale
     positive = (query * key).sum(2) * scale
 
     seen = _attend((query * scale).flatten(0, 1), problem, want_grad, positive.view(-1, 1) if want_rank else None)
@@ -48,45 +54,31 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Rows:
     pull = margin.sigmoid()
     rank = loss.new_empty(0, dtype=torch.int64) if seen.rank is None else seen.rank.view_as(positive)
     if seen.mean is None:
-        return Rows(loss, rank, log_sum_exp, pull, loss.new_empty(0), loss.new_empty(0))
+        return Result(loss, rank, log_sum_exp, pull, loss.new_empty(0), loss.new_empty(0))
     grad = (seen.mean.view_as(query) - key) * pull[:, :, None]
     grad_query = through_norm(grad, query, inverse_norm * scale)
-    return Rows(loss, rank, log_sum_exp, pull, grad_query, (grad * query).sum(2))
+    return Result(loss, rank, log_sum_exp, pull, grad_query, (grad * query).sum(2))
 
 
 def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) -> Tensor:
-    """d (sum_i w_i loss_i) / d negatives, (K, D): the same tiles once more, summed over the queries.
-
-    Args:
-        problem: As given to `forward`.
-        log_sum_exp: (B, P_q) as `forward` returned it.
-        row_weight: (B, P_q) upstream gradient times `pull` of `forward`.
-    """
-    query, _ = unit_rows(problem.query, problem.dtype)
+    """As in Backend: the same tiles once more, summed over the queries."""
+    query, _ = unit_vectors(problem.query, problem.dtype)
     weight = row_weight.reshape(-1, 1)
     left_out = weight == 0  # such a row may hold NaN
-    scaled = (query.flatten(0, 1) * problem.inverse_temperature).masked_fill(left_out, 0.0)
+    scaled = (query.flatten(0, 1) * problem.scale).masked_fill(left_out, 0.0)
     weighted = scaled * weight
     shift = _finite(log_sum_exp).reshape(-1, 1).masked_fill(left_out, 0.0)
     grad = torch.zeros(problem.negatives.shape, dtype=problem.dtype, device=query.device)
     for tile in _tiles(scaled, problem):
         probability = tile.logits.sub_(shift).exp_()
-        grad[tile.span] = torch.mm(probability.t().to(tile.rows.dtype), weighted.to(tile.rows.dtype))
+        grad[tile.span] = torch.mm(probability.t().to(tile.negatives.dtype), weighted.to(tile.negatives.dtype))
     return grad
 
 
 def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """d (sum_i w_i loss_i) / d key, (B, P_k, D): by d loss_i / d k^ = -(1 - p+) q^ / t, then through the key's norm.
-
-    Args:
-        query: (B, D, P_q) raw.
-        key: (B, D, P_k) raw.
-        index: As in the Problem.
-        row_weight: (B, P_q) upstream gradient times `pull` of `forward`, over t.
-        dtype: As in the Problem.
-    """
-    unit_query, _ = unit_rows(query, dtype)
-    unit_key, inverse_norm = unit_rows(key, dtype)
+    """As in Backend: by d loss_i / d k^ = -(1 - p+) q^ / t, then through the key's norm."""
+    unit_query, _ = unit_vectors(query, dtype)
+    unit_key, inverse_norm = unit_vectors(key, dtype)
     weight = row_weight[:, :, None]
     grad = scatter_matches((unit_query * -weight).masked_fill(weight == 0, 0.0), index, key.shape[2])
     return through_norm(grad, unit_key, inverse_norm)
@@ -100,7 +92,7 @@ class _Attention(NamedTuple):
 
 class _Tile(NamedTuple):
     span: slice  # rows of the queue
-    rows: Tensor  # (T, D) in the matmul dtype
+    negatives: Tensor  # (T, D) in the matmul dtype
     logits: Tensor  # (N, T) in the accumulation dtype, -inf where masked; a buffer the next tile reuses
     operand: Tensor  # (N, T) in the matmul dtype, for what becomes of the logits; the same buffer if the dtypes agree
 
@@ -131,10 +123,10 @@ def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor 
         logits.exp_()
         total += logits.sum(1, keepdim=True)
         if mean is not None:
-            if tile.rows.dtype == mean.dtype:
-                mean.addmm_(logits, tile.rows)
+            if tile.negatives.dtype == mean.dtype:
+                mean.addmm_(logits, tile.negatives)
             else:
-                mean += torch.mm(tile.operand.copy_(logits), tile.rows)
+                mean += torch.mm(tile.operand.copy_(logits), tile.negatives)
     log_sum_exp = total.log() if top is None else _finite(top) + total.log()
     if mean is not None:
         mean /= total.masked_fill(total == 0, 1.0)  # no negative at all: a mean of zero, which pull = 0 ignores
@@ -150,16 +142,16 @@ def _tiles(scaled: Tensor, problem: Problem) -> Iterator[_Tile]:
     excluded = None
     if problem.exclude is not None:
         excluded = repeat(problem.exclude, "b -> (b p)", p=problem.query.shape[2])
-    count = problem.negatives_count if scaled.device.type != "cpu" else None  # on a CPU, `negatives` ends there
+    count = problem.count if scaled.device.type != "cpu" else None  # on a CPU, `negatives` ends there
     scaled = scaled.to(dtype)
     # Buffers made once: a fresh float32 copy per tile costs bfloat16 a sixth of its time in page faults.
     products = scaled.new_empty(queries * width)
     exact = products if dtype == problem.dtype else products.new_empty(products.shape, dtype=problem.dtype)
     for start in range(0, size, width):
         span = slice(start, min(size, start + width))
-        rows = negatives[span].to(dtype)
-        operand, logits = (buffer[: queries * rows.shape[0]].view(queries, -1) for buffer in (products, exact))
-        torch.mm(scaled, rows.t(), out=operand)
+        tile = negatives[span].to(dtype)
+        operand, logits = (buffer[: queries * tile.shape[0]].view(queries, -1) for buffer in (products, exact))
+        torch.mm(scaled, tile.t(), out=operand)
         if dtype != problem.dtype:
             logits.copy_(operand)
         if count is not None:
@@ -167,17 +159,17 @@ def _tiles(scaled: Tensor, problem: Problem) -> Iterator[_Tile]:
             logits.masked_fill_(column >= count, float("-inf"))
         if excluded is not None:  # N gathers and scatters instead of an N x T comparison
             column = (excluded - start)[:, None]
-            inside = (column >= 0) & (column < rows.shape[0])
-            column = column.clamp(0, rows.shape[0] - 1)
+            inside = (column >= 0) & (column < tile.shape[0])
+            column = column.clamp(0, tile.shape[0] - 1)
             logits.scatter_(1, column, logits.gather(1, column).masked_fill(inside, float("-inf")))
-        yield _Tile(span, rows, logits, operand)
+        yield _Tile(span, tile, logits, operand)
 
 
 def _existing_negatives(problem: Problem) -> Tensor:
     """The rows filled so far, where the host can read the count without waiting for a device."""
-    if problem.negatives_count is None or problem.query.device.type != "cpu":
+    if problem.count is None or problem.query.device.type != "cpu":
         return problem.negatives
-    return problem.negatives[: int(problem.negatives_count)]
+    return problem.negatives[: int(problem.count)]
 
 
 def _product_dtype(problem: Problem) -> torch.dtype:
@@ -194,16 +186,8 @@ def _tile_rows(queries: int, device_type: str) -> int:
     return max(128, min(1024, 2**20 // queries))  # 4 MiB of logits
 
 
-def is_bounded_by_contract(problem: Problem) -> bool:
-    """Whether the host knows, without looking at any value, that no logit can overflow exp() unshifted."""
-    scale = problem.inverse_temperature
-    if not problem.unit_negatives or problem.matmul_dtype == torch.float16:  # whose range is too small
-        return False
-    return isinstance(scale, float) and scale <= UNSHIFTED_LIMIT
-
-
 def _is_bounded(problem: Problem) -> bool:
-    """The same, but on a CPU, where values cost no waiting, for any negatives (0.9 ms of 340) and temperature."""
+    """Whether no logit can overflow exp() unshifted; on a CPU, where values cost no waiting, for any negatives."""
     if problem.query.device.type != "cpu":
         return is_bounded_by_contract(problem)
     # In parts: a norm in another dtype than its rows' makes a copy of them all (512 MiB of a bfloat16 million).
@@ -211,7 +195,7 @@ def _is_bounded(problem: Problem) -> bool:
         torch.linalg.vector_norm(part, dim=1, dtype=problem.dtype).max()
         for part in torch.split(problem.negatives, 8192)
     ]
-    return float(torch.stack(norms).max()) * float(problem.inverse_temperature) <= UNSHIFTED_LIMIT
+    return float(torch.stack(norms).max()) * float(problem.scale) <= UNSHIFTED_LIMIT
 
 
 def _flash_is_better(problem: Problem, want_mean: bool) -> bool:

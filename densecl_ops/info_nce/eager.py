@@ -1,6 +1,6 @@
 """The dense InfoNCE loss as the textbook writes it: all N x K logits, then cross entropy with class 0.
 
-The specification of its neighbours, the baseline of the benchmarks, and differentiable by autograd alone.
+It defines what the other backends compute. Benchmarks compare with it. Autograd alone differentiates it.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from densecl_ops.info_nce.problem import Problem, gather_matches, unit_rows
+from densecl_ops.info_nce.problem import Problem, gather_matches, unit_vectors
 
 
 def row_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns loss (B, P_q) and rank (B, P_q) int64."""
-    query, _ = unit_rows(problem.query, problem.dtype)
-    key = gather_matches(unit_rows(problem.key, problem.dtype)[0], problem.match_index)
+    query, _ = unit_vectors(problem.query, problem.dtype)
+    key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.index)
     # A frozen queue is enqueued into before backward() reads it: the copy that MoCo makes.
     negatives = problem.negatives if problem.negatives.requires_grad else problem.negatives.clone()
 
     positive = einsum(query, key, "b p d, b p d -> b p")
     negative = einsum(query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype), "b p d, k d -> b p k")
-    positive = positive * problem.inverse_temperature
-    negative = negative.to(problem.dtype) * problem.inverse_temperature
+    positive = positive * problem.scale
+    negative = negative.to(problem.dtype) * problem.scale
 
     column = torch.arange(negatives.shape[0], device=negatives.device)
-    if problem.negatives_count is not None:
-        negative = negative.masked_fill(column >= problem.negatives_count, float("-inf"))
+    if problem.count is not None:
+        negative = negative.masked_fill(column >= problem.count, float("-inf"))
     if problem.exclude is not None:
         negative = negative.masked_fill(column == problem.exclude[:, None, None], float("-inf"))
 

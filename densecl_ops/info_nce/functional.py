@@ -145,9 +145,10 @@ def _normal_form(
             f"negatives: got shape {_checks.shape_of(rows)}, expected (K, {channels}) with K at least 1, "
             f"{channels} being the channels of query"
         )
+    size = rows.shape[0]
     _checks.require_same_device("negatives", rows, "query", q)
     if count is not None:
-        count = _checks.require_index("negatives.count", count, (), rows.shape[0] + 1, q)
+        count = _checks.require_index("negatives.count", count, (), size + 1, "query", q)
 
     index, valid = None, None
     if correspondence is None:
@@ -158,11 +159,11 @@ def _normal_form(
                 "expected the same grid, since correspondence is None"
             )
     elif isinstance(correspondence, Tensor):
-        index = _checks.require_index("correspondence", correspondence, (batch, positions), k.shape[2], q)
+        index = _checks.require_index("correspondence", correspondence, (batch, positions), k.shape[2], "query", q)
     else:
-        index, valid = _correspondence_contents(correspondence, (batch, positions), k)
+        index, valid = _correspondence_contents(correspondence, (batch, positions), k.shape[2], q)
     if exclude is not None:
-        exclude = _checks.require_index("exclude", exclude, (batch,), rows.shape[0], q)
+        exclude = _checks.require_index("exclude", exclude, (batch,), size, "query", q)
 
     dtype = accumulation_dtype(q, k, rows)
     matmul_dtype = torch.promote_types(q.dtype, rows.dtype)
@@ -170,9 +171,19 @@ def _normal_form(
         matmul_dtype = torch.float64
     elif torch.is_autocast_enabled(q.device.type):
         matmul_dtype = torch.get_autocast_dtype(q.device.type)
-    scale = _inverse_temperature(temperature, q, dtype)
-    unit = count is not None  # only a queue brings a count, and it normalises what it stores
-    return Problem(q, k, rows, scale, index, exclude, count, unit, dtype, matmul_dtype), valid
+    problem = Problem(
+        query=q,
+        key=k,
+        negatives=rows,
+        scale=_inverse_temperature(temperature, q, dtype),
+        index=index,
+        exclude=exclude,
+        count=count,
+        unit_negatives=count is not None,  # only a queue brings a count, and it normalises what it stores
+        dtype=dtype,
+        matmul_dtype=matmul_dtype,
+    )
+    return problem, valid
 
 
 def _queue_contents(queue: NegativeQueue) -> tuple[Tensor, Tensor]:
@@ -182,14 +193,16 @@ def _queue_contents(queue: NegativeQueue) -> tuple[Tensor, Tensor]:
     return rows, count
 
 
-def _correspondence_contents(match: Correspondence, shape: tuple[int, int], key: Tensor) -> tuple[Tensor, Tensor]:
+def _correspondence_contents(
+    match: Correspondence, shape: tuple[int, int], key_positions: int, query: Tensor
+) -> tuple[Tensor, Tensor]:
     index, valid = getattr(match, "index", None), getattr(match, "valid", None)
     if not isinstance(index, Tensor) or not isinstance(valid, Tensor):
         raise TypeError(
             f"correspondence: got {type(match).__name__}, expected a Correspondence, an integer tensor or None"
         )
-    index = _checks.require_index("correspondence.index", index, shape, key.shape[2], key)
-    return index, _checks.require_mask("correspondence.valid", valid, shape, "query", key)
+    index = _checks.require_index("correspondence.index", index, shape, key_positions, "query", query)
+    return index, _checks.require_mask("correspondence.valid", valid, shape, "query", query)
 
 
 def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -201,9 +214,9 @@ def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torc
             )
         _checks.require_same_device("temperature", temperature, "query", query)
         if _checks.host_may_look(temperature):
-            _checks.require_temperature(float(temperature.detach()))
+            _checks.require_temperature("temperature", float(temperature.detach()))
         return temperature.to(dtype).reciprocal()
-    return 1.0 / _checks.require_temperature(temperature)
+    return 1.0 / _checks.require_temperature("temperature", temperature)
 
 
 def _row_weight(weight: Tensor | None, valid: Tensor | None, problem: Problem) -> Tensor | None:

@@ -50,7 +50,7 @@ class DenseInfoNCELoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        temperature = _checks.require_temperature(temperature)
+        temperature = _checks.require_temperature("temperature", temperature)
         _checks.require_choice("reduction", reduction, REDUCTIONS)
         _checks.require_bool("learnable_temperature", learnable_temperature)
         _checks.require_choice("backend", backend, _backends.BACKENDS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from densecl_ops._numerics import inverse_norm
+
+# exp() without any shift overflows float32 near 88; |logit| <= 70 leaves room for a sum over e^18 negatives.
+UNSHIFTED_LIMIT = 70.0
 
 
 class Problem(NamedTuple):
@@ -18,10 +21,10 @@ class Problem(NamedTuple):
         query: (B, D, P_q) raw projections, any strides.
         key: (B, D, P_k) raw projections, any strides.
         negatives: (K, D) rows, used as they are.
-        inverse_temperature: 1 / t, a number or a 0-d tensor (learned, hence unknown to the host).
-        match_index: (B, P_q) int64 positions in the key grid, or None where position i matches position i.
+        scale: 1 / t, a number or a 0-d tensor (learned, hence unknown to the host).
+        index: (B, P_q) int64 positions in the key grid, or None where position i matches position i.
         exclude: (B,) int64 row of `negatives` that image b must not see, or None.
-        negatives_count: 0-d int64, how many of the first negatives exist; None for all.
+        count: 0-d int64, how many of the first negatives exist; None for all.
         unit_negatives: Whether the negatives are known to be unit rows, as those of a queue are; bounds the logits.
         dtype: float32 or float64, for norms, sums, logits and the loss.
         matmul_dtype: What the products with the negatives run in.
@@ -30,17 +33,17 @@ class Problem(NamedTuple):
     query: Tensor
     key: Tensor
     negatives: Tensor
-    inverse_temperature: float | Tensor
-    match_index: Tensor | None
+    scale: float | Tensor
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
     exclude: Tensor | None
-    negatives_count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # hides tuple.count
     unit_negatives: bool
     dtype: torch.dtype
     matmul_dtype: torch.dtype
 
 
-class Rows(NamedTuple):
-    """What one pass over the negatives yields for every query row.
+class Result(NamedTuple):
+    """What one pass over the negatives yields for every query position.
 
     Attributes:
         loss: (B, P_q).
@@ -48,7 +51,7 @@ class Rows(NamedTuple):
         log_sum_exp: (B, P_q) over the negatives' logits alone.
         pull: (B, P_q), 1 - p+, the probability that the negatives take; it scales every gradient.
         grad_query: (B, P_q, D) d loss_i / d query_i (raw); (0,) when not asked for.
-        grad_inverse_temperature: (B, P_q) d loss_i / d (1/t); (0,) when not asked for.
+        grad_scale: (B, P_q) d loss_i / d scale; (0,) when not asked for.
     """
 
     loss: Tensor
@@ -56,32 +59,71 @@ class Rows(NamedTuple):
     log_sum_exp: Tensor
     pull: Tensor
     grad_query: Tensor
-    grad_inverse_temperature: Tensor
+    grad_scale: Tensor
 
 
-def unit_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(B, D, P) raw -> normalised rows (B, P, D), and the inverse norms (B, P, 1) that made them."""
-    rows = rearrange(x, "b d p -> b p d").to(dtype).contiguous()
-    inverse = inverse_norm(rows, dim=2)
-    return rows * inverse, inverse
+class Backend(Protocol):
+    """What a fused backend offers: loss and gradient in one pass, and the two gradients that need a pass of their own.
+
+    Each runs under no_grad and with autocast off.
+    """
+
+    def forward(self, problem: Problem, want_grad: bool, want_rank: bool) -> Result:
+        """Loss of every query position and, as asked, its gradients and the rank of its positive."""
+
+    def grad_negatives(self, problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) -> Tensor:
+        """d (sum_i w_i loss_i) / d negatives, (K, D) in problem.dtype.
+
+        Args:
+            problem: As given to `forward`.
+            log_sum_exp: (B, P_q) as `forward` returned it.
+            row_weight: (B, P_q), upstream gradient times `pull`; a row of weight 0 is left out, whatever it holds.
+        """
+
+    def grad_key(
+        self, query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """d (sum_i w_i loss_i) / d key, (B, P_k, D) in `dtype`.
+
+        Args:
+            query: As in the problem.
+            key: As in the problem.
+            index: As in the problem.
+            row_weight: (B, P_q), upstream gradient times `pull` times `scale`; as above.
+            dtype: As in the problem.
+        """
+
+
+def unit_vectors(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(B, D, P) raw -> unit vectors (B, P, D), and the inverse norms (B, P, 1) that made them."""
+    vectors = rearrange(x, "b d p -> b p d").to(dtype).contiguous()
+    inverse = inverse_norm(vectors, dim=2)
+    return vectors * inverse, inverse
 
 
 def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """The backward of `unit_rows`: d / d x^ -> d / d x, the part across x^ over |x|."""
+    """The backward of `unit_vectors`: d / d x^ -> d / d x, the part across x^ over |x|."""
     return (grad - unit * (grad * unit).sum(2, keepdim=True)) * inverse
 
 
-def gather_matches(key_rows: Tensor, index: Tensor | None) -> Tensor:
-    """(B, P_k, D) -> (B, P_q, D), for each query position the row of its match."""
+def gather_matches(key: Tensor, index: Tensor | None) -> Tensor:
+    """(B, P_k, D) -> (B, P_q, D), for each query position the vector of its match."""
     if index is None:
-        return key_rows
-    return key_rows.gather(1, index[:, :, None].expand(-1, -1, key_rows.shape[2]))
+        return key
+    return key.gather(1, index[:, :, None].expand(-1, -1, key.shape[2]))
 
 
-def scatter_matches(query_rows: Tensor, index: Tensor | None, keys: int) -> Tensor:
+def scatter_matches(query: Tensor, index: Tensor | None, key_positions: int) -> Tensor:
     """The adjoint of `gather_matches`: (B, P_q, D) -> (B, P_k, D), queries that share a key added up."""
     if index is None:
-        return query_rows
-    batch, _, channels = query_rows.shape
+        return query
+    batch, _, channels = query.shape
     target = index[:, :, None].expand(-1, -1, channels)
-    return query_rows.new_zeros(batch, keys, channels).scatter_add_(1, target, query_rows)
+    return query.new_zeros(batch, key_positions, channels).scatter_add_(1, target, query)
+
+
+def is_bounded_by_contract(problem: Problem) -> bool:
+    """Whether the host knows, without looking at any value, that no logit can overflow exp() unshifted."""
+    if not problem.unit_negatives or problem.matmul_dtype == torch.float16:  # whose range is too small
+        return False
+    return isinstance(problem.scale, float) and problem.scale <= UNSHIFTED_LIMIT

@@ -91,7 +91,7 @@ def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = Tr
     """The row for attend_kernel.
 
     Args:
-        architecture: As in densecl_ops._devices.Device; an unknown one takes the row of the smallest memory.
+        architecture: As in densecl_ops._launch.Device; an unknown one takes the row of the smallest memory.
         dtype: Of the products.
         channels: D.
         lean: Whether neither rank nor exclude is asked for and D is a power of two; masks and counts take registers.

@@ -1,4 +1,4 @@
-"""What the Triton backends need to know of a device: whether they can run there, and its size."""
+"""What both Triton backends need for a launch: the device, its precision, strides as arguments."""
 
 from __future__ import annotations
 

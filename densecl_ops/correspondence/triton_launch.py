@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from densecl_ops import _devices
+from densecl_ops import _launch
 from densecl_ops.correspondence import triton_kernels as kernels
 
 
@@ -23,20 +23,20 @@ class Config(NamedTuple):
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Same contract as eager.match."""
+    """As in Backend."""
     if query.dtype != key.dtype:
         dtype = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(dtype), key.to(dtype)
     queries, keys = query.shape[2], key.shape[2]
-    architecture = _devices.describe(query.device).architecture
+    architecture = _launch.describe(query.device).architecture
     config = choose(architecture, query.dtype, max(queries, keys))
     one_tile = queries <= config.block_q and keys <= config.block_k
     inverse_norms = (None, None) if one_tile else (_inverse_norm(query), _inverse_norm(key))
-    index, score, back = _launch(query, key, inverse_norms, config, one_tile, mutual and one_tile)
+    index, score, back = _search(query, key, inverse_norms, config, one_tile, mutual and one_tile)
     agreed = torch.ones_like(index, dtype=torch.bool)
     if mutual:
         if not one_tile:  # the other direction is the same search with the roles exchanged
-            back, _, _ = _launch(key, query, inverse_norms[::-1], config, one_tile, False)
+            back, _, _ = _search(key, query, inverse_norms[::-1], config, one_tile, False)
         agreed = back.gather(1, index) == torch.arange(queries, device=index.device)
     return index, score, agreed
 
@@ -52,7 +52,7 @@ def choose(architecture: str, dtype: torch.dtype, positions: int) -> Config:
     return Config(128, 128, 64, 8, 3)
 
 
-def _launch(
+def _search(
     query: Tensor,
     key: Tensor,
     inverse_norms: tuple[Tensor | None, ...],
@@ -65,7 +65,7 @@ def _launch(
     index = torch.empty(images, queries, dtype=torch.int64, device=query.device)
     score = torch.empty(images, queries, dtype=torch.float32, device=query.device)
     back = torch.empty(images, keys if both_ways else 0, dtype=torch.int64, device=query.device)
-    with _devices.launching_on(query):
+    with _launch.launching_on(query):
         kernels.match_kernel[(triton.cdiv(queries, config.block_q), images)](
             query_ptr=query,
             key_ptr=key,
@@ -77,11 +77,11 @@ def _launch(
             query_positions=queries,
             key_positions=keys,
             channels=channels,
-            **_devices.strides("query", query, "bcp"),
-            **_devices.strides("key", key, "bcp"),
+            **_launch.strides("query", query, "bcp"),
+            **_launch.strides("key", key, "bcp"),
             ONE_TILE=one_tile,
             BOTH_WAYS=both_ways,
-            PRECISION=_devices.exact_precision(query.dtype, _devices.describe(query.device).architecture),
+            PRECISION=_launch.exact_precision(query.dtype, _launch.describe(query.device).architecture),
             UPCAST=query.device.type == "cpu",
             EVEN_C=channels % config.block_c == 0,
             BLOCK_Q=config.block_q,
@@ -96,13 +96,13 @@ def _launch(
 def _inverse_norm(features: Tensor) -> Tensor:
     images, channels, positions = features.shape
     out = torch.empty(images, positions, dtype=torch.float32, device=features.device)
-    with _devices.launching_on(features):
+    with _launch.launching_on(features):
         kernels.inverse_norm_kernel[(triton.cdiv(positions, 64), images)](
             features_ptr=features,
             out_ptr=out,
             positions=positions,
             channels=channels,
-            **_devices.strides("", features, "bcp"),
+            **_launch.strides("", features, "bcp"),
             EVEN_C=channels % 64 == 0,
             BLOCK_P=64,
             BLOCK_C=64,
