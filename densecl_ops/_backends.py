@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import functools
 import warnings
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from densecl_ops import _launch
 from densecl_ops._checks import require_choice
+from densecl_ops._types import BackendName
 
-BACKENDS = ("auto", "eager", "blockwise", "triton")
-HAS_TRITON = find_spec("triton") is not None  # looked up, not imported: that costs half a second
+BACKENDS = get_args(BackendName)
 WIDEST = 512
 OLDEST_TRITON = (3, 6)  # the oldest that ran the kernels right; in 3.2 the interpreter corrupts memory
 
 
-def _triton_version() -> tuple[int, int] | None:
-    for package in ("triton", "pytorch-triton-rocm", "triton-rocm"):
-        try:
-            major, minor, *_ = version(package).split(".")
-        except PackageNotFoundError:
-            continue
-        return int(major), int(minor)
-    return None
+def triton_version() -> tuple[int, int] | None:
+    """None without Triton. It is imported, since it comes in distributions of many names; only a GPU asks for it."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
 
 
 def _dotted(numbers: tuple[int, int]) -> str:
     return ".".join(map(str, numbers))
-
-
-TRITON_VERSION = _triton_version()
 
 
 def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str:
@@ -66,10 +62,11 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 
 
 
 def _triton_obstacle(device_type: str, dtype: torch.dtype, channels: int) -> str | None:
-    if not HAS_TRITON:
-        return "the triton package is not installed"
-    if TRITON_VERSION is not None and TRITON_VERSION < OLDEST_TRITON:
-        return f"it needs triton {_dotted(OLDEST_TRITON)}, and {_dotted(TRITON_VERSION)} is installed"
+    version = triton_version()
+    if version is None:
+        return "the triton package is not installed (pip install 'densecl-ops[triton]')"
+    if version < OLDEST_TRITON:
+        return f"it needs triton {_dotted(OLDEST_TRITON)}, and {_dotted(version)} is installed"
     if device_type != "cuda" and not (device_type == "cpu" and _launch.interpreting()):
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     if dtype == torch.float64:

@@ -118,8 +118,19 @@ def require_paired_maps(query_name: str, query: Tensor, key_name: str, key: Tens
             f"expected {query.shape[0]} of {query.shape[1]} as in {query_name}"
         )
     require_same_device(key_name, key, query_name, query)
-    if query.device.type == "meta":
-        raise ValueError(f"{query_name}: got a tensor on meta, expected a device that holds values")
+    require_values(query_name, query)
+
+
+def require_values(name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: got a tensor on meta, expected a device that holds values")
+
+
+def find_length(rows: Tensor) -> float | None:
+    """The length of a row that is neither a unit row nor zero, or None; 1% is more than bfloat16 rounds away."""
+    lengths = torch.linalg.vector_norm(rows.detach(), dim=1, dtype=accumulation_dtype(rows))
+    other = lengths[((lengths - 1).abs() > 0.01) & (lengths != 0)]
+    return float(other[0]) if len(other) else None
 
 
 def require_bool(name: str, value: object) -> bool:

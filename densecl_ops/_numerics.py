@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,8 @@ def normalize_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
         return normalize(keys.to(accumulation_dtype(keys)), dim=1).to(dtype)
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off for our own arithmetic: each backend casts exactly what the contract says."""
+    if tensor.device.type == "meta":  # autocast knows no such device
+        return nullcontext()
     return torch.autocast(tensor.device.type, enabled=False)

@@ -1,10 +1,15 @@
-"""Public tuples and protocols that several rooms share."""
+"""Public tuples, protocols and choices that several rooms share."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
+from torch.utils import _pytree
+
+BackendName = Literal["auto", "eager", "blockwise", "triton"]
+Reduction = Literal["mean", "sum", "none"]
+Init = Literal["random", "empty"]
 
 
 class Correspondence(NamedTuple):
@@ -45,3 +50,7 @@ class NegativeQueue(Protocol):
     @property
     def count(self) -> Tensor:
         """0-d int64: how many of the first rows are negatives."""
+
+
+for _public in (Correspondence, Projection):  # so that torch.export.save can write a program that returns them
+    _pytree._register_namedtuple(_public, serialized_type_name=f"densecl_ops.{_public.__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from einops import reduce
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class DenseProjectionHead(nn.Module):
 
     Args:
         in_channels: C of the backbone map. Default 2048, a ResNet-50's.
-        hidden_channels: Width of both hidden layers. Default 2048.
+        hidden_channels: Width of both hidden layers. Default: in_channels, DenseCL's and MoCo-v2's own rule.
         out_channels: D. Default 128.
         grid_size: S, or (H, W), of the dense branch. Default: the backbone's own grid. Give the same value to
             DenseCorrespondence, whose indices must speak of the same positions.
@@ -42,12 +43,13 @@ class DenseProjectionHead(nn.Module):
     def __init__(
         self,
         in_channels: int = 2048,
-        hidden_channels: int = 2048,
+        hidden_channels: int | None = None,
         out_channels: int = 128,
         grid_size: int | tuple[int, int] | None = None,
         norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        hidden_channels = in_channels if hidden_channels is None else hidden_channels
         for name, value in (
             ("in_channels", in_channels),
             ("hidden_channels", hidden_channels),
@@ -58,15 +60,19 @@ class DenseProjectionHead(nn.Module):
             raise TypeError(
                 f"norm_layer: got {norm_layer!r}, expected a callable such as torch.nn.BatchNorm2d, or None"
             )
-        self.in_channels = in_channels
+        self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
         self.grid_size = _checks.require_grid_size("grid_size", grid_size)
         image: list[nn.Module] = [nn.Linear(in_channels, hidden_channels)]
         dense: list[nn.Module] = [nn.Conv2d(in_channels, hidden_channels, 1)]
         if norm_layer is not None:
             image += [nn.Unflatten(1, (hidden_channels, 1, 1)), _norm(norm_layer, hidden_channels), nn.Flatten()]
             dense += [_norm(norm_layer, hidden_channels)]
-        self.image_mlp = nn.Sequential(*image, nn.ReLU(inplace=True), nn.Linear(hidden_channels, out_channels))
-        self.dense_mlp = nn.Sequential(*dense, nn.ReLU(inplace=True), nn.Conv2d(hidden_channels, out_channels, 1))
+        self.image_mlp = nn.Sequential(*image, nn.ReLU(), nn.Linear(hidden_channels, out_channels))
+        self.dense_mlp = nn.Sequential(*dense, nn.ReLU(), nn.Conv2d(hidden_channels, out_channels, 1))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, features: Tensor) -> Projection: ...
 
     def forward(self, features: Tensor) -> Projection:
         """Projects backbone features.
@@ -80,8 +86,10 @@ class DenseProjectionHead(nn.Module):
         """
         flat = _checks.flatten_map("features", features)
         if flat.shape[1] != self.in_channels:
+            tokens = features.ndim == 3 and features.shape[2] == self.in_channels
             raise ValueError(
                 f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
+                + ("; for (B, P, C) tokens pass .transpose(1, 2)" if tokens else "")
             )
         grid = features if self.grid_size is None else _checks.pool_to_grid("features", features, self.grid_size)
         image = self.image_mlp(reduce(flat, "b c p -> b c", "mean"))
@@ -89,6 +97,10 @@ class DenseProjectionHead(nn.Module):
         pooled = reduce(dense, "b d h w -> b d", "mean")
         shape = (*dense.shape[:2], *grid.shape[2:])
         return Projection(image, dense.reshape(shape), pooled)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_channels={self.in_channels}, hidden_channels={self.hidden_channels}, "
+        return f"{sizes}out_channels={self.out_channels}, grid_size={self.grid_size}"
 
 
 def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from densecl_ops import _checks
-from densecl_ops._types import Correspondence
+from densecl_ops._types import BackendName, Correspondence
 from densecl_ops.correspondence.functional import dense_correspondence
 
 __all__ = ["contrastive_accuracy", "match_score", "mutual_share"]
@@ -94,7 +94,7 @@ def mutual_share(
     query_features: Tensor,
     key_features: Tensor,
     grid_size: int | tuple[int, int] | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     r"""Share of query positions whose match names them back: i is the nearest query of its own nearest key.
 

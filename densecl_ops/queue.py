@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from densecl_ops import _checks, _distributed
 from densecl_ops._numerics import accumulation_dtype, normalize_keys
+from densecl_ops._types import Init
 
 INITS = ("random", "empty")
 
@@ -56,7 +59,8 @@ class MomentumQueue(nn.Module):
         size: K, rows kept. Default 65,536.
         dim: D. Default 128.
         init: "random" (default), the paper's start: random unit rows are negatives from step 1. "empty" ignores rows
-            not written yet, so that only real keys are ever negatives; the loss then starts at 0, for want of any.
+            not written yet, so that only real keys are ever negatives; the loss then starts at 0 and rises as
+            log(1 + count).
         dtype: Of `rows`: float32, float64, bfloat16 or float16. Default: torch's default dtype.
         gather_distributed: Whether `enqueue` gathers the keys of every rank once torch.distributed is initialised.
             Default True.
@@ -88,7 +92,7 @@ class MomentumQueue(nn.Module):
         size: int = 65536,
         dim: int = 128,
         *,
-        init: str = "random",
+        init: Init = "random",
         dtype: torch.dtype | None = None,
         gather_distributed: bool = True,
         process_group: dist.ProcessGroup | None = None,
@@ -101,14 +105,25 @@ class MomentumQueue(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype: got {dtype!r}, expected float16, bfloat16, float32 or float64")
+        self.init = init
         self.gather_distributed = gather_distributed
         self._membership = Membership(process_group)
-        rows = torch.zeros(size, dim, dtype=dtype)
-        if init == "random":
-            rows = normalize_keys(torch.randn(size, dim, dtype=accumulation_dtype(rows)), dtype)
-        self.register_buffer("rows", rows)
-        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("count", torch.tensor(0 if init == "empty" else size))
+        self.register_buffer("rows", torch.empty(size, dim, dtype=dtype))
+        self.register_buffer("position", torch.empty((), dtype=torch.int64))
+        self.register_buffer("count", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts anew, as `init` says: what deferred initialisation calls after `to_empty`."""
+        if self.init == "random":
+            drawn = torch.randn(self.rows.shape, dtype=accumulation_dtype(self.rows), device=self.rows.device)
+            self.rows.copy_(normalize_keys(drawn, self.rows.dtype))
+        else:
+            self.rows.zero_()
+        self.position.zero_()
+        self.count.fill_(self.size if self.init == "random" else 0)
+        self._membership.set_synchronised_in(None)
 
     @property
     def size(self) -> int:
@@ -126,7 +141,11 @@ class MomentumQueue(nn.Module):
     def enqueue(self, keys: Tensor) -> None:
         """Normalises keys and writes them over the oldest rows.
 
-        Wraps exactly. Of more than `size` rows the newest stay. Never makes the host wait for a device.
+        Wraps exactly. Of more than `size` rows the newest stay. Never makes the host wait for a device. A key that is
+        not finite enters as a zero row, so that one overflowing batch costs one step, not size / n of them.
+
+        Call it after the loss, so that a batch is not among its own negatives. The loss may then still wait for its
+        backward(), unless activation checkpointing computes it again there: enqueue after backward() in that case.
 
         In a process group every rank must call it, and ends with the keys of all ranks in rank order. The first call
         in a group, and the first after load_state_dict on any rank, also copies the buffers of the group's first rank
@@ -137,8 +156,9 @@ class MomentumQueue(nn.Module):
 
         Raises:
             TypeError: keys is not a floating-point tensor.
-            ValueError: keys has another shape or device than the queue, or the ranks' queues differ in size, dim or
-                dtype. In a process group an error on one rank raises on all, and nothing is written.
+            ValueError: keys has another shape or device than the queue, the queue is on the meta device, or the ranks'
+                queues differ in size, dim or dtype. In a process group an error on one rank raises on all, and nothing
+                is written.
         """
         group = _distributed.group_of(self.process_group) if self.gather_distributed else None
         if group is None:
@@ -158,7 +178,9 @@ class MomentumQueue(nn.Module):
         if keys.ndim != 2 or keys.shape[1] != self.dim:
             raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (n, {self.dim})")
         _checks.require_same_device("keys", keys, "the queue", self.rows)
-        return normalize_keys(keys, self.rows.dtype)
+        _checks.require_values("keys", keys)
+        unit = normalize_keys(keys, self.rows.dtype)
+        return unit.masked_fill(~unit.isfinite().all(1, keepdim=True), 0.0)
 
     def _unit_keys_of_all_ranks(self, keys: Tensor, group: dist.ProcessGroup) -> Tensor:
         synchronised = self._membership.is_synchronised_in(group)
@@ -170,11 +192,49 @@ class MomentumQueue(nn.Module):
             self._membership.set_synchronised_in(group)
         return _distributed.gather(unit, [header.keys for header in headers], group)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes all three buffers or none: the count and position of another queue's rows would be wrong here."""
+        buffers = {"rows": self.rows, "position": self.position, "count": self.count}
+        missing = [prefix + name for name in buffers if prefix + name not in state_dict]
+        mismatches = [
+            f"size mismatch for {prefix}{name}: copying a param with shape {tuple(state_dict[prefix + name].shape)} "
+            f"from checkpoint, the shape in current model is {tuple(buffer.shape)}."
+            for name, buffer in buffers.items()
+            if prefix + name in state_dict and state_dict[prefix + name].shape != buffer.shape
+        ]
+        if missing or mismatches:
+            missing_keys += missing
+            error_msgs += mismatches
+            return
+        self._warn_of_lengths(prefix, state_dict[prefix + "rows"], state_dict[prefix + "count"])
         self._membership.set_synchronised_in(None)
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    @staticmethod
+    def _warn_of_lengths(prefix: str, rows: Tensor, count: Tensor) -> None:
+        if rows.is_meta or not _checks.is_plain(rows):
+            return
+        length = _checks.find_length(rows[: int(count)])
+        if length is not None:
+            warnings.warn(
+                f"{prefix}rows: got a row of length {length:.3g}, expected unit rows; averaging of buffers spoils a "
+                "queue: give AveragedModel or EMAWeightAveraging use_buffers=False",
+                stacklevel=3,
+            )
 
     def extra_repr(self) -> str:
         return (
-            f"size={self.size}, dim={self.dim}, dtype={self.rows.dtype}, gather_distributed={self.gather_distributed}"
+            f"size={self.size}, dim={self.dim}, init={self.init!r}, dtype={self.rows.dtype}, "
+            f"gather_distributed={self.gather_distributed}"
         )

@@ -214,7 +214,7 @@ def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
 
 
 def test_too_old_a_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "TRITON_VERSION", (3, 2))
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
     with pytest.raises(ValueError, match=r"it needs triton 3\.6, and 3\.2 is installed"):
         run("triton", case_of())
 

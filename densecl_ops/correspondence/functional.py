@@ -10,7 +10,7 @@ from torch import Tensor
 from densecl_ops import _backends, _checks
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._operators import operator
-from densecl_ops._types import Correspondence
+from densecl_ops._types import BackendName, Correspondence
 from densecl_ops.correspondence import blockwise, eager
 
 
@@ -21,7 +21,7 @@ def dense_correspondence(
     grid_size: int | tuple[int, int] | None = None,
     mutual: bool = False,
     min_score: float | None = None,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Correspondence:
     r"""Matches every position of one view with the most similar position of the other view of the same image.
 
@@ -32,7 +32,9 @@ def dense_correspondence(
     whatever the feature dtype, autocast or not. No gradient flows.
 
     Args:
-        query_features: (B, C, H, W) backbone map of the first view, any strides; (B, C, P) and (B, C) also work.
+        query_features: (B, C, H, W) backbone map of the first view, any strides; (B, C, P) and (B, C) also work. A
+            ViT's (B, P, C) tokens need .transpose(1, 2): C is not known here, so they would be matched by channel
+            without a word; index.shape[1] is P when all is well.
         key_features: The same of the second view. Its grid may differ.
         grid_size: Average-pools both maps to S x S (or (H, W)) before matching. Pass what the projection head
             was given, so that index and projection speak of the same positions.

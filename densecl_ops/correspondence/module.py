@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from densecl_ops import _backends, _checks
-from densecl_ops._types import Correspondence
+from densecl_ops._types import BackendName, Correspondence
 from densecl_ops.correspondence.functional import dense_correspondence
 
 
@@ -39,7 +41,7 @@ class DenseCorrespondence(nn.Module):
         mutual: bool = False,
         min_score: float | None = None,
         *,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__()
         _checks.require_grid_size("grid_size", grid_size)
@@ -51,6 +53,10 @@ class DenseCorrespondence(nn.Module):
         self.mutual = mutual
         self.min_score = min_score
         self.backend = backend
+
+    if TYPE_CHECKING:
+
+        def __call__(self, query_features: Tensor, key_features: Tensor) -> Correspondence: ...
 
     def forward(self, query_features: Tensor, key_features: Tensor) -> Correspondence:
         """Returns the Correspondence of (B, C, H_q, W_q) and (B, C, H_k, W_k) backbone maps."""

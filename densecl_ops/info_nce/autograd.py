@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from densecl_ops._numerics import no_autocast
 from densecl_ops._operators import operator
+from densecl_ops._recomputation import note_run
 from densecl_ops.info_nce import blockwise
 from densecl_ops.info_nce.problem import Backend, Problem, Result
 
@@ -101,8 +102,8 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 def _is_forward_mode(problem: Problem) -> bool:
     if forward_ad._current_level < 0:  # neither in a dual_level nor in a jvp
         return False
-    tensors = (x for x in problem if isinstance(x, Tensor))
-    return TransformType.Jvp in _transforms() or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    duals = [forward_ad.unpack_dual(x) for x in problem if isinstance(x, Tensor)]  # type: ignore[no-untyped-call]
+    return TransformType.Jvp in _transforms() or any(dual.tangent is not None for dual in duals)
 
 
 def _wants_a_graph() -> bool:
@@ -174,6 +175,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, want_grad, want_rank, backend = arguments
     problem = _unflatten(fields)
+    note_run(problem.negatives)
     with no_autocast(problem.query):
         return _backend(backend).forward(problem, want_grad, want_rank)
 

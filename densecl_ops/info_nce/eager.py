@@ -10,15 +10,23 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from densecl_ops._operators import operator
+from densecl_ops._recomputation import note_run
 from densecl_ops.info_nce.problem import Problem, gather_matches, unit_vectors
+
+
+@operator("snapshot", "(Tensor negatives) -> Tensor", torch.empty_like)
+def _snapshot(negatives: Tensor) -> Tensor:
+    """A frozen queue is enqueued into before backward() reads it: the copy that MoCo makes."""
+    note_run(negatives)
+    return negatives.clone()
 
 
 def row_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns loss (B, P_q) and rank (B, P_q) int64."""
     query, _ = unit_vectors(problem.query, problem.dtype)
     key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.index)
-    # A frozen queue is enqueued into before backward() reads it: the copy that MoCo makes.
-    negatives = problem.negatives if problem.negatives.requires_grad else problem.negatives.clone()
+    negatives = problem.negatives if problem.negatives.requires_grad else _snapshot(problem.negatives)
 
     positive = einsum(query, key, "b p d, b p d -> b p")
     negative = einsum(query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype), "b p d, k d -> b p k")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import functools
+import warnings
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from densecl_ops import _backends, _checks
 from densecl_ops._numerics import accumulation_dtype, no_autocast
-from densecl_ops._types import Correspondence, NegativeQueue
+from densecl_ops._recomputation import guard, note_call
+from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce import autograd, eager
 from densecl_ops.info_nce.problem import Problem
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = get_args(Reduction)
 
 
 @overload
@@ -24,11 +27,11 @@ def dense_info_nce(
     correspondence: Correspondence | Tensor | None = None,
     *,
     temperature: float | Tensor = 0.2,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
     exclude: Tensor | None = None,
     return_rank: Literal[False] = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor: ...
 
 
@@ -40,12 +43,28 @@ def dense_info_nce(
     correspondence: Correspondence | Tensor | None = None,
     *,
     temperature: float | Tensor = 0.2,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
     exclude: Tensor | None = None,
     return_rank: Literal[True],
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def dense_info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | NegativeQueue,
+    correspondence: Correspondence | Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.2,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    exclude: Tensor | None = None,
+    return_rank: bool,
+    backend: BackendName = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def dense_info_nce(
@@ -55,11 +74,11 @@ def dense_info_nce(
     correspondence: Correspondence | Tensor | None = None,
     *,
     temperature: float | Tensor = 0.2,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
     exclude: Tensor | None = None,
     return_rank: bool = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""InfoNCE of every query position against its matching key position and a shared set of negatives.
 
@@ -72,7 +91,8 @@ def dense_info_nce(
     Args:
         query: (B, D, H_q, W_q) projections, normalised inside; (B, D, P_q) and (B, D) also work. Any strides.
         key: The same for the other view. Its grid may differ when a correspondence is given.
-        negatives: (K, D) unit rows, used as they are, or a MomentumQueue.
+        negatives: (K, D) unit rows, used as they are (a warning tells of others, once, where they lie on the CPU), or
+            a MomentumQueue.
         correspondence: A Correspondence, or an integer tensor (B, P_q) of key positions. None: position i matches
             position i, and the two grids must agree.
         temperature: t, at least 1e-18; a number, or a 0-d tensor, which receives a gradient if it asks for one.
@@ -95,6 +115,8 @@ def dense_info_nce(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes, devices or values do not fit, or the backend cannot serve; names the argument.
+        RuntimeError: backward() differentiates twice, or activation checkpointing computes the loss again after the
+            queue was written.
 
     Example:
         >>> import torch
@@ -116,12 +138,14 @@ def dense_info_nce(
     problem, valid = _normal_form(query, key, negatives, correspondence, temperature, exclude)
     row_weight = _row_weight(weight, valid, problem)
     chosen = _backends.resolve(backend, problem.query, problem.dtype, problem.query.shape[1])
+    if not torch.compiler.is_compiling():
+        note_call(problem.negatives)
     with no_autocast(problem.query):
         if chosen == "eager":
             loss, rank = eager.row_loss(problem)
         else:
             loss, rank = autograd.row_loss(problem, return_rank, chosen)
-        loss = _reduce(loss, row_weight, reduction)
+        loss = guard(_reduce(loss, row_weight, reduction), problem.negatives)
     return (loss, rank) if return_rank else loss
 
 
@@ -141,14 +165,22 @@ def _normal_form(
     rows, count = (negatives, None) if isinstance(negatives, Tensor) else _queue_contents(negatives)
     _checks.require_float("negatives", rows)
     if rows.ndim != 2 or rows.shape[1] != channels or rows.shape[0] == 0:
+        tokens = query.ndim == 3 and rows.ndim == 2 and query.shape[2] == rows.shape[1] != channels
         raise ValueError(
             f"negatives: got shape {_checks.shape_of(rows)}, expected (K, {channels}) with K at least 1, "
             f"{channels} being the channels of query"
+            + (
+                f"; query, {_checks.shape_of(query)}, looks like (B, P, D) tokens: pass .transpose(1, 2)"
+                if tokens
+                else ""
+            )
         )
     size = rows.shape[0]
     _checks.require_same_device("negatives", rows, "query", q)
     if count is not None:
         count = _checks.require_index("negatives.count", count, (), size + 1, "query", q)
+
+    _warn_of_lengths(rows, count)
 
     index, valid = None, None
     if correspondence is None:
@@ -172,8 +204,8 @@ def _normal_form(
     elif torch.is_autocast_enabled(q.device.type):
         matmul_dtype = torch.get_autocast_dtype(q.device.type)
     problem = Problem(
-        query=q,
-        key=k,
+        query=_checks.outside_inference(q),
+        key=_checks.outside_inference(k),
         negatives=rows,
         scale=_inverse_temperature(temperature, q, dtype),
         index=index,
@@ -191,6 +223,25 @@ def _queue_contents(queue: NegativeQueue) -> tuple[Tensor, Tensor]:
     if not isinstance(rows, Tensor) or not isinstance(count, Tensor):
         raise TypeError(f"negatives: got {type(queue).__name__}, expected a (K, D) tensor or a MomentumQueue")
     return rows, count
+
+
+def _warn_of_lengths(negatives: Tensor, count: Tensor | None) -> None:
+    """Looks at some 64 rows, where that waits for no device."""
+    if not _checks.host_may_look(negatives):
+        return
+    existing = negatives if count is None else negatives[: int(count)]
+    length = _checks.find_length(existing[:: max(1, len(existing) // 64)])
+    if length is not None:
+        _warn_of_length()
+
+
+@functools.cache  # once per process
+def _warn_of_length() -> None:
+    warnings.warn(
+        "negatives: got rows that are not of length 1, which are used as they are; normalise them "
+        "(torch.nn.functional.normalize(rows, dim=1)) unless that is meant",
+        stacklevel=5,
+    )
 
 
 def _correspondence_contents(
@@ -228,7 +279,7 @@ def _row_weight(weight: Tensor | None, valid: Tensor | None, problem: Problem) -
         _checks.require_float("weight", weight)
     _checks.require_shape("weight", weight, (problem.query.shape[0], problem.query.shape[2]))
     _checks.require_same_device("weight", weight, "query", problem.query)
-    weight = weight.to(problem.dtype)
+    weight = _checks.outside_inference(weight).to(problem.dtype)
     return weight if valid is None else weight.masked_fill(~valid, 0.0)
 
 

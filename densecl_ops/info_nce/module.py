@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from densecl_ops import _backends, _checks
-from densecl_ops._types import Correspondence, NegativeQueue
+from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce.functional import REDUCTIONS, dense_info_nce
 
 
@@ -44,26 +45,86 @@ class DenseInfoNCELoss(nn.Module):
     def __init__(
         self,
         temperature: float = 0.2,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         learnable_temperature: bool = False,
         *,
-        backend: str = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__()
-        temperature = _checks.require_temperature("temperature", temperature)
         _checks.require_choice("reduction", reduction, REDUCTIONS)
         _checks.require_bool("learnable_temperature", learnable_temperature)
         _checks.require_choice("backend", backend, _backends.BACKENDS)
-        self._temperature = temperature
+        self._start = _checks.require_temperature("temperature", temperature)
         self.reduction = reduction
         self.backend = backend
-        scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable_temperature else None
-        self.register_parameter("logit_scale", scale)
+        # One element, not 0-d: neither form of FSDP shards a 0-d parameter.
+        self.register_parameter("logit_scale", nn.Parameter(torch.empty(1)) if learnable_temperature else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Puts a learned temperature back to its start: what deferred initialisation calls after `to_empty`."""
+        if self.logit_scale is not None:
+            self.logit_scale.fill_(-math.log(self._start))
 
     @property
     def temperature(self) -> float | Tensor:
-        """t: a number, or while it is learned a 0-d tensor that carries the gradient to `logit_scale`."""
-        return self._temperature if self.logit_scale is None else (-self.logit_scale).exp()
+        """t: a number, or while it is learned a 0-d tensor that carries the gradient to `logit_scale`.
+
+        A constant t may be set.
+        """
+        return self._start if self.logit_scale is None else (-self.logit_scale).exp().squeeze()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if self.logit_scale is not None:
+            raise AttributeError(
+                "temperature: it is learned here, expected learnable_temperature=False; set logit_scale"
+            )
+        self._start = _checks.require_temperature("temperature", value)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            query: Tensor,
+            key: Tensor,
+            negatives: Tensor | NegativeQueue,
+            correspondence: Correspondence | Tensor | None = None,
+            *,
+            weight: Tensor | None = None,
+            exclude: Tensor | None = None,
+            return_rank: Literal[False] = False,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            query: Tensor,
+            key: Tensor,
+            negatives: Tensor | NegativeQueue,
+            correspondence: Correspondence | Tensor | None = None,
+            *,
+            weight: Tensor | None = None,
+            exclude: Tensor | None = None,
+            return_rank: Literal[True],
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            query: Tensor,
+            key: Tensor,
+            negatives: Tensor | NegativeQueue,
+            correspondence: Correspondence | Tensor | None = None,
+            *,
+            weight: Tensor | None = None,
+            exclude: Tensor | None = None,
+            return_rank: bool,
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def forward(
         self,
@@ -77,7 +138,7 @@ class DenseInfoNCELoss(nn.Module):
         return_rank: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the loss, or with return_rank the pair of the loss and the rank (B, P_q) of each positive."""
-        return dense_info_nce(  # type: ignore[call-overload, misc, no-any-return]  # return_rank is not a literal here
+        return dense_info_nce(
             query,
             key,
             negatives,
@@ -90,7 +151,16 @@ class DenseInfoNCELoss(nn.Module):
             backend=self.backend,
         )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = f"{prefix}logit_scale"
+        if (
+            self.logit_scale is not None and name in state_dict and state_dict[name].ndim == 0
+        ):  # before it had one element
+            state_dict = {**state_dict, name: state_dict[name].reshape(1)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         learned = "" if self.logit_scale is None else ", learnable_temperature=True"
-        temperature = float(torch.as_tensor(self.temperature).detach())
-        return f"temperature={temperature:.4g}, reduction={self.reduction!r}{learned}, backend={self.backend!r}"
+        temperature = self.temperature
+        shown = "?" if isinstance(temperature, Tensor) and temperature.is_meta else f"{float(temperature):.4g}"
+        return f"temperature={shown}, reduction={self.reduction!r}{learned}, backend={self.backend!r}"
