@@ -54,7 +54,7 @@ class _Reads:
     last: int | None = None
 
 
-_all_reads = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+_all_reads = WeakTensorKeyDictionary()
 
 
 def note_call(negatives: Tensor) -> None:
