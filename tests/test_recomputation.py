@@ -1,0 +1,114 @@
+"""Activation checkpointing computes the loss again: with the same negatives, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import BACKENDS, assert_close
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from densecl_ops import DenseInfoNCELoss, MomentumQueue
+
+Wrap = Callable[..., Tensor]
+
+
+def non_reentrant(f: Any, *args: Any) -> Tensor:
+    return checkpoint(f, *args, use_reentrant=False)
+
+
+def reentrant(f: Any, *args: Any) -> Tensor:
+    return checkpoint(f, *args, use_reentrant=True)
+
+
+def compiled(f: Any, *args: Any) -> Tensor:
+    return torch.compile(lambda *x: checkpoint(f, *x, use_reentrant=False), backend="aot_eager")(*args)
+
+
+def compiled_inside(f: Any, *args: Any) -> Tensor:
+    return checkpoint(torch.compile(f, backend="aot_eager"), *args, use_reentrant=False)
+
+
+def compiled_inside_reentrant(f: Any, *args: Any) -> Tensor:
+    return checkpoint(torch.compile(f, backend="aot_eager"), *args, use_reentrant=True)
+
+
+WRAPS = (non_reentrant, reentrant, compiled, compiled_inside, compiled_inside_reentrant)
+
+
+def gradient(backend: str, wrap: Any, enqueue: str, losses: int = 1, steps: int = 3, plain: bool = False) -> Tensor:
+    """The query's gradient in the last step; `enqueue` "before" or "after" backward()."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 16, 3, 3).double()
+    query.requires_grad_()
+    queue, criterion = MomentumQueue(32, 16, dtype=torch.float64), DenseInfoNCELoss(backend=backend)
+    for _ in range(steps):
+        query.grad = None
+        total = torch.zeros((), dtype=torch.float64)
+        for i in range(losses):
+            if plain:  # not an argument of the checkpoint, which would check it itself
+                total = total + wrap(lambda q: criterion(q, key, queue.rows), query + key)
+            elif wrap is None:
+                total = total + criterion(query * (i + 1.0) + key, key, queue)
+            else:
+                total = total + wrap(criterion, query * (i + 1.0) + key, key, queue)
+            if enqueue == "before" and i < max(1, losses - 1):  # the last of several losses is followed by none
+                queue.enqueue(key.mean((2, 3)) * (i + 1.0))
+        total.backward()
+        if enqueue == "after":
+            queue.enqueue(key.mean((2, 3)))
+    return query.grad
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_enqueue_after_backward(backend: str, wrap: Wrap) -> None:
+    assert_close(gradient(backend, wrap, "after"), gradient("eager", None, "after"), 1e-12)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_enqueue_before_backward_raises(backend: str, wrap: Wrap) -> None:
+    # Compiled as a whole, the checkpoint saves the queue itself, and torch's own check of it raises.
+    words = "modified by an inplace operation" if wrap is compiled else r"call enqueue after backward\(\), or leave"
+    with pytest.raises(RuntimeError, match=words):
+        gradient(backend, wrap, "before")
+
+
+@pytest.mark.parametrize("wrap", [non_reentrant, reentrant])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_loss_of_a_step_is_checked(backend: str, wrap: Wrap) -> None:
+    """The last loss has seen the queue as it is in backward(), the first has not."""
+    with pytest.raises(RuntimeError, match="call enqueue after backward"):
+        gradient(backend, wrap, "before", losses=2, steps=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plain_rows_are_checked_too(backend: str) -> None:
+    with pytest.raises(RuntimeError, match="call enqueue after backward"):
+        gradient(backend, non_reentrant, "before", plain=True)
+
+
+@pytest.mark.parametrize("wrap", [non_reentrant, reentrant])
+def test_validation_does_not_matter(wrap: Wrap) -> None:
+    """Losses under no_grad, with keys enqueued in between, are not first halves of anything."""
+    torch.manual_seed(0)
+    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
+    criterion = DenseInfoNCELoss()
+    with torch.no_grad():
+        criterion(query, key, queue)
+    wrap(criterion, query, key, queue).backward()
+    queue.enqueue(key)
+    for _ in range(2):
+        wrap(criterion, query, key, queue).backward()
+        queue.enqueue(key)
+        with torch.no_grad():
+            criterion(query, key, queue)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_checkpoint_the_queue_may_change_before_backward(backend: str) -> None:
+    assert_close(gradient(backend, None, "before"), gradient(backend, None, "after"), 1e-12)

@@ -1,0 +1,140 @@
+"""What torch does to a call before it runs: torch.func, inference mode, fake tensors, export."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from helpers import FUSED, assert_close
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, hessian, jacrev, jvp, vmap
+
+from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+from densecl_ops.functional import dense_correspondence, dense_info_nce
+
+
+@pytest.fixture
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 2, 16, 3, 3).double()
+    return query, key, torch.nn.functional.normalize(torch.randn(32, 16).double(), dim=1), torch.randint(9, (2, 9))
+
+
+TRANSFORMS: dict[str, Any] = {
+    "grad": lambda f, q, k, n: grad(f, argnums=(0, 1, 2))(q, k, n),
+    "jacrev": lambda f, q, k, n: jacrev(f)(q, k, n),
+    "vmap": lambda f, q, k, n: vmap(f, in_dims=(0, None, None))(torch.stack([q, q * 2 + k]), k, n),
+    "vmap over keys": lambda f, q, k, n: vmap(f, in_dims=(None, 1, None))(q, torch.stack([k, k + q], 1), n),
+    "vmap of grad": lambda f, q, k, n: vmap(grad(f, argnums=1), in_dims=(0, None, None))(
+        torch.stack([q, q * 2 + k]), k, n
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("backend", FUSED)
+def test_torch_func_agrees_with_eager(backend: str, transform: str, inputs: tuple[Tensor, ...]) -> None:
+    query, key, negatives, index = inputs
+
+    def run(name: str) -> Any:
+        return TRANSFORMS[transform](
+            lambda q, k, n: dense_info_nce(q, k, n, index, backend=name), query, key, negatives
+        )
+
+    for ours, truth in zip(run(backend), run("eager"), strict=True):
+        assert_close(ours, truth, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("transform", "words"),
+    [
+        (lambda f, q, k: jvp(f, (q,), (k,)), "no forward-mode derivative"),
+        (lambda f, q, k: hessian(f)(q), "backend='eager'"),
+        (lambda f, q, k: grad(lambda x: grad(f)(x).square().sum())(q), "differentiated once only"),
+    ],
+)
+@pytest.mark.parametrize("backend", FUSED)
+def test_what_torch_func_cannot_have_names_the_way_out(
+    backend: str, transform: Any, words: str, inputs: tuple[Tensor, ...]
+) -> None:
+    query, key, negatives, _ = inputs
+    with pytest.raises(RuntimeError, match=f"{words}.*|backend='eager'"):
+        transform(lambda q: dense_info_nce(q, key, negatives, backend=backend), query, key)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_matching_under_vmap(backend: str) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 3, 2, 16, 3, 3)
+    mapped = vmap(lambda q, k: tuple(dense_correspondence(q, k, mutual=True, backend=backend)))(query, key)
+    for i in range(3):
+        for ours, truth in zip(
+            mapped, dense_correspondence(query[i], key[i], mutual=True, backend="eager"), strict=True
+        ):
+            torch.testing.assert_close(ours[i], truth)
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_key_side_under_inference_mode(backend: str) -> None:
+    """Every input that such a side makes, in every place: the same loss and gradients as without the mode."""
+    torch.manual_seed(0)
+    query, key_map, features = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3), torch.randn(2, 2, 8, 3, 3)
+
+    def run(mode: Any, key_grad: bool) -> list[Tensor]:
+        with mode:
+            match = DenseCorrespondence()(*features)
+            match = Correspondence(match.index, match.score, match.score > -0.5)
+            weight, exclude, key = match.score.clamp(min=0), torch.tensor([1, 3]), key_map.clone()
+        if key_grad:
+            key = key_map.clone().requires_grad_()
+        leaf = query.clone().requires_grad_()
+        torch.manual_seed(1)
+        loss = DenseInfoNCELoss(backend=backend)(
+            leaf, key, MomentumQueue(32, 16), match, weight=weight, exclude=exclude
+        )
+        loss.backward()
+        return [loss.detach(), leaf.grad, *([key.grad] if key_grad else [])]
+
+    for key_grad in (False, True):
+        seen, truth = run(torch.inference_mode(), key_grad), run(torch.no_grad(), key_grad)
+        torch.testing.assert_close(seen, truth)
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_fake_tensors(backend: str) -> None:
+    """A whole step without a value: the shapes of the real one."""
+
+    def step() -> list[Tensor]:
+        head, queue = DenseProjectionHead(8, 8, 16, grid_size=2), MomentumQueue(32, 16)
+        first, second = torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
+        projection = head(first)
+        match = DenseCorrespondence(grid_size=2, backend=backend)(first, second)
+        loss, rank = DenseInfoNCELoss(backend=backend)(
+            projection.dense, head(second).dense.detach(), queue, match, exclude=torch.tensor([0, 1]), return_rank=True
+        )
+        loss.backward()
+        queue.enqueue(projection.pooled.detach())
+        return [loss, rank, *(p.grad for p in head.dense_mlp.parameters())]
+
+    with FakeTensorMode():
+        fake = step()
+    for ours, real in zip(fake, step(), strict=True):
+        assert (ours.shape, ours.dtype) == (real.shape, real.dtype)
+
+
+def test_exported_programs_can_be_saved_and_loaded() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(2, 16, 6, 6)
+    for module, inputs in (
+        (DenseProjectionHead(16, 8, 16, 3).eval(), (features,)),
+        (DenseCorrespondence(), (features,) * 2),
+    ):
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(module, inputs), file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()(*inputs)
+        assert type(loaded) is type(module(*inputs))
+        torch.testing.assert_close(loaded, module(*inputs))
