@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from densecl_ops import DenseProjectionHead, Projection
+from densecl_ops import DenseProjectionHead, Projection, _checks
 
 
 def params_of(head: nn.Module) -> oracle.Params:
@@ -169,3 +169,35 @@ def test_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         check_head(head, features, 2e-2)
     assert not head(features).dense.isnan().any()
+
+
+def test_hidden_channels_follow_in_channels() -> None:
+    head = DenseProjectionHead(6, out_channels=4)
+    assert head.image_mlp[0].weight.shape == (6, 6)
+    assert repr(head).startswith(
+        "DenseProjectionHead(\n  in_channels=6, hidden_channels=6, out_channels=4, grid_size=None"
+    )
+
+
+@pytest.mark.parametrize("grid_size", [None, 2, (3, 4)])
+def test_backward_hooks_and_determinism(grid_size: object) -> None:
+    """Hooks on any layer, and no operator whose backward torch refuses under use_deterministic_algorithms on CUDA."""
+    head, seen = make_head(grid_size=grid_size), []
+    for layer in head.modules():
+        layer.register_full_backward_hook(lambda module, *_: seen.append(module))
+    features = torch.randn(2, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        head(features).dense.sum().backward()
+    assert head.dense_mlp[0] in seen
+    assert not [event.name for event in profile.events() if "adaptive" in event.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(3, 2), (4, 5)])
+def test_pooling_rounds_once(dtype: torch.dtype, grid: tuple[int, int]) -> None:
+    features = torch.randn(2, 3, 6, 6, dtype=dtype)
+    with torch.autocast("cpu", dtype):
+        seen = _checks.pool_to_grid("features", features, grid)
+    assert seen.dtype == dtype
+    truth = oracle.adaptive_pool(numpy64(features), grid)
+    assert np.abs(numpy64(seen) - truth).max() <= np.abs(truth).max() * torch.finfo(dtype).eps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import oracle
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from densecl_ops import MomentumQueue
+from densecl_ops import DenseInfoNCELoss, MomentumQueue
 
 EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = st.sampled_from(list(EPS))
@@ -223,3 +224,98 @@ def test_to_dtype(dtype: torch.dtype) -> None:
 def test_no_parameters() -> None:
     assert list(MomentumQueue(2, 2).parameters()) == []
     assert "size=2" in repr(MomentumQueue(2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
+def test_keys_that_are_not_finite_enter_as_zero_rows(dtype: torch.dtype, bad: float) -> None:
+    """1e30 is finite in float32, but its square is not: it has no direction there either."""
+    queue, keys = MomentumQueue(6, 3, init="empty"), torch.randn(4, 3, dtype=dtype)
+    keys[1, 2] = bad
+    queue.enqueue(keys)
+    truth = oracle.unit(numpy64(keys), 1)[0]
+    truth[1] = 0
+    np.testing.assert_allclose(queue.rows[:4].numpy(), truth, atol=1e-3 if dtype == torch.float16 else 1e-6)
+    assert int(queue.count) == 4
+
+
+def test_one_overflow_costs_one_step() -> None:
+    """What GradScaler is there for. Keys are stored at every step, also at those that it skips."""
+    torch.manual_seed(0)
+    queue, net = MomentumQueue(32, 16), torch.nn.Linear(16, 16)
+    optimizer, scaler = torch.optim.SGD(net.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for step in range(20):
+        x = torch.randn(4, 16)
+        query, key = net(x), net(x + 0.1).detach()
+        if step == 5:
+            query, key = query * float("inf"), (key * 1e9).half()
+        optimizer.zero_grad()
+        scaler.scale(DenseInfoNCELoss()(query, key.float(), queue)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        queue.enqueue(key)
+    assert scaler.get_scale() == 2.0**15
+    assert net.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("init", ["random", "empty"])
+def test_deferred_initialisation(init: str) -> None:
+    """Made on meta, then to_empty and reset_parameters, as FSDP and others do: as if made in place."""
+    with torch.device("meta"):
+        queue = MomentumQueue(64, 16, init=init, dtype=torch.bfloat16)
+    assert f"init={init!r}" in repr(queue)
+    with pytest.raises(ValueError, match="keys: got a tensor on meta"):
+        queue.enqueue(torch.randn(4, 16, device="meta"))
+    queue.to_empty(device="cpu")
+    for buffer in queue.buffers():
+        buffer.fill_(77)
+    torch.manual_seed(3)
+    queue.reset_parameters()
+    torch.manual_seed(3)
+    fresh = MomentumQueue(64, 16, init=init, dtype=torch.bfloat16)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(queue.buffers(), fresh.buffers(), strict=True))
+
+
+def test_random_rows_are_unit_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rows = MomentumQueue(64, 16, dtype=torch.float32).rows
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_allclose(np.linalg.norm(numpy64(rows), axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [{"position", "count"}, {"rows"}, {"rows", "count"}])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_part_of_a_state_changes_nothing(keep: set[str], strict: bool) -> None:
+    other, queue = MomentumQueue(8, 3), MomentumQueue(8, 3, init="empty")
+    before = copy.deepcopy(queue.state_dict())
+    state = {name: x for name, x in other.state_dict().items() if name in keep}
+    if strict:
+        with pytest.raises(RuntimeError, match="Missing key"):
+            queue.load_state_dict(state)
+    else:
+        assert set(queue.load_state_dict(state, strict=False).missing_keys) == set(before) - keep
+    assert all(torch.equal(before[name], x) for name, x in queue.state_dict().items())
+
+
+def test_a_queue_of_another_size_changes_nothing() -> None:
+    other, model = MomentumQueue(8, 3), torch.nn.ModuleDict({"queue": MomentumQueue(5, 3, init="empty")})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch for queue\.rows.*\(8, 3\).*\(5, 3\)"):
+        model.load_state_dict({f"queue.{name}": x for name, x in other.state_dict().items()})
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def test_rows_that_were_averaged_are_told_at_loading() -> None:
+    """The mean of unit rows is shorter than one: what AveragedModel(use_buffers=True) makes of a queue."""
+    queue, other = MomentumQueue(8, 3), MomentumQueue(8, 3, init="empty")
+    queue.enqueue(torch.zeros(1, 3))  # zero rows are no sign of it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MomentumQueue(8, 3).load_state_dict(queue.state_dict())
+        MomentumQueue(8, 3, dtype=torch.bfloat16).load_state_dict(queue.state_dict())
+        MomentumQueue(8, 3).load_state_dict(other.state_dict())  # rows past the count may hold anything
+    queue.rows.mul_(0.26)
+    with pytest.warns(UserWarning, match=r"rows: got a row of length 0\.26.*use_buffers=False"):
+        MomentumQueue(8, 3).load_state_dict(queue.state_dict())
