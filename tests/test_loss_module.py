@@ -1,0 +1,121 @@
+"""The state of DenseInfoNCELoss, and what it says of its arguments."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import FUSED, check, make_case
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from densecl_ops import DenseInfoNCELoss, MomentumQueue
+from densecl_ops.functional import dense_info_nce
+from densecl_ops.info_nce import autograd, functional
+
+
+def test_temperature_can_be_set_where_it_is_constant() -> None:
+    criterion, pair = DenseInfoNCELoss(0.2), torch.randn(2, 3, 16)
+    criterion.temperature = 0.07
+    negatives = MomentumQueue(8, 16)
+    assert torch.equal(criterion(*pair, negatives), dense_info_nce(*pair, negatives, temperature=0.07))
+    assert repr(criterion) == "DenseInfoNCELoss(temperature=0.07, reduction='mean', backend='auto')"
+    with pytest.raises(ValueError, match="temperature: got 0"):
+        criterion.temperature = 0
+    with pytest.raises(AttributeError, match=r"temperature: it is learned here.*set logit_scale"):
+        DenseInfoNCELoss(learnable_temperature=True).temperature = 0.1
+
+
+def test_a_learned_temperature_has_one_element() -> None:
+    """Neither FSDP shards a 0-d parameter; state dicts of a 0-d one, as it was, still load."""
+    criterion = DenseInfoNCELoss(0.25, learnable_temperature=True)
+    assert criterion.logit_scale is not None
+    assert criterion.logit_scale.shape == (1,)
+    state = {"logit_scale": torch.tensor(2.0)}
+    torch.nn.ModuleDict({"loss": criterion}).load_state_dict({"loss.logit_scale": state["logit_scale"]})
+    torch.testing.assert_close(criterion.temperature, torch.tensor(-2.0).exp())
+    assert state["logit_scale"].ndim == 0
+
+
+@pytest.fixture
+def one_process(tmp_path: Any) -> Any:
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
+@pytest.mark.parametrize("form", ["FSDP1", "FSDP2"])
+def test_fsdp_takes_a_learned_temperature(form: str, one_process: Any) -> None:
+    torch.manual_seed(0)
+    pair, queue = torch.randn(2, 3, 16), MomentumQueue(8, 16, gather_distributed=False)
+    plain = DenseInfoNCELoss(0.25, learnable_temperature=True)
+    wrapped: Any = copy.deepcopy(plain)
+    if form == "FSDP2":
+        wrapped = fully_shard(wrapped, mesh=one_process)
+    else:
+        wrapped = FullyShardedDataParallel(wrapped, device_id=torch.device("cpu"), use_orig_params=True)
+    losses = [criterion(*pair, queue) for criterion in (plain, wrapped)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    (grad,) = (parameter.grad for parameter in wrapped.parameters())
+    torch.testing.assert_close(grad.full_tensor() if hasattr(grad, "full_tensor") else grad, plain.logit_scale.grad)
+
+
+def test_deferred_initialisation() -> None:
+    with torch.device("meta"):
+        criterion = DenseInfoNCELoss(0.25, learnable_temperature=True)
+    assert "temperature=?" in repr(criterion)
+    criterion.to_empty(device="cpu").reset_parameters()
+    torch.testing.assert_close(criterion.temperature, torch.tensor(0.25))
+
+
+@pytest.fixture
+def fresh_warnings() -> None:
+    functional._warn_of_length.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_warnings")
+def test_rows_of_other_lengths_are_told_once() -> None:
+    pair, rows = torch.randn(2, 3, 16), torch.randn(200, 16)
+    with pytest.warns(UserWarning, match="negatives: got rows that are not of length 1") as seen:
+        assert len([dense_info_nce(*pair, rows) for _ in range(3)]) == 3
+    assert len(seen) == 1
+
+
+@pytest.mark.usefixtures("fresh_warnings")
+def test_unit_rows_in_any_form_are_not_told() -> None:
+    pair, queue = torch.randn(2, 3, 16), MomentumQueue(200, 16)
+    empty = MomentumQueue(200, 16, init="empty")
+    empty.rows.fill_(5)  # rows past the count may hold anything
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for negatives in (queue, queue.rows.bfloat16(), queue.rows.half(), torch.zeros(4, 16), empty):
+            dense_info_nce(*pair, negatives)
+
+
+def test_tokens_are_told_how_to_pass() -> None:
+    tokens = torch.randn(2, 9, 16)
+    with pytest.raises(ValueError, match=r"negatives: .*query, \(2, 9, 16\), looks like .*\.transpose\(1, 2\)"):
+        dense_info_nce(tokens, tokens, MomentumQueue(8, 16))
+    with pytest.raises(ValueError, match=r"with K at least 1, 9 being the channels of query$"):
+        dense_info_nce(tokens, tokens, MomentumQueue(8, 5))
+
+
+@pytest.mark.parametrize("wanted", ["key", "negatives"])
+@pytest.mark.parametrize("backend", FUSED)
+def test_no_gradient_is_made_that_nobody_wants(backend: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, asked = autograd._backend(backend), []
+
+    def forward(problem: Any, want_grad: bool, want_rank: bool) -> Any:
+        asked.append(want_grad)
+        return real(problem, want_grad, want_rank)
+
+    real = module.forward
+    monkeypatch.setattr(module, "forward", forward)
+    check(backend, make_case(), wanted=(wanted,))
+    assert asked == [False]
