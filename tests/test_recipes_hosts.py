@@ -180,7 +180,7 @@ def check_moco_step(
 
 def test_lightly_moco(lightly: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = example("with_lightly_moco", monkeypatch)
-    model = recipe.DenseMoCo(recipe.small_resnet(), 256, queue_size=10).double()
+    model = recipe.DenseMoCo(recipe.tiny_backbone(), 64, queue_size=10).double()
     check_moco_step(
         model,
         lambda *images: recipe.training_step(model, *images, momentum=0.9),
@@ -205,7 +205,7 @@ def test_image_branch_is_lightlys_projection_head(lightly: str, monkeypatch: pyt
 def test_lightly_shuffle(lightly: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's forward_momentum with a shuffle gives the keys in the order of the queries."""
     recipe = example("with_lightly_moco", monkeypatch)
-    model = recipe.DenseMoCo(recipe.small_resnet(), 256, queue_size=10).double()
+    model = recipe.DenseMoCo(recipe.tiny_backbone(), 64, queue_size=10).double()
     space: dict[str, Any] = {"torch": torch}
     exec(next(block for block in python_blocks("lightly") if "batch_unshuffle" in block), space)
     images, _ = views()
@@ -236,7 +236,7 @@ def perceptron(params: oracle.Params, first: str, norm: str, last: str, x: np.nd
 
 def test_lightly_byol(lightly: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = example("with_lightly_byol", monkeypatch)
-    model = recipe.DenseBYOL(recipe.small_resnet(), 256).double()
+    model = recipe.DenseBYOL(recipe.tiny_backbone(), 64).double()
     disturb(model)
     images = views()
     before = parameters_of(model.backbone_momentum), parameters_of(model.projection_head_momentum)
@@ -489,7 +489,7 @@ def test_pyramid(monkeypatch: pytest.MonkeyPatch) -> None:
     coarse, fine = numpy64(pyramid.lateral_8(c_8)), numpy64(pyramid.lateral_4(pyramid.stage_4(images)))
     merged = torch.from_numpy(fine + coarse.repeat(2, axis=2).repeat(2, axis=3))
     assert_close(level, nn.functional.conv2d(merged, pyramid.output_4.weight, pyramid.output_4.bias, padding=1), 1e-12)
-    assert flat64(c_8).shape == (4, 256, 16)
+    assert flat64(c_8).shape == (4, 64, 16)
 
 
 # ---- files and pages -----------------------------------------------------------------------------------------------
