@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +41,25 @@ def match(backend: str, *args: Any, **kwargs: Any) -> Correspondence:
     """dense_correspondence on the device of the backend; the result comes back to the host."""
     result = dense_correspondence(*to_device(backend, *args), backend=backend, **kwargs)
     return Correspondence(*(x.cpu() for x in result))
+
+
+def run_ranks(worker: str, world: int, directory: Path, *arguments: str) -> list[Any]:
+    """`python WORKER RANK WORLD DIRECTORY ARGUMENT...` once a rank; what each saved as DIRECTORY/RANK.pt."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), str(world), str(directory), *arguments],
+            stderr=(directory / f"{rank}.err").open("w"),
+        )
+        for rank in range(world)
+    ]
+    try:
+        for rank, process in enumerate(processes):
+            assert process.wait(timeout=240) == 0, (directory / f"{rank}.err").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(directory / f"{rank}.pt") for rank in range(world)]
 
 
 def numpy64(x: Tensor) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import numpy64
+from helpers import numpy64, run_ranks
 
 from densecl_ops import MomentumQueue
 
@@ -27,22 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each of 2 and 4 gloo processes ended with."""
-    world, directory = request.param, tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), str(world), str(directory)],
-            stderr=(directory / f"{rank}.err").open("w"),
-        )
-        for rank in range(world)
-    ]
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=240) == 0, (directory / f"{rank}.err").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [torch.load(Path(directory) / f"{rank}.pt") for rank in range(world)]
+    return run_ranks(worker.__file__, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def one_process(
