@@ -1,4 +1,4 @@
-"""Recipes beside the equations: loading one over its host, and what its first step must compute. One test file a host."""
+"""Recipes beside the equations: loading one over its host, and what its first step must compute."""
 
 from __future__ import annotations
 

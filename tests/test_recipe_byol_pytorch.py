@@ -36,7 +36,14 @@ def byol_class(host: str) -> Any:
         return load(STANDINS / "byol_learner.py").BYOL
     modules: dict[str, Any] = {}
     if find_spec("torchvision") is None:  # only its default augmentation, not used here, needs it
-        names = "ColorJitter RandomGrayscale RandomHorizontalFlip GaussianBlur RandomResizedCrop Normalize".split()
+        names = [
+            "ColorJitter",
+            "RandomGrayscale",
+            "RandomHorizontalFlip",
+            "GaussianBlur",
+            "RandomResizedCrop",
+            "Normalize",
+        ]
         torchvision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
         transforms.__dict__.update(dict.fromkeys(names, nn.Identity))
         torchvision.transforms = transforms
