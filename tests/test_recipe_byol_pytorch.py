@@ -36,16 +36,10 @@ def byol_class(host: str) -> Any:
         return load(STANDINS / "byol_learner.py").BYOL
     modules: dict[str, Any] = {}
     if find_spec("torchvision") is None:  # only its default augmentation, not used here, needs it
-        names = [
-            "ColorJitter",
-            "RandomGrayscale",
-            "RandomHorizontalFlip",
-            "GaussianBlur",
-            "RandomResizedCrop",
-            "Normalize",
-        ]
         torchvision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
-        transforms.__dict__.update(dict.fromkeys(names, nn.Identity))
+        flips_and_crops = ("RandomHorizontalFlip", "RandomResizedCrop")
+        for name in ("ColorJitter", "GaussianBlur", "Normalize", "RandomGrayscale", *flips_and_crops):
+            setattr(transforms, name, nn.Identity)
         torchvision.transforms = transforms
         modules |= {"torchvision": torchvision, "torchvision.transforms": transforms}
     if find_spec("accelerate") is None or find_spec("beartype") is None:
