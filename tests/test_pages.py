@@ -1,36 +1,286 @@
-"""docs/training.md: its code runs, and its figures are those of the recorded runs."""
+"""One rule for README.md and every page under docs/: what it shows is so.
+
+Links and paths lead somewhere; code parses, and runs or stands in a tested example; a diff is that of the example;
+tables, pictures and figures are those of the committed records.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import os
 import re
+import runpy
+import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from pages import EXAMPLES, PAGES, RECIPES, ROOT, blocks, name_of
+from recipes import PRINTED
+from torch import Tensor, nn
 
-from densecl_ops import DenseInfoNCELoss
+from benchmarks import render
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "training.md").read_text()
-RECORDS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results/curves_cpu").glob("*.json")}
-LIMIT = math.log(1 + RECORDS["random"]["settings"]["queue_size"])
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+each_recipe = pytest.mark.parametrize("page", RECIPES, ids=name_of)
+
+# ---- links and paths ------------------------------------------------------------------------------------------------
 
 
-def test_table_is_that_of_the_records() -> None:
+def anchors(page: Path) -> set[str]:
+    """GitHub's names of the headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@each_page
+def test_paths_exist(page: Path) -> None:
+    """In prose and in commands, written from the root of the repository."""
+    for path in re.findall(r"(?<![\w/.])(?:docs|tests|benchmarks|densecl_ops)/[\w./-]+\.\w+", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+# ---- code -----------------------------------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """Stands for a ResNet-50 without pooling: (B, 3, 224, 224) -> (B, 2048, 7, 7)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 32, 32), nn.Conv2d(8, 2048, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images)
+
+
+def run_readme(page: Path, directory: Path) -> None:
+    """The first block is the MoCo step that the second one replaces."""
+    view_q, view_k = torch.randn(2, 2, 3, 224, 224)
+    space: dict[str, Any] = {"torch": torch, "F": F, "view_q": view_q, "view_k": view_k}
+    space |= {"backbone_q": Backbone(), "backbone_k": Backbone()}
+    _, moco, byol = blocks(page)
+    exec(moco, space)
+    terms = space["image_loss"].item(), space["dense_loss"].item()
+    assert space["loss"].item() == pytest.approx(sum(terms) / 2)
+    assert all(p.grad.any() for p in space["head_q"].parameters())
+    assert [int(space[queue].position) for queue in ("image_queue", "dense_queue")] == [2, 2]
+    space |= {"online_backbone": Backbone(), "target_backbone": Backbone(), "target_head": space["head_k"]}
+    space |= {"online_head": space["head_q"], "dense_predictor": nn.Conv2d(128, 128, 1)}
+    space |= {"view_1": view_q, "view_2": view_k}
+    exec(byol, space)
+    space["dense_loss"].backward()
+    assert space["dense_predictor"].weight.grad.any()
+
+
+def run_in_order(*modules: str) -> Callable[[Path, Path], None]:
+    """The blocks one after the other; an `assert` in them is the page's own claim."""
+
+    def run(page: Path, directory: Path) -> None:
+        for module in modules:
+            pytest.importorskip(module)
+        space: dict[str, Any] = {}
+        for block in blocks(page):
+            exec(block, space)
+        assert space["loss"].isfinite()
+
+    return run
+
+
+def run_on_two_processes(page: Path, directory: Path) -> None:
+    """The blocks are one script."""
+    if not torch.distributed.is_available() or sys.platform == "win32":
+        pytest.skip("torchrun")
+    (directory / "page.py").write_text("".join(blocks(page)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "page.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+RUNS = {
+    "README.md": run_readme,
+    "docs/matching.md": run_in_order("kornia"),
+    "docs/training.md": run_in_order("matplotlib"),
+    "docs/distributed.md": run_on_two_processes,
+}
+RUN_ELSEWHERE = {"docs/checkpoints.md": "test_interop.py"}  # on checkpoints that only that file can write
+
+
+@each_page
+def test_code_parses_and_has_a_test(page: Path) -> None:
+    for block in blocks(page):
+        ast.parse(textwrap.dedent(block))
+    tested = {*RUNS, *RUN_ELSEWHERE, *map(name_of, RECIPES)}
+    assert name_of(page) in tested or not blocks(page), "who runs it?"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "distributed" in n else n for n in RUNS])
+def test_code_runs(name: str, tmp_path: Path) -> None:
+    RUNS[name](ROOT / name, tmp_path)
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+FILES = sorted([*EXAMPLES.glob("with_*.py"), *EXAMPLES.glob("*_loop.py")])
+COMMANDS = [
+    command.split()
+    for page in RECIPES
+    for command in re.findall(r"^ +python docs/examples/(.*?)(?: *#.*)?$", page.read_text(), re.MULTILINE)
+]
+# Lines of a host's own script, made of names that the tests of the recipe call.
+HOST_LINES = {
+    "from with_moco import DenseMoCo",
+    "model = DenseMoCo(",
+    "from with_byol_pytorch import DenseBYOL",
+    "model = DenseBYOL(learner, in_channels=2048)",
+    "from with_solo_learn import DenseMoCoV2Plus",
+    'METHODS["mocov2plus"] = DenseMoCoV2Plus',
+}
+RUN_BY_RECIPE_TESTS = ("moco_head_state", "batch_unshuffle")  # blocks that test_recipe_lightly.py runs
+
+
+def imported(file: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    names += [node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_recipe_can_be_copied_alone(file: Path) -> None:
+    assert not imported(file) & {"", *(other.stem for other in EXAMPLES.glob("*.py"))}
+    assert [page for page in RECIPES if f"(../examples/{file.name})" in page.read_text()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_command_runs(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *arguments = command
+    file = EXAMPLES / name
+    needed = imported(file)
+    needed |= {"torchvision"} if needed & {"lightly", "byol_pytorch"} else set()  # without it they cannot be imported
+    missing = [module for module in needed - {"densecl_ops"} if find_spec(module) is None]
+    if missing:
+        pytest.skip(f"no {missing}")
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(file), run_name="__main__")
+    assert re.search(PRINTED, capsys.readouterr().out)
+
+
+def code_lines(text: str) -> list[str]:
+    lines = (re.sub(r"(^|\s+)# .*", "", line).strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def sources(page: Path) -> list[list[str]]:
+    """Lines of the recipe's files."""
+    names = dict.fromkeys(re.findall(r"\(\.\./examples/(\w+\.py)\)", page.read_text()))
+    return [code_lines((EXAMPLES / name).read_text()) for name in names]
+
+
+def in_order(lines: list[str], source: list[str]) -> bool:
+    rest = iter(source)
+    return all(line in rest for line in lines)
+
+
+@each_recipe
+def test_shown_code_is_the_recipes(page: Path) -> None:
+    texts = ["\n".join(source) for source in sources(page)]
+    assert texts
+    for block in blocks(page):
+        if not any(word in block for word in RUN_BY_RECIPE_TESTS):
+            assert any("\n".join(code_lines(block)) in text for text in texts), block
+
+
+@each_recipe
+def test_diff_is_the_recipes(page: Path) -> None:
+    """Added lines and what stays between them are the file's, in its order; removed ones are not in it.
+
+    In a diff of the host's own script, which we do not have, the lines that stay are the host's.
+    """
+    diffs = blocks(page, "diff")
+    assert diffs
+    for diff in diffs:
+        lines = {sign: [line[1:] for line in diff.splitlines() if line[:1] in sign] for sign in ("+", "-", "+ ")}
+        added, removed, kept = ([x for x in code_lines("\n".join(lines[s])) if x not in HOST_LINES] for s in lines)
+        own = not set(code_lines("\n".join(lines["+"]))) & HOST_LINES
+        shown = kept if own else added
+        source = next((source for source in sources(page) if in_order(shown, source)), None)
+        assert source is not None, diff
+        assert [line for line in removed if line in source] == []
+        assert lines["+"]
+
+
+@each_recipe
+def test_hunks_are_whole(page: Path) -> None:
+    """As long as their headers say, before and after."""
+    for diff in blocks(page, "diff"):
+        _, *parts = re.split(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n", diff, flags=re.MULTILINE)
+        for before, after, hunk in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            signs = [line[:1] for line in hunk.splitlines()]
+            assert [signs.count("-") + signs.count(" "), signs.count("+") + signs.count(" ")] == [
+                int(before),
+                int(after),
+            ]
+
+
+# ---- tables, pictures, figures --------------------------------------------------------------------------------------
+
+
+@each_page
+def test_tables_are_those_of_the_records(page: Path) -> None:
+    marks = set(re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())) - {"curves"}  # the next test's
+    assert marks == set(render.SECTIONS.get(name_of(page), ()))
+    if marks:
+        assert render.rendered(name_of(page)) == page.read_text(), "run `python -m benchmarks render`"
+
+
+def test_table_of_curves_is_that_of_the_records() -> None:
     for module in ("kornia", "matplotlib", "PIL", "skimage", "tqdm"):
         pytest.importorskip(module)
-    sys.path.insert(0, str(ROOT / "docs" / "examples"))
+    sys.path.insert(0, str(EXAMPLES))
     import curves
 
     runs = curves.load_records()
     assert runs.keys() == RECORDS.keys()
-    between = PAGE.split(curves.MARKS[0])[1].split(curves.MARKS[1])[0]
+    between = TRAINING.read_text().split(curves.MARKS[0])[1].split(curves.MARKS[1])[0]
     assert between.strip() == curves.table(runs)
     assert curves.smooth([1.0] * 19 + [5.0, 1.0]) == [1.0] * 19 + [pytest.approx(7 / 3), pytest.approx(3.0)]
+
+
+def test_plots_are_those_of_the_records() -> None:
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import digest
+
+    drawn = list(render.plots())
+    assert drawn
+    for source, target, _ in drawn:
+        assert image.open(target).info["Source"] == digest(source), "run `python -m benchmarks render`"
+
+
+TRAINING = ROOT / "docs" / "training.md"
+RECORDS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results/curves_cpu").glob("*.json")}
+LIMIT = math.log(1 + RECORDS["random"]["settings"]["queue_size"])
 
 
 def test_records_are_whole() -> None:
@@ -44,7 +294,7 @@ def test_records_are_whole() -> None:
 
 
 def said() -> list[str]:
-    """Every phrase of the page that holds a decimal fraction, made from the records."""
+    """Every phrase of docs/training.md that holds a decimal fraction, made from the records."""
     runs = {name: run["history"] for name, run in RECORDS.items()}
     random, broken, same, fast = (runs[name] for name in ("random", "enqueue-first", "same-view", "high-lr"))
     late, sooner = max(runs["random-no-warmup"]["dense_loss"]), max(runs["empty-no-warmup"]["dense_loss"])
@@ -73,8 +323,8 @@ def said() -> list[str]:
     ]
 
 
-def test_prose_says_what_the_records_say() -> None:
-    prose = re.sub(r"```.*?```|<!-- curves:begin -->.*?<!-- curves:end -->", "", PAGE, flags=re.DOTALL)
+def test_figures_in_prose_are_those_of_the_records() -> None:
+    prose = re.sub(r"```.*?```|<!-- curves:begin -->.*?<!-- curves:end -->", "", TRAINING.read_text(), flags=re.DOTALL)
     prose = " ".join(prose.split())
     for phrase in said():
         assert phrase in prose, phrase
@@ -106,21 +356,3 @@ def test_prose_claims_that_are_not_numbers() -> None:
     collapsed = runs["high-lr"]
     assert collapsed["image_loss"][-20:].mean() > collapsed["image_loss"][80:100].mean()
     assert collapsed["dense_loss"][-20:].mean() > collapsed["dense_loss"][80:100].mean()
-
-
-def test_page_runs() -> None:
-    space: dict[str, object] = {}
-    first, second = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(first, space)
-    assert set(space["log"]) == {"loss", "top1", "top5", "match_score", "mutual_share"}  # type: ignore[call-overload]
-    pytest.importorskip("matplotlib")
-    exec(second, space)
-
-
-def test_equal_logits_give_log_1_plus_k() -> None:
-    """What the page says of zero features and of features whose squares overflow."""
-    negatives = torch.nn.functional.normalize(torch.randn(37, 6), dim=1)
-    criterion, key = DenseInfoNCELoss(), torch.randn(2, 6, 4)
-    assert criterion(torch.zeros(2, 6, 4), key, negatives).item() == pytest.approx(math.log(38), rel=1e-6)
-    for value in (math.nan, math.inf, 1e30):
-        assert criterion(torch.full((2, 6, 4), value), key, negatives).isnan()
