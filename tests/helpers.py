@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -21,6 +24,9 @@ from densecl_ops.functional import dense_correspondence, dense_info_nce
 BACKENDS = ("eager", "blockwise")
 FUSED = ("blockwise",)  # everything but the materialising reference
 DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}  # default: cpu
+
+HOUSE_FORM = re.compile(r"^[a-z_.]+(\[.*\])?(: [a-z_]+)?: got .+, expected |^key: got .* beside ", re.DOTALL)
+FLAGS = ["no", "", 0, 1, None, np.True_, torch.tensor(True), [True]]  # none is a bool
 
 GRADIENTS = ("query", "key", "negatives", "temperature", "weight")
 LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "every_other", "swapped")
@@ -41,6 +47,14 @@ def match(backend: str, *args: Any, **kwargs: Any) -> Correspondence:
     """dense_correspondence on the device of the backend; the result comes back to the host."""
     result = dense_correspondence(*to_device(backend, *args), backend=backend, **kwargs)
     return Correspondence(*(x.cpu() for x in result))
+
+
+def refused(call: Callable[[], Any]) -> pytest.ExceptionInfo[Exception]:
+    """By an error that names the argument, what came and what was expected."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert HOUSE_FORM.match(str(caught.value)), str(caught.value)
+    return caught
 
 
 def run_ranks(worker: str, world: int, directory: Path, *arguments: str) -> list[Any]:
@@ -218,7 +232,7 @@ def check(
     """The loss, the rank and every wanted gradient of a call against the oracle.
 
     Losses and gradients can be 1e-80 where the terms they are differences of are 1 / t: below a hundredth of those
-    terms, errors are measured against that hundredth. test_loss_adversarial.py asks for more where more is due.
+    terms, errors are measured against that hundredth. test_loss_numerics.py asks for more where more is due.
     """
     truth, seen = expected(case), run(backend, case, wanted, rank)
     shortest = min(np.linalg.norm(flat64(x), axis=1).min() for x in (case.query, case.key))

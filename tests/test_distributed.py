@@ -13,8 +13,6 @@ import pytest
 import torch
 from helpers import numpy64, run_ranks
 
-from densecl_ops import MomentumQueue
-
 EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 UNEVEN = list(range(len(worker.ROUNDS["uneven"])))
 Results = list[dict[str, Any]]
@@ -143,12 +141,6 @@ def test_destroyed_group(ranks: Results) -> None:
     for results in ranks:
         for what in ("stale", "stale again"):
             assert results[what].startswith("ValueError: process_group: got a group that has been destroyed")
-
-
-@pytest.mark.parametrize("group", [3, "gloo", object()])
-def test_not_a_group(group: object) -> None:
-    with pytest.raises(TypeError, match=f"process_group: got {type(group).__name__}"):
-        MomentumQueue(2, 2, process_group=group)
 
 
 def test_group_of_one(tmp_path: Path) -> None:

@@ -6,24 +6,29 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import helpers
+import numpy as np
 import pytest
 import torch
 
 from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
-from densecl_ops.functional import dense_correspondence, dense_info_nce, location_correspondence
+from densecl_ops.functional import dense_correspondence, dense_info_nce, in_batch_negatives, location_correspondence
+from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
 INTS, LONG = torch.zeros(2, 6, dtype=torch.int32), torch.int64
 
 
 def refused(error: type[Exception], argument: str, came: str, call: Callable[[], Any], wish: str = "expected") -> None:
     """`argument: got ... came ..., expected ...`, as a TypeError or ValueError and nothing more exotic."""
-    with pytest.raises((TypeError, ValueError)) as caught:
-        call()
+    caught = helpers.refused(call)
     message = str(caught.value)
     assert caught.type is error, message
     assert message.startswith(f"{argument}: got"), message
     assert came in message, message
     assert wish in message, message
+
+
+INDEX = torch.zeros(2, 6, dtype=LONG)
 
 
 def loss(**changes: Any) -> Callable[[], Any]:
@@ -480,3 +485,89 @@ def test_errors_do_not_depend_on_the_backend() -> None:
     for backend in ("eager", "blockwise", "auto"):
         refused(ValueError, "exclude", "0 to 5", loss(exclude=torch.tensor([0, 5]), backend=backend))
         refused(ValueError, "correspondence", "0 to 9", loss(correspondence=index_with(9), backend=backend))
+
+
+# ---- in-batch negatives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "came", "arguments"),
+    [
+        (TypeError, "keys", "list", {"keys": [[1.0]]}),
+        (TypeError, "keys", "dtype torch.int64", {"keys": torch.ones(2, 3).long()}),
+        (ValueError, "keys", "shape (2, 3, 4), expected (B, D)", {"keys": torch.ones(2, 3, 4)}),
+        (ValueError, "keys", "shape (3,), expected (B, D)", {"keys": torch.ones(3)}),
+        (TypeError, "gather_distributed", "1", {"keys": torch.ones(2, 3), "gather_distributed": 1}),
+        (TypeError, "process_group", "str", {"keys": torch.ones(2, 3), "process_group": "gloo"}),
+    ],
+)
+def test_in_batch_negatives(error: type[Exception], name: str, came: str, arguments: dict[str, Any]) -> None:
+    refused(error, name, came, lambda: in_batch_negatives(**arguments))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("group", [3, "gloo", object()])
+def test_process_group(group: object) -> None:
+    refused(TypeError, "process_group", type(group).__name__, lambda: MomentumQueue(2, 2, process_group=group))
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+RANK = torch.zeros(2, 3, dtype=LONG)
+SCORE, VALID = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "came", "call"),
+    [
+        (TypeError, "rank", "list, expected a torch.Tensor", lambda: contrastive_accuracy([0])),
+        (TypeError, "rank", "dtype torch.float32, expected an integer", lambda: contrastive_accuracy(SCORE)),
+        (TypeError, "rank", "dtype torch.bool", lambda: contrastive_accuracy(VALID)),
+        (ValueError, "rank", "shape (1, 2, 3), expected (B, P)", lambda: contrastive_accuracy(RANK[None])),
+        (ValueError, "rank", "shape (0, 3)", lambda: contrastive_accuracy(RANK[:0])),
+        (ValueError, "top_k", "0, expected at least 1", lambda: contrastive_accuracy(RANK, 0)),
+        (TypeError, "top_k", "True, expected an int", lambda: contrastive_accuracy(RANK, True)),
+        (TypeError, "valid", "dtype torch.float32", lambda: contrastive_accuracy(RANK, valid=SCORE)),
+        (ValueError, "valid", "shape (3,), expected (2, 3)", lambda: contrastive_accuracy(RANK, valid=VALID[0])),
+        (ValueError, "valid", "a tensor on meta", lambda: contrastive_accuracy(RANK, valid=VALID.to("meta"))),
+        (TypeError, "correspondence", "Tensor, expected a Correspondence", lambda: match_score(SCORE)),
+        (TypeError, "correspondence.score", "dtype", lambda: match_score(Correspondence(RANK, RANK, VALID))),
+        (TypeError, "correspondence.valid", "dtype", lambda: match_score(Correspondence(RANK, SCORE, SCORE))),
+        (ValueError, "correspondence.score", "shape", lambda: match_score(Correspondence(RANK, SCORE[0], VALID))),
+        (ValueError, "correspondence.valid", "shape", lambda: match_score(Correspondence(RANK, SCORE, VALID[:1]))),
+        (ValueError, "backend", "'fast'", lambda: mutual_share(SCORE, SCORE, backend="fast")),
+        (ValueError, "query_features", "shape", lambda: mutual_share(SCORE, SCORE, 2)),
+    ],
+)
+def test_metrics(error: type[Exception], name: str, came: str, call: Callable[[], Any]) -> None:
+    refused(error, name, came, call)
+
+
+# ---- everywhere -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_meta_tensors() -> None:
+    """They agree among themselves, and hold no values to compute with."""
+    query, key, negatives = (torch.ones(shape, device="meta") for shape in ((2, 4, 6), (2, 4, 9), (5, 4)))
+    refused(
+        ValueError, "query", "meta", loss(query=query, key=key, negatives=negatives, correspondence=INDEX.to("meta"))
+    )
+    refused(ValueError, "query_features", "meta", matching(query_features=query, key_features=key))
+
+
+@pytest.mark.parametrize("value", helpers.FLAGS, ids=repr)
+def test_flags_are_bools(value: Any) -> None:
+    """`mutual="no"` used to mean yes."""
+    refused(TypeError, "mutual", "", lambda: DenseCorrespondence(mutual=value))
+    refused(TypeError, "learnable_temperature", "", lambda: DenseInfoNCELoss(learnable_temperature=value))
+    refused(TypeError, "return_rank", "", loss(return_rank=value))
+
+
+def test_duck_queues(backend: str) -> None:
+    """A count outside 0 to K was taken as it came: -1 of 5 meant four rows to one backend and none to another."""
+    rows, one = torch.ones(5, 4), torch.tensor(1)
+    counts = [*map(torch.tensor, (-1, 6, 2**40, [3], 1.5, True)), 3, None]
+    counts += [torch.tensor(3, device="meta"), torch.tensor([[1]]), np.array(3)]
+    strange = [None, rows.numpy(), rows[0], rows.int(), rows.to_sparse(), rows.to("meta")]
+    for pair in [(rows, count) for count in counts] + [(x, one) for x in strange]:
+        helpers.refused(loss(negatives=SimpleNamespace(rows=pair[0], count=pair[1]), backend=backend))

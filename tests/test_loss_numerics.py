@@ -1,23 +1,19 @@
-"""Inputs chosen to break the loss: extremes, NaN, low precision, changes between forward and backward, memory."""
+"""The loss at extreme scales, with zero, NaN and infinity, in low precision and under autocast."""
 
 from __future__ import annotations
 
-import copy
-import pickle
-import warnings
-from collections.abc import Callable
+import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import LAYOUTS, assert_close, check, error, lay_out, make_case
-from torch import Tensor
-from torch.autograd.profiler import profile
+from helpers import assert_close, check, error, make_case
 
-from densecl_ops import Correspondence, DenseInfoNCELoss, MomentumQueue
+from densecl_ops import DenseInfoNCELoss
+from densecl_ops.info_nce import blockwise
+from densecl_ops.info_nce.functional import _normal_form
 
 LOW = (torch.float16, torch.bfloat16)
 
@@ -67,82 +63,6 @@ def test_tiny_loss_keeps_its_relative_precision(fused: str, rank: bool) -> None:
         assert truth.loss.max() < 0.2
         np.testing.assert_allclose(seen.loss.cpu().numpy(), truth.loss, rtol=2e-5)
         assert_close(seen.query, truth.query, 2e-5)
-
-
-def test_one_of_everything(backend: str) -> None:
-    """One image, one position, one negative, one channel; then all odd primes."""
-    for channels in (1, 2):
-        check(backend, make_case(2, 1, channels, (1, 1), (1, 1), 1))
-    check(backend, make_case(2, 5, 7, (1, 11), (13, 1), 1277))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend: str, layout: str) -> None:
-    case = make_case(3, negatives=40)
-    negatives = case.negatives
-    layouts = {
-        "transposed": negatives.t().contiguous().t(),
-        "columns": torch.cat([negatives, negatives], 1)[:, 6:],
-        "rows": negatives.repeat_interleave(2, 0)[::2],
-        "expanded": negatives[:1].expand(40, -1),
-        "strided": negatives.repeat_interleave(2, 1)[:, ::2],
-    }
-    for rows in layouts.values():
-        strided = replace(case, query=lay_out(case.query, layout), key=lay_out(case.key, layout), negatives=rows)
-        check(backend, strided)
-        check(backend, strided, wanted=("query",), rank=False)
-    check(backend, replace(case, index=case.index.t().contiguous().t(), upstream=None))
-
-
-def test_expanded_maps(backend: str) -> None:
-    case = make_case(4)
-    check(
-        backend, replace(case, query=case.query[:1].expand(3, -1, -1, -1), key=case.key[:, :, :1].expand(-1, -1, 3, -1))
-    )
-
-
-def test_expanded_weights_and_indices(backend: str) -> None:
-    case = make_case(5, weight=torch.rand(3, 1, dtype=torch.float64).expand(3, 6))
-    case.index, case.exclude = case.index[:1].expand(3, 6), torch.tensor([2]).expand(3)
-    check(backend, case, wanted=helpers.GRADIENTS[:4])
-
-
-def test_exclude_with_one_image(backend: str) -> None:
-    case = make_case(6, batch=1, negatives=1, exclude=torch.tensor([0]))
-    check(backend, case)
-    assert helpers.run(backend, case).loss == 0
-
-
-def test_in_batch_negatives(backend: str) -> None:
-    """SimCLR-style: the pooled keys of the batch are the negatives, one's own excluded, and all of it learns."""
-    case = make_case(7, exclude=torch.arange(3))
-    key = case.key.clone().requires_grad_()
-    pooled = torch.nn.functional.normalize(key.mean((2, 3)), dim=1)
-    helpers.info_nce(backend, case.query, key, pooled, case.index, exclude=case.exclude).backward()
-
-    def loss(keys: Tensor) -> float:
-        negatives = torch.nn.functional.normalize(keys.mean((2, 3)), dim=1)
-        return float(helpers.expected(replace(case, key=keys, negatives=negatives)).loss)
-
-    direction = torch.randn_like(key)
-    slope = (loss(case.key + 1e-5 * direction) - loss(case.key - 1e-5 * direction)) / 2e-5
-    assert float((key.grad * direction).sum()) == pytest.approx(slope, rel=1e-6)
-
-
-@pytest.mark.parametrize("count", [0, 1, 16, 17])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_partly_filled_queue(backend: str, count: int, dtype: torch.dtype) -> None:
-    """Rows beyond the count may hold anything, here logits of 1e3 and more."""
-    case = make_case(8, count=count)
-    case.negatives[count:] *= 1e3
-    for rank in (False, True):
-        check(backend, case.to(dtype), 1e-9 if dtype == torch.float64 else 1e-5, ("query", "key"), rank)
-    if count == 0:
-        seen = helpers.run(backend, case)
-        assert seen.loss == 0
-        assert (seen.query == 0).all()
-        assert (seen.key == 0).all()
-        assert (seen.rank == 0).all()
 
 
 # ---- zero, NaN, infinity --------------------------------------------------------------------------------------------
@@ -331,183 +251,30 @@ def test_backward_under_autocast(backend: str) -> None:
         assert_close(a, b, 1e-6 if backend in helpers.FUSED else 1e-2)
 
 
-# ---- between forward and backward -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("init", ["random", "empty"])
-@pytest.mark.parametrize("rank", [False, True])
-@pytest.mark.parametrize("key_gradient", [False, True])
-def test_enqueue_before_backward(backend: str, init: str, rank: bool, key_gradient: bool) -> None:
-    queue = MomentumQueue(size=12, dim=6, init=init, dtype=torch.float64)
-    (queue,) = helpers.to_device(backend, queue)
-    queue.enqueue(torch.randn(7, 6, dtype=torch.float64, device=queue.rows.device))
-    case = make_case(20, exclude=torch.tensor([1, 0, 5]))
-    truth = helpers.expected(replace(case, negatives=queue.rows.clone(), count=int(queue.count)))
-    query, key = case.query.clone().requires_grad_(), case.key.clone().requires_grad_(key_gradient)
-    result = helpers.info_nce(backend, query, key, queue, case.index, exclude=case.exclude, return_rank=rank)
-    loss = result[0] if rank else result
-    before = loss.detach().clone()
-    queue.enqueue(torch.randn(9, 6, dtype=torch.float64, device=queue.rows.device))
-    loss.backward()
-    assert loss == before
-    assert_close(loss, truth.loss, 1e-12)
-    assert_close(query.grad, truth.query, 1e-9)
-    if key_gradient:
-        assert_close(key.grad, truth.key, 1e-9)
-
-
-def test_frozen_tensor_may_change_before_backward(backend: str) -> None:
-    case = make_case(21)
-    query, negatives = case.query.clone().requires_grad_(), case.negatives.clone()
-    (negatives,) = helpers.to_device(backend, negatives)
-    loss = helpers.info_nce(backend, query, case.key, negatives, case.index)
-    negatives.fill_(float("nan"))
-    loss.backward()
-    assert_close(query.grad, helpers.expected(case).query, 1e-9)
-
-
-def test_inputs_are_left_alone(backend: str) -> None:
-    case = make_case(22, weight=torch.rand(3, 6), exclude=torch.tensor([1, 2, 3]))
-    names = ("query", "key", "negatives", "index", "weight", "exclude")
-    before = {name: getattr(case, name).clone() for name in names}
-    helpers.run(backend, case)
-    helpers.run(backend, case, ("query",), rank=False)
-    for name in names:
-        assert torch.equal(before[name], getattr(case, name)), name
-
-
-@pytest.mark.parametrize("wanted", ["query", "key", "negatives"])
-def test_second_derivatives(backend: str, wanted: str) -> None:
-    """A gradient penalty: the fused backends refuse, never drop it; the eager one is plain autograd and can."""
-    case = make_case(23)
-    leaves = {name: getattr(case, name).clone() for name in ("query", "key", "negatives")}
-    leaf = leaves[wanted].requires_grad_()
-
-    def penalised() -> None:
-        loss = helpers.info_nce(backend, *leaves.values(), case.index)
-        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        assert_close(grad, getattr(helpers.expected(case), wanted), 1e-9)
-        (loss + grad.square().sum()).backward()
-
-    if backend in helpers.FUSED:
-        with pytest.raises(RuntimeError, match="differentia"):
-            penalised()
-    else:
-        penalised()
-
-
-def test_backward_twice_with_retain_graph(backend: str) -> None:
-    case = make_case(24)
-    leaves = [x.clone().requires_grad_() for x in (case.query, case.key, case.negatives)]
-    loss = helpers.info_nce(backend, *leaves, case.index)
-    loss.backward(retain_graph=True)
-    loss.backward()
+@pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5, 3)])
+@pytest.mark.parametrize("channels", [5, 32])
+def test_bfloat16_in_several_calls_of_the_attention_operator(
+    monkeypatch: pytest.MonkeyPatch, channels: int, negatives: int, count: int | None
+) -> None:
+    """What a processor with matrix units does in steps of 4,096 rows; any processor can do it."""
+    monkeypatch.setattr(blockwise, "_HAS_AMX", True)
+    monkeypatch.setattr(blockwise, "_FLASH_ROWS", 16)
+    case = make_case(21, channels=channels, negatives=negatives, count=count).to(torch.bfloat16)
     truth = helpers.expected(case)
-    for leaf, wish in zip(leaves, (truth.query, truth.key, truth.negatives), strict=True):
-        assert_close(leaf.grad, 2 * wish, 1e-9)
+    seen, usual = (helpers.run(backend, case, rank=False) for backend in ("blockwise", "eager"))
+    without = helpers.run("blockwise", case, wanted=(), rank=False)
+    assert_close(without.loss, seen.loss, 1e-6)
+    problem, _ = _normal_form(case.query, case.key, case.negatives, case.index, case.temperature, None)
+    assert blockwise.forward(problem, want_grad=False, want_rank=False).grad_query.numel() == 0
+    for name in ("loss", "query", "key", "negatives"):
+        wish, tolerance = getattr(truth, name), 2 * helpers.error(getattr(usual, name), getattr(truth, name))
+        assert_close(getattr(seen, name), wish, tolerance + 1e-3, name)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_no_gradient_modes(backend: str, mode: type) -> None:
-    case = make_case(25)
-    query = case.query.clone().requires_grad_()
-    with mode():
-        loss, rank = helpers.info_nce(backend, query, case.key, case.negatives, case.index, return_rank=True)
-    assert not loss.requires_grad
-    assert_close(loss, helpers.expected(case).loss, 1e-12)
-    assert rank.tolist() == helpers.expected(case).rank.tolist()
-
-
-def test_loss_without_rank_is_one_tensor(backend: str) -> None:
-    case = make_case(26)
-    assert isinstance(helpers.info_nce(backend, case.query, case.key, case.negatives, case.index), Tensor)
-
-
-# ---- module state ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("learnable", [False, True])
-def test_module_copies(learnable: bool) -> None:
-    case = make_case(27, temperature=0.13).to(torch.float32)
-    args = (case.query, case.key, case.negatives, case.index)
-    criterion = DenseInfoNCELoss(0.13, "none", learnable)
-    other = DenseInfoNCELoss(0.5 if learnable else 0.13, "none", learnable)
-    other.load_state_dict(criterion.state_dict())
-    for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), other, criterion.to(torch.float32)):
-        assert torch.equal(twin(*args), criterion(*args))
-        assert len(list(twin.parameters())) == int(learnable)
-    assert_close(criterion(*args), helpers.expected(replace(case, reduction="none")).loss, 1e-5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert "0.13" in repr(criterion)
-
-
-def test_correspondence_survives_pickle() -> None:
-    match = Correspondence(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
-    assert all(torch.equal(a, b) for a, b in zip(match, pickle.loads(pickle.dumps(match)), strict=True))
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
-
-MIB = 2**20
-
-
-def peak_of(function: Callable[[], object]) -> float:
-    """Most bytes that torch held at once beyond those it held before, in MiB."""
-    with profile(profile_memory=True) as record:
-        function()
-    events = [event for event in record.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return held.max() / MIB
-
-
-@pytest.mark.parametrize(
-    ("options", "limit"),
-    [
-        ({}, 12),
-        ({"rank": True, "key": True, "exclude": True}, 24),
-        ({"negatives": True}, 24 + 32),  # and their gradient
-        ({"rank": True, "autocast": True}, 32),
-    ],
-    ids=["plain", "rank-key-exclude", "negatives", "autocast"],
-)
-def test_memory_of_the_published_setting(fused: str, options: dict[str, bool], limit: float) -> None:
-    """N = 1,568 against K = 65,536: one float32 logit matrix would be 392 MiB. Inputs of 1.5 MiB included."""
-    if fused in helpers.DEVICES:
-        pytest.skip("measured on a CPU")
-    rows = torch.nn.functional.normalize(torch.randn(65536, 128), dim=1).requires_grad_(options.get("negatives", False))
-
-    def step() -> None:
-        query = torch.randn(32, 128, 7, 7, requires_grad=True)
-        key = torch.randn(32, 128, 7, 7, requires_grad=options.get("key", False))
-        exclude = torch.zeros(32, dtype=torch.int64) if "exclude" in options else None
-        rank = options.get("rank", False)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.get("autocast", False)):
-            result = helpers.info_nce(fused, query, key, rows, exclude=exclude, return_rank=rank)
-        (result[0] if rank else result).backward()
-
-    assert peak_of(lambda: torch.ones(256, 1024) + torch.ones(256, 1024)) == pytest.approx(3, abs=0.1)
-    assert peak_of(step) < limit
-
-
-def test_memory_does_not_grow_with_a_bfloat16_queue() -> None:
-    """A float32 copy of these 2^18 rows would be 64 MiB; ranks and norms go through it in tiles."""
-    rows = torch.nn.functional.normalize(torch.randn(2**18, 64), dim=1).bfloat16()
-
-    def step() -> None:
-        query, key = (torch.randn(2, 64, 4, 4, dtype=torch.bfloat16, requires_grad=wanted) for wanted in (True, False))
-        helpers.info_nce("blockwise", query, key, rows, return_rank=True)[0].backward()
-
-    assert peak_of(step) < 8
-
-
-def test_nothing_of_size_n_by_k_is_saved(fused: str) -> None:
-    """What waits for backward() is N x D, however many negatives there are."""
-    case, saved = make_case(28, negatives=5000).to(torch.float32), []
-    query = case.query.clone().requires_grad_()
-    negatives = SimpleNamespace(rows=case.negatives, count=torch.tensor(5000))
-    if fused in helpers.DEVICES:
-        negatives = SimpleNamespace(rows=case.negatives.cuda(), count=torch.tensor(5000, device="cuda"))
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        helpers.info_nce(fused, query, case.key, negatives, case.index)
-    assert max(saved) < 5000
+def test_equal_logits_give_log_1_plus_k() -> None:
+    """What docs/training.md says of zero features and of features whose squares overflow."""
+    negatives = torch.nn.functional.normalize(torch.randn(37, 6), dim=1)
+    criterion, key = DenseInfoNCELoss(), torch.randn(2, 6, 4)
+    assert criterion(torch.zeros(2, 6, 4), key, negatives).item() == pytest.approx(math.log(38), rel=1e-6)
+    for value in (math.nan, math.inf, 1e30):
+        assert criterion(torch.full((2, 6, 4), value), key, negatives).isnan()
