@@ -28,6 +28,7 @@ DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}  # default:
 HOUSE_FORM = re.compile(r"^[a-z_.]+(\[.*\])?(: [a-z_]+)?: got .+, expected |^key: got .* beside ", re.DOTALL)
 FLAGS = ["no", "", 0, 1, None, np.True_, torch.tensor(True), [True]]  # none is a bool
 
+EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of unit rows
 GRADIENTS = ("query", "key", "negatives", "temperature", "weight")
 LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "every_other", "swapped")
 

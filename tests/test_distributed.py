@@ -11,9 +11,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import numpy64, run_ranks
+from helpers import EPS, numpy64, run_ranks
 
-EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 UNEVEN = list(range(len(worker.ROUNDS["uneven"])))
 Results = list[dict[str, Any]]
 

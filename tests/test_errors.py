@@ -65,9 +65,65 @@ MAPS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["query", "key"])
-@pytest.mark.parametrize(("error", "came", "value"), MAPS)
-def test_maps(name: str, error: type[Exception], came: str, value: Any) -> None:
+def cases(**tables: list[tuple[type[Exception], str, Any]]) -> pytest.MarkDecorator:
+    """Per argument: the error, what came, and the value."""
+    rows = [(name, *case) for name, table in tables.items() for case in table]
+    return pytest.mark.parametrize(("name", "error", "came", "value"), rows)
+
+
+@cases(
+    query=MAPS,
+    key=MAPS,
+    negatives=[
+        (TypeError, "list", [[1.0] * 4]),
+        (TypeError, "NoneType", None),
+        (TypeError, "Linear", torch.nn.Linear(4, 5)),
+        (TypeError, "torch.int64", torch.ones(5, 4, dtype=LONG)),
+        (ValueError, "(5, 3)", torch.ones(5, 3)),
+        (ValueError, "(4, 5)", torch.ones(4, 5)),
+        (ValueError, "(4,)", torch.ones(4)),
+        (ValueError, "(1, 5, 4)", torch.ones(1, 5, 4)),
+        (ValueError, "(0, 4)", torch.ones(0, 4)),
+        (ValueError, "(9, 3)", MomentumQueue(9, 3)),
+        (ValueError, "meta", torch.ones(5, 4, device="meta")),
+        (ValueError, "meta", MomentumQueue(5, 4).to("meta")),
+        (TypeError, "SimpleNamespace", SimpleNamespace(rows=torch.ones(5, 4))),
+        (TypeError, "SimpleNamespace", SimpleNamespace(rows=torch.ones(5, 4), count=5)),
+    ],
+    exclude=[
+        (TypeError, "list", [0, 1]),
+        (TypeError, "int", 0),
+        (TypeError, "torch.float32", torch.zeros(2)),
+        (TypeError, "torch.bool", torch.zeros(2, dtype=torch.bool)),
+        (ValueError, "(3,)", torch.zeros(3, dtype=LONG)),
+        (ValueError, "(2, 1)", torch.zeros(2, 1, dtype=LONG)),
+        (ValueError, "0 to 5", torch.tensor([0, 5])),
+        (ValueError, "-1 to 4", torch.tensor([4, -1])),
+        (ValueError, "meta", torch.zeros(2, dtype=LONG, device="meta")),
+    ],
+    weight=[
+        (TypeError, "float", 0.5),
+        (TypeError, "list", [[1.0] * 6] * 2),
+        (TypeError, "torch.int64", torch.ones(2, 6, dtype=LONG)),
+        (ValueError, "(2,)", torch.ones(2)),
+        (ValueError, "(2, 1)", torch.ones(2, 1)),
+        (ValueError, "(2, 2, 3)", torch.ones(2, 2, 3)),
+        (ValueError, "meta", torch.ones(2, 6, device="meta")),
+    ],
+    temperature=[
+        (ValueError, "0.0", torch.tensor(0.0)),
+        (ValueError, "-1", torch.tensor(-1.0, requires_grad=True)),
+        (ValueError, "nan", torch.tensor(float("nan"))),
+        (ValueError, "inf", torch.tensor(float("inf"))),
+        (ValueError, "(1,)", torch.tensor([0.2])),
+        (ValueError, "(2, 6)", torch.full((2, 6), 0.2)),
+        (ValueError, "(0,)", torch.ones(0)),
+        (TypeError, "torch.int64", torch.tensor(1)),
+        (TypeError, "torch.bool", torch.tensor(True)),
+        (ValueError, "meta", torch.tensor(0.2, device="meta")),
+    ],
+)
+def test_loss(name: str, error: type[Exception], came: str, value: Any) -> None:
     refused(error, name, came, loss(**{name: value}))
 
 
@@ -90,29 +146,6 @@ def test_key_against_query(value: Any, came: str, wish: str) -> None:
 def test_grids_that_differ_need_a_correspondence(query: tuple[int, ...], key: tuple[int, ...]) -> None:
     call = loss(query=torch.ones(query), key=torch.ones(key), correspondence=None)
     refused(ValueError, "key", str(key), call, "expected the same grid")
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "list", [[1.0] * 4]),
-        (TypeError, "NoneType", None),
-        (TypeError, "Linear", torch.nn.Linear(4, 5)),
-        (TypeError, "torch.int64", torch.ones(5, 4, dtype=LONG)),
-        (ValueError, "(5, 3)", torch.ones(5, 3)),
-        (ValueError, "(4, 5)", torch.ones(4, 5)),
-        (ValueError, "(4,)", torch.ones(4)),
-        (ValueError, "(1, 5, 4)", torch.ones(1, 5, 4)),
-        (ValueError, "(0, 4)", torch.ones(0, 4)),
-        (ValueError, "(9, 3)", MomentumQueue(9, 3)),
-        (ValueError, "meta", torch.ones(5, 4, device="meta")),
-        (ValueError, "meta", MomentumQueue(5, 4).to("meta")),
-        (TypeError, "SimpleNamespace", SimpleNamespace(rows=torch.ones(5, 4))),
-        (TypeError, "SimpleNamespace", SimpleNamespace(rows=torch.ones(5, 4), count=5)),
-    ],
-)
-def test_negatives(error: type[Exception], came: str, value: Any) -> None:
-    refused(error, "negatives", came, loss(negatives=value))
 
 
 # ---- correspondence, exclude, weight --------------------------------------------------------------------------------
@@ -146,20 +179,9 @@ INDICES = [
 ]
 
 
-@pytest.mark.parametrize(("error", "came", "value"), INDICES)
-def test_correspondence_index(error: type[Exception], came: str, value: torch.Tensor) -> None:
-    refused(error, "correspondence", came, loss(correspondence=value))
-    refused(error, "correspondence.index", came, loss(correspondence=triple(index=value)))
-
-
-@pytest.mark.parametrize("value", [[[0] * 6] * 2, "identity", 3, (INTS, INTS, INTS)])
-def test_correspondence_type(value: Any) -> None:
-    refused(TypeError, "correspondence", type(value).__name__, loss(correspondence=value))
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
+@cases(
+    index=INDICES,
+    valid=[
         (TypeError, "torch.float32", torch.ones(2, 6)),
         (TypeError, "torch.uint8", torch.ones(2, 6, dtype=torch.uint8)),
         (ValueError, "(2, 5)", torch.ones(2, 5, dtype=torch.bool)),
@@ -167,42 +189,15 @@ def test_correspondence_type(value: Any) -> None:
         (ValueError, "meta", torch.ones(2, 6, dtype=torch.bool, device="meta")),
     ],
 )
-def test_correspondence_valid(error: type[Exception], came: str, value: torch.Tensor) -> None:
-    refused(error, "correspondence.valid", came, loss(correspondence=triple(valid=value)))
+def test_correspondence(name: str, error: type[Exception], came: str, value: torch.Tensor) -> None:
+    refused(error, f"correspondence.{name}", came, loss(correspondence=triple(**{name: value})))
+    if name == "index":
+        refused(error, "correspondence", came, loss(correspondence=value))
 
 
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "list", [0, 1]),
-        (TypeError, "int", 0),
-        (TypeError, "torch.float32", torch.zeros(2)),
-        (TypeError, "torch.bool", torch.zeros(2, dtype=torch.bool)),
-        (ValueError, "(3,)", torch.zeros(3, dtype=LONG)),
-        (ValueError, "(2, 1)", torch.zeros(2, 1, dtype=LONG)),
-        (ValueError, "0 to 5", torch.tensor([0, 5])),
-        (ValueError, "-1 to 4", torch.tensor([4, -1])),
-        (ValueError, "meta", torch.zeros(2, dtype=LONG, device="meta")),
-    ],
-)
-def test_exclude(error: type[Exception], came: str, value: Any) -> None:
-    refused(error, "exclude", came, loss(exclude=value))
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "float", 0.5),
-        (TypeError, "list", [[1.0] * 6] * 2),
-        (TypeError, "torch.int64", torch.ones(2, 6, dtype=LONG)),
-        (ValueError, "(2,)", torch.ones(2)),
-        (ValueError, "(2, 1)", torch.ones(2, 1)),
-        (ValueError, "(2, 2, 3)", torch.ones(2, 2, 3)),
-        (ValueError, "meta", torch.ones(2, 6, device="meta")),
-    ],
-)
-def test_weight(error: type[Exception], came: str, value: Any) -> None:
-    refused(error, "weight", came, loss(weight=value))
+@pytest.mark.parametrize("value", [[[0] * 6] * 2, "identity", 3, (INTS, INTS, INTS)])
+def test_correspondence_type(value: Any) -> None:
+    refused(TypeError, "correspondence", type(value).__name__, loss(correspondence=value))
 
 
 # ---- numbers and names ----------------------------------------------------------------------------------------------
@@ -225,25 +220,6 @@ def test_temperature(error: type[Exception], came: str, value: Any) -> None:
     refused(error, "temperature", came, loss(temperature=value))
     refused(error, "temperature", came, lambda: DenseInfoNCELoss(value))
     refused(error, "temperature", came, lambda: DenseInfoNCELoss(value, learnable_temperature=True))
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (ValueError, "0.0", torch.tensor(0.0)),
-        (ValueError, "-1", torch.tensor(-1.0, requires_grad=True)),
-        (ValueError, "nan", torch.tensor(float("nan"))),
-        (ValueError, "inf", torch.tensor(float("inf"))),
-        (ValueError, "(1,)", torch.tensor([0.2])),
-        (ValueError, "(2, 6)", torch.full((2, 6), 0.2)),
-        (ValueError, "(0,)", torch.ones(0)),
-        (TypeError, "torch.int64", torch.tensor(1)),
-        (TypeError, "torch.bool", torch.tensor(True)),
-        (ValueError, "meta", torch.tensor(0.2, device="meta")),
-    ],
-)
-def test_temperature_tensor(error: type[Exception], came: str, value: torch.Tensor) -> None:
-    refused(error, "temperature", came, loss(temperature=value))
 
 
 @pytest.mark.parametrize("value", ["average", "", None, 1, "Mean"])
@@ -355,58 +331,44 @@ def location(**changes: Any) -> Callable[[], Any]:
     return lambda: location_correspondence(**(arguments | changes))
 
 
-@pytest.mark.parametrize("name", ["query_boxes", "key_boxes"])
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "list", [[0, 0, 4, 4]]),
-        (ValueError, "(4,)", torch.ones(4)),
-        (ValueError, "(2, 5)", torch.ones(2, 5)),
-        (ValueError, "(0, 4)", torch.ones(0, 4)),
-        (ValueError, "(2, 2, 2)", torch.ones(2, 2, 2)),
+BOXES = [
+    (TypeError, "list", [[0, 0, 4, 4]]),
+    (ValueError, "(4,)", torch.ones(4)),
+    (ValueError, "(2, 5)", torch.ones(2, 5)),
+    (ValueError, "(0, 4)", torch.ones(0, 4)),
+    (ValueError, "(2, 2, 2)", torch.ones(2, 2, 2)),
+]
+FLIPS = [
+    (TypeError, "bool", True),
+    (TypeError, "list", [True, False]),
+    (TypeError, "torch.int64", torch.ones(2, dtype=LONG)),
+    (ValueError, "(3,)", torch.ones(3, dtype=torch.bool)),
+    (ValueError, "(2, 1)", torch.ones(2, 1, dtype=torch.bool)),
+    (ValueError, "meta", torch.ones(2, dtype=torch.bool, device="meta")),
+]
+
+
+@cases(
+    query_boxes=BOXES,
+    key_boxes=BOXES,
+    query_grid=[*NOT_A_GRID, (TypeError, "None", None)],
+    key_grid=NOT_A_GRID,
+    query_flip=FLIPS,
+    key_flip=FLIPS,
+    max_distance=[
+        (ValueError, "-0.1", -0.1),
+        (ValueError, "nan", float("nan")),
+        (TypeError, "'1'", "1"),
+        (TypeError, "True", True),
     ],
 )
-def test_boxes(name: str, error: type[Exception], came: str, value: Any) -> None:
+def test_location(name: str, error: type[Exception], came: str, value: Any) -> None:
     refused(error, name, came, location(**{name: value}))
 
 
 def test_key_boxes_against_query_boxes() -> None:
     refused(ValueError, "key_boxes", "(3, 4)", location(key_boxes=torch.ones(3, 4)), "(2, 4)")
     refused(ValueError, "key_boxes", "meta", location(key_boxes=torch.ones(2, 4, device="meta")), "cpu")
-
-
-@pytest.mark.parametrize("name", ["query_grid", "key_grid"])
-@pytest.mark.parametrize(("error", "came", "value"), NOT_A_GRID)
-def test_location_grids(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, location(**{name: value}))
-
-
-def test_query_grid_is_required() -> None:
-    refused(TypeError, "query_grid", "None", location(query_grid=None))
-
-
-@pytest.mark.parametrize("name", ["query_flip", "key_flip"])
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "bool", True),
-        (TypeError, "list", [True, False]),
-        (TypeError, "torch.int64", torch.ones(2, dtype=LONG)),
-        (ValueError, "(3,)", torch.ones(3, dtype=torch.bool)),
-        (ValueError, "(2, 1)", torch.ones(2, 1, dtype=torch.bool)),
-        (ValueError, "meta", torch.ones(2, dtype=torch.bool, device="meta")),
-    ],
-)
-def test_flips(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, location(**{name: value}))
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [(ValueError, "-0.1", -0.1), (ValueError, "nan", float("nan")), (TypeError, "'1'", "1"), (TypeError, "True", True)],
-)
-def test_max_distance(error: type[Exception], came: str, value: Any) -> None:
-    refused(error, "max_distance", came, location(max_distance=value))
 
 
 # ---- head and queue -------------------------------------------------------------------------------------------------
@@ -421,10 +383,10 @@ NOT_A_SIZE = [
 ]
 
 
-@pytest.mark.parametrize("name", ["in_channels", "hidden_channels", "out_channels"])
-@pytest.mark.parametrize(("error", "came", "value"), NOT_A_SIZE)
-def test_head_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, lambda: DenseProjectionHead(**{name: value}))
+@cases(**dict.fromkeys(("in_channels", "hidden_channels", "out_channels", "size", "dim"), NOT_A_SIZE))
+def test_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
+    module = DenseProjectionHead if "channels" in name else MomentumQueue
+    refused(error, name, came, lambda: module(**{name: value}))
 
 
 def test_head_norm_layer() -> None:
@@ -442,12 +404,6 @@ def test_head_features(error: type[Exception], came: str, value: Any) -> None:
 def test_head_channels(shape: tuple[int, ...]) -> None:
     head = DenseProjectionHead(4, 4, 4)
     refused(ValueError, "features", str(shape), lambda: head(torch.ones(shape)), "4 channels")
-
-
-@pytest.mark.parametrize("name", ["size", "dim"])
-@pytest.mark.parametrize(("error", "came", "value"), NOT_A_SIZE)
-def test_queue_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, lambda: MomentumQueue(**{name: value}))
 
 
 @pytest.mark.parametrize("value", ["zeros", None, True])

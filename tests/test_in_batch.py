@@ -8,11 +8,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import numpy64
+from helpers import EPS, numpy64
 
 from densecl_ops.functional import in_batch_negatives
-
-EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.mark.parametrize("dtype", list(EPS))

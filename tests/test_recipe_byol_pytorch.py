@@ -11,29 +11,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import recipes
 import torch
 from helpers import assert_close, flat64
-from recipes import (
-    STANDINS,
-    TOLERANCE,
-    check_main,
-    check_momentum,
-    dense_direction,
-    disturb,
-    example,
-    hosts,
-    load,
-    parameters_of,
-    perceptron,
-)
 from torch import Tensor, nn
 
-HOSTS = hosts("byol_pytorch")
+HOSTS = recipes.hosts("byol_pytorch")
 
 
 def byol_class(host: str) -> Any:
     if host == "stand-in":
-        return load(STANDINS / "byol_learner.py").BYOL
+        return recipes.load(recipes.STANDINS / "byol_learner.py").BYOL
     modules: dict[str, Any] = {}
     if find_spec("torchvision") is None:  # only its default augmentation, not used here, needs it
         torchvision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
@@ -55,11 +43,11 @@ def flip(images: Tensor) -> Tensor:
 
 
 def dense_byol(host: str) -> Any:
-    module = example("with_byol_pytorch")
+    module = recipes.example("with_byol_pytorch")
     options = {"augment_fn": nn.Identity(), "augment_fn2": flip, "projection_hidden_size": 32}
     learner = byol_class(host)(module.TinyResNet(), 64, hidden_layer="avgpool", moving_average_decay=0.9, **options)
     model = module.DenseBYOL(learner, in_channels=64, hidden_channels=16, out_channels=8)
-    disturb(learner.target_encoder, model.target_head)
+    recipes.disturb(learner.target_encoder, model.target_head)
     return model.double()
 
 
@@ -76,14 +64,17 @@ def test_step(host: str) -> None:
     byol_loss, dense_loss = model(images)
     dense_loss.backward()
 
-    prediction, key = perceptron(model.predictor, perceptron(heads[0], maps[0])), perceptron(heads[1], maps[1])
+    prediction, key = (
+        recipes.perceptron(model.predictor, recipes.perceptron(heads[0], maps[0])),
+        recipes.perceptron(heads[1], maps[1]),
+    )
     first, second = slice(6), slice(6, 12)
     expected = 0.5 * sum(
-        dense_direction((maps[0][one], maps[1][two]), prediction[one], key[two])
+        recipes.dense_direction((maps[0][one], maps[1][two]), prediction[one], key[two])
         for one, two in ((first, second), (second, first))
     )
-    assert_close(dense_loss, expected, TOLERANCE)
-    assert_close(byol_loss, alone(images), TOLERANCE)  # the learner's own loss is as it was
+    assert_close(dense_loss, expected, recipes.TOLERANCE)
+    assert_close(byol_loss, alone(images), recipes.TOLERANCE)  # the learner's own loss is as it was
     for part in (model.head.dense_mlp, model.predictor, model.learner.net.layer4):
         assert all(p.grad.abs().max() > 0 for p in part.parameters() if p.ndim > 1)
     assert all(p.grad is None for p in model.learner.target_encoder.parameters())
@@ -95,10 +86,10 @@ def test_step(host: str) -> None:
 def test_moving_average(host: str) -> None:
     model = dense_byol(host)
     pairs = ((model.learner.online_encoder, model.learner.target_encoder), (model.head, model.target_head))
-    before = [parameters_of(target) for _, target in pairs]
+    before = [recipes.parameters_of(target) for _, target in pairs]
     model.update_moving_average()
     for pair, start in zip(pairs, before, strict=True):
-        check_momentum(*pair, start)
+        recipes.check_momentum(*pair, start)
 
 
 def test_views_in_two_calls() -> None:
@@ -115,16 +106,16 @@ def test_views_in_two_calls() -> None:
         return torch.zeros(())
 
     model.learner.forward = apart
-    assert_close(model(images)[1], together, TOLERANCE)
+    assert_close(model(images)[1], together, recipes.TOLERANCE)
 
 
 def test_without_momentum() -> None:
-    module = example("with_byol_pytorch")
+    module = recipes.example("with_byol_pytorch")
     learner = byol_class("stand-in")(module.TinyResNet(), 64, projection_hidden_size=32, use_momentum=False)
     with pytest.raises(ValueError, match=r"^learner: got a BYOL without target_encoder, expected one with"):
         module.DenseBYOL(learner, in_channels=64)
 
 
 def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    with mock.patch.dict(sys.modules, {"byol_pytorch": load(STANDINS / "byol_learner.py")}):
-        check_main(example("with_byol_pytorch"), capsys)
+    with mock.patch.dict(sys.modules, {"byol_pytorch": recipes.load(recipes.STANDINS / "byol_learner.py")}):
+        recipes.check_main(recipes.example("with_byol_pytorch"), capsys)

@@ -10,29 +10,14 @@ from typing import Any
 import numpy as np
 import pages
 import pytest
+import recipes
 import torch
 from helpers import assert_close
-from recipes import (
-    TOLERANCE,
-    Network,
-    byol_terms,
-    check_all_trained,
-    check_main,
-    check_maps,
-    check_moco_step,
-    check_momentum,
-    disturb,
-    example,
-    hosts,
-    inputs_of,
-    parameters_of,
-    views,
-)
 from standins import lightly_modules
 from torch import Tensor, nn
 
 
-@pytest.fixture(params=hosts("lightly"), autouse=True)
+@pytest.fixture(params=recipes.hosts("lightly"), autouse=True)
 def _host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes `lightly` importable: the stand-in, or itself, where need be with a torchvision that does nothing."""
     modules: dict[str, ModuleType] = {}
@@ -49,17 +34,17 @@ def _host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def moco() -> tuple[ModuleType, Any]:
-    recipe = example("with_lightly_moco")
+    recipe = recipes.example("with_lightly_moco")
     return recipe, recipe.DenseMoCo(recipe.tiny_backbone(), 64, queue_size=10).double()
 
 
 def test_moco_step() -> None:
     recipe, model = moco()
-    check_moco_step(
+    recipes.check_moco_step(
         model,
         lambda *images: recipe.training_step(model, *images, momentum=0.9),
-        Network.of(model.backbone, model.projection_head),
-        Network.of(model.backbone_momentum, model.projection_head_momentum),
+        recipes.Network.of(model.backbone, model.projection_head),
+        recipes.Network.of(model.backbone_momentum, model.projection_head_momentum),
     )
 
 
@@ -67,7 +52,7 @@ def test_image_branch_is_lightlys_projection_head() -> None:
     """The page's block that loads a MoCoProjectionHead."""
     from lightly.models.modules import MoCoProjectionHead
 
-    model = example("with_lightly_moco").DenseMoCo(nn.Identity(), 24)
+    model = recipes.example("with_lightly_moco").DenseMoCo(nn.Identity(), 24)
     theirs = MoCoProjectionHead(24, 24, 128)
     exec(pages.block_with("image_mlp", "recipes/lightly.md"), {"model": model, "moco_head_state": theirs.state_dict()})
     features = torch.randn(3, 24, 5, 4)
@@ -79,7 +64,7 @@ def test_shuffle() -> None:
     _, model = moco()
     space: dict[str, Any] = {"torch": torch}
     exec(pages.block_with("batch_unshuffle", "recipes/lightly.md"), space)
-    images, _ = views()
+    images, _ = recipes.views()
 
     def flatten(output: tuple[Tensor, Any]) -> tuple[Tensor, ...]:
         return (output[0], *output[1])
@@ -90,27 +75,32 @@ def test_shuffle() -> None:
 
 
 def test_byol_step() -> None:
-    recipe = example("with_lightly_byol")
+    recipe = recipes.example("with_lightly_byol")
     model = recipe.DenseBYOL(recipe.tiny_backbone(), 64).double()
-    disturb(model)
-    images = views()
+    recipes.disturb(model)
+    images = recipes.views()
     pairs = ((model.backbone, model.backbone_momentum), (model.projection_head, model.projection_head_momentum))
-    before = [parameters_of(momentum) for _, momentum in pairs]
-    with inputs_of(model.projection_head) as maps_q, inputs_of(model.projection_head_momentum) as maps_k:
+    before = [recipes.parameters_of(momentum) for _, momentum in pairs]
+    with (
+        recipes.inputs_of(model.projection_head) as maps_q,
+        recipes.inputs_of(model.projection_head_momentum) as maps_k,
+    ):
         image_loss, dense_loss = recipe.training_step(model, *images, momentum=0.9)
-    check_maps(maps_q, tuple(map(model.backbone, images)))
-    check_maps(maps_k, tuple(map(model.backbone_momentum, images[::-1])))
+    recipes.check_maps(maps_q, tuple(map(model.backbone, images)))
+    recipes.check_maps(maps_k, tuple(map(model.backbone_momentum, images[::-1])))
     for pair, start in zip(pairs, before, strict=True):
-        check_momentum(*pair, start)
+        recipes.check_momentum(*pair, start)
 
     predictors = model.prediction_head.layers, model.dense_prediction_head
-    cosine, dense = np.transpose([byol_terms(maps, pairs[1], predictors) for maps in zip(maps_q, maps_k, strict=True)])
-    assert_close(image_loss, -cosine.mean(), TOLERANCE, "image term")
-    assert_close(dense_loss, dense.mean(), TOLERANCE, "dense term")
+    cosine, dense = np.transpose(
+        [recipes.byol_terms(maps, pairs[1], predictors) for maps in zip(maps_q, maps_k, strict=True)]
+    )
+    assert_close(image_loss, -cosine.mean(), recipes.TOLERANCE, "image term")
+    assert_close(dense_loss, dense.mean(), recipes.TOLERANCE, "dense term")
     (0.5 * image_loss + 0.5 * dense_loss).backward()
-    check_all_trained(model, model.projection_head, model.prediction_head, model.dense_prediction_head)
+    recipes.check_all_trained(model, model.projection_head, model.prediction_head, model.dense_prediction_head)
 
 
 @pytest.mark.parametrize("name", ["with_lightly_moco", "with_lightly_byol"])
 def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    check_main(example(name), capsys)
+    recipes.check_main(recipes.example(name), capsys)

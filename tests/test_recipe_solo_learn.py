@@ -10,20 +10,9 @@ import numpy as np
 import oracle
 import pages
 import pytest
+import recipes
 import torch
 from helpers import assert_close, numpy64
-from recipes import (
-    TOLERANCE,
-    check_all_trained,
-    check_momentum,
-    check_queue,
-    disturb,
-    example,
-    info_nce,
-    inputs_of,
-    parameters_of,
-    views,
-)
 from standins import solo_methods
 from torch import Tensor
 
@@ -36,7 +25,7 @@ CFG = SimpleNamespace(
 
 @pytest.fixture
 def recipe() -> ModuleType:
-    return example(
+    return recipes.example(
         "with_solo_learn", solo=solo_methods, solo__methods=solo_methods, solo__methods__mocov2plus=solo_methods
     )
 
@@ -44,28 +33,31 @@ def recipe() -> ModuleType:
 @pytest.mark.parametrize("small_crops", [0, 2])
 def test_step(recipe: ModuleType, small_crops: int) -> None:
     model = recipe.DenseMoCoV2Plus(CFG).double()
-    disturb(model.backbone, model.head)
+    recipes.disturb(model.backbone, model.head)
     host_queue = numpy64(model.queue).copy()
     rows = [numpy64(queue.rows).copy() for queue in model.dense_queues]
-    crops = [*views(6, 64, 64), *views(6)[:small_crops]]
-    with inputs_of(model.backbone.avgpool) as maps_q, inputs_of(model.momentum_backbone.avgpool) as maps_k:
+    crops = [*recipes.views(6, 64, 64), *recipes.views(6)[:small_crops]]
+    with (
+        recipes.inputs_of(model.backbone.avgpool) as maps_q,
+        recipes.inputs_of(model.momentum_backbone.avgpool) as maps_k,
+    ):
         loss = model.training_step([torch.arange(6), crops, torch.arange(6)], 0)
 
-    weights = parameters_of(model.head), parameters_of(model.head_k)
+    weights = recipes.parameters_of(model.head), recipes.parameters_of(model.head_k)
     queries, keys = ([oracle.head(w, m) for m in maps[:2]] for w, maps in zip(weights, (maps_q, maps_k), strict=True))
     assert (weights[0]["dense_mlp.0.weight"] != weights[1]["dense_mlp.0.weight"]).all()
-    image, dense, class_losses, classifier = [], [], [], parameters_of(model.classifier)
+    image, dense, class_losses, classifier = [], [], [], recipes.parameters_of(model.classifier)
     for query, key, image_rows, dense_rows in zip(queries, keys[::-1], host_queue[::-1], rows[::-1], strict=True):
         index = oracle.match(query.grid, key.grid).index
-        image.append(info_nce(query.image, key.image, image_rows.T, temperature=0.1).loss)
-        dense.append(info_nce(query.dense, key.dense, dense_rows, index=index, temperature=0.1).loss)
+        image.append(recipes.info_nce(query.image, key.image, image_rows.T, temperature=0.1).loss)
+        dense.append(recipes.info_nce(query.dense, key.dense, dense_rows, index=index, temperature=0.1).loss)
         logits = query.mean @ classifier["weight"].T + classifier["bias"]
         class_losses.append((np.log(np.exp(logits).sum(1)) - logits[np.arange(6), np.arange(6)]).mean())
-    assert_close(model.logged["train_dense_loss"], np.mean(dense), TOLERANCE, "dense term")
+    assert_close(model.logged["train_dense_loss"], np.mean(dense), recipes.TOLERANCE, "dense term")
     host_loss = np.mean(image) + np.mean(class_losses)
-    assert_close(loss, 0.5 * host_loss + 0.5 * np.mean(dense), TOLERANCE, "loss")
+    assert_close(loss, 0.5 * host_loss + 0.5 * np.mean(dense), recipes.TOLERANCE, "loss")
     for view in (0, 1):
-        check_queue(model.dense_queues[view], rows[view], keys[view].pooled)
+        recipes.check_queue(model.dense_queues[view], rows[view], keys[view].pooled)
 
     # One optimizer step and the host's end of a batch: everything trained is in a group once, and the dense head's
     # key moves with the rest.
@@ -73,11 +65,11 @@ def test_step(recipe: ModuleType, small_crops: int) -> None:
     owned = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     loss.backward()
-    check_all_trained(model, model.head)
+    recipes.check_all_trained(model, model.head)
     optimizer.step()
-    before, model.trainer.global_step = parameters_of(model.head_k), 1
+    before, model.trainer.global_step = recipes.parameters_of(model.head_k), 1
     model.on_train_batch_end(loss, [], 0)
-    check_momentum(model.head, model.head_k, before)
+    recipes.check_momentum(model.head, model.head_k, before)
     assert not model.backbone.layer4._forward_hooks
     assert not model.momentum_backbone.layer4._forward_hooks
 
@@ -85,7 +77,7 @@ def test_step(recipe: ModuleType, small_crops: int) -> None:
 def test_half_precision(recipe: ModuleType) -> None:
     """Under autocast the maps are half precision and channels_last; the dense loss stays float32."""
     model = recipe.DenseMoCoV2Plus(CFG)
-    crops = [x.float() for x in views(6, 64, 64)]
+    crops = [x.float() for x in recipes.views(6, 64, 64)]
     seen: list[Tensor] = []
     model.backbone.layer4.register_forward_hook(lambda _m, _i, out: seen.append(out))
     with torch.autocast("cpu", torch.bfloat16):

@@ -14,13 +14,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import BACKENDS, numpy64
+from helpers import BACKENDS, EPS, numpy64
 from torch import Tensor, nn
 
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, MomentumQueue
-
-EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
 
 DTYPES = list(EPS)
 
