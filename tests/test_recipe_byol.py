@@ -16,9 +16,8 @@ def test_step() -> None:
     recipes.check_maps(maps_q, tuple(map(model.online.backbone, images)))
     recipes.check_maps(maps_k, tuple(map(model.target.backbone, images)))
     heads, predictors = (model.online.head, model.target.head), (model.predictor, model.dense_predictor)
-    cosine, dense = np.transpose(
-        [recipes.byol_terms(maps, heads, predictors) for maps in zip(maps_q, maps_k[::-1], strict=True)]
-    )
+    both = [recipes.byol_terms(maps, heads, predictors) for maps in zip(maps_q, maps_k[::-1], strict=True)]
+    cosine, dense = np.transpose(both)
     assert_close(image_loss, (1 - cosine).sum(), recipes.TOLERANCE, "image term")
     assert_close(dense_loss, dense.mean(), recipes.TOLERANCE, "dense term")
 

@@ -64,10 +64,8 @@ def test_step(host: str) -> None:
     byol_loss, dense_loss = model(images)
     dense_loss.backward()
 
-    prediction, key = (
-        recipes.perceptron(model.predictor, recipes.perceptron(heads[0], maps[0])),
-        recipes.perceptron(heads[1], maps[1]),
-    )
+    query, key = (recipes.perceptron(head, features) for head, features in zip(heads, maps, strict=True))
+    prediction = recipes.perceptron(model.predictor, query)
     first, second = slice(6), slice(6, 12)
     expected = 0.5 * sum(
         recipes.dense_direction((maps[0][one], maps[1][two]), prediction[one], key[two])

@@ -81,10 +81,8 @@ def test_byol_step() -> None:
     images = recipes.views()
     pairs = ((model.backbone, model.backbone_momentum), (model.projection_head, model.projection_head_momentum))
     before = [recipes.parameters_of(momentum) for _, momentum in pairs]
-    with (
-        recipes.inputs_of(model.projection_head) as maps_q,
-        recipes.inputs_of(model.projection_head_momentum) as maps_k,
-    ):
+    heads = pairs[1]
+    with recipes.inputs_of(heads[0]) as maps_q, recipes.inputs_of(heads[1]) as maps_k:
         image_loss, dense_loss = recipe.training_step(model, *images, momentum=0.9)
     recipes.check_maps(maps_q, tuple(map(model.backbone, images)))
     recipes.check_maps(maps_k, tuple(map(model.backbone_momentum, images[::-1])))
@@ -92,9 +90,8 @@ def test_byol_step() -> None:
         recipes.check_momentum(*pair, start)
 
     predictors = model.prediction_head.layers, model.dense_prediction_head
-    cosine, dense = np.transpose(
-        [recipes.byol_terms(maps, pairs[1], predictors) for maps in zip(maps_q, maps_k, strict=True)]
-    )
+    both = [recipes.byol_terms(maps, heads, predictors) for maps in zip(maps_q, maps_k, strict=True)]
+    cosine, dense = np.transpose(both)
     assert_close(image_loss, -cosine.mean(), recipes.TOLERANCE, "image term")
     assert_close(dense_loss, dense.mean(), recipes.TOLERANCE, "dense term")
     (0.5 * image_loss + 0.5 * dense_loss).backward()

@@ -37,10 +37,8 @@ def test_step(recipe: ModuleType, small_crops: int) -> None:
     host_queue = numpy64(model.queue).copy()
     rows = [numpy64(queue.rows).copy() for queue in model.dense_queues]
     crops = [*recipes.views(6, 64, 64), *recipes.views(6)[:small_crops]]
-    with (
-        recipes.inputs_of(model.backbone.avgpool) as maps_q,
-        recipes.inputs_of(model.momentum_backbone.avgpool) as maps_k,
-    ):
+    pools = model.backbone.avgpool, model.momentum_backbone.avgpool
+    with recipes.inputs_of(pools[0]) as maps_q, recipes.inputs_of(pools[1]) as maps_k:
         loss = model.training_step([torch.arange(6), crops, torch.arange(6)], 0)
 
     weights = recipes.parameters_of(model.head), recipes.parameters_of(model.head_k)
