@@ -133,7 +133,7 @@ def test_code_parses_and_has_a_test(page: Path) -> None:
     assert name_of(page) in tested or not blocks(page), "who runs it?"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "distributed" in n else n for n in RUNS])
+@pytest.mark.parametrize("name", RUNS)
 def test_code_runs(name: str, tmp_path: Path) -> None:
     RUNS[name](ROOT / name, tmp_path)
 
@@ -171,7 +171,6 @@ def test_recipe_can_be_copied_alone(file: Path) -> None:
     assert [page for page in RECIPES if f"(../examples/{file.name})" in page.read_text()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_command_runs(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     name, *arguments = command
