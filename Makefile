@@ -6,12 +6,13 @@ TORCH := torch==2.13.0
 TRITON := triton==3.7.1
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint package kernels bench clean
+.PHONY: demo test quick test-gpu lint package kernels bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train on real photographs, measure dense matches, draw the picture (runs/demo/)"
 	@echo "make test     run every test"
+	@echo "make quick    run the tests that take seconds: every module once, under two minutes on two cores"
 	@echo "make lint     ruff and mypy"
 	@echo "make package  build wheel and sdist, import the wheel in a clean environment"
 	@echo "make test-gpu run the tests that need a GPU (PYTHON: an interpreter with torch for it)"
@@ -31,6 +32,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow" --hypothesis-profile quick
 
 test-gpu: # in the interpreter that has torch for the GPU, not in .venv, whose torch may be a CPU build
 	PYTHON=$(PYTHON) benchmarks/gpu_session.sh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
@@ -20,7 +21,24 @@ settings.register_profile(
     max_examples=40,
     suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile("quick", settings.get_profile("repeatable"), max_examples=5)
 settings.load_profile("repeatable")
+
+# What `make quick` leaves out: compilers, processes, long runs, and one branch again in further sizes or dtypes.
+SLOW = re.compile(
+    r"""test_(benchmarks|distributed|example|fuzz|soak|torchrun|kernels)\.py::(?!test_group_of_one|test_not_a_group)
+    |test_compile\.py::(?!test_queue_alone|test_without_gradient|test_opcheck.*float32)
+    |test_concurrency\.py::test_first_calls_race|test_pages\.py::test_(command_runs|code_runs\[docs/distributed)
+    |test_loss_memory\.py::test_memory_of|test_loss_numerics\.py::test_(low_precision|mixtures|autocast\[)
+    |test_triton\.py::(?!test_split_and_shift|test_exclude_weight)""",
+    re.VERBOSE,
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=BACKENDS, scope="session")

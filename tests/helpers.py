@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -19,6 +25,10 @@ BACKENDS = ("eager", "blockwise")
 FUSED = ("blockwise",)  # everything but the materialising reference
 DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}  # default: cpu
 
+HOUSE_FORM = re.compile(r"^[a-z_.]+(\[.*\])?(: [a-z_]+)?: got .+, expected |^key: got .* beside ", re.DOTALL)
+FLAGS = ["no", "", 0, 1, None, np.True_, torch.tensor(True), [True]]  # none is a bool
+
+EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of unit rows
 GRADIENTS = ("query", "key", "negatives", "temperature", "weight")
 LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "every_other", "swapped")
 
@@ -38,6 +48,33 @@ def match(backend: str, *args: Any, **kwargs: Any) -> Correspondence:
     """dense_correspondence on the device of the backend; the result comes back to the host."""
     result = dense_correspondence(*to_device(backend, *args), backend=backend, **kwargs)
     return Correspondence(*(x.cpu() for x in result))
+
+
+def refused(call: Callable[[], Any]) -> pytest.ExceptionInfo[Exception]:
+    """By an error that names the argument, what came and what was expected."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    assert HOUSE_FORM.match(str(caught.value)), str(caught.value)
+    return caught
+
+
+def run_ranks(worker: str, world: int, directory: Path, *arguments: str) -> list[Any]:
+    """`python WORKER RANK WORLD DIRECTORY ARGUMENT...` once a rank; what each saved as DIRECTORY/RANK.pt."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), str(world), str(directory), *arguments],
+            stderr=(directory / f"{rank}.err").open("w"),
+        )
+        for rank in range(world)
+    ]
+    try:
+        for rank, process in enumerate(processes):
+            assert process.wait(timeout=240) == 0, (directory / f"{rank}.err").read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(directory / f"{rank}.pt") for rank in range(world)]
 
 
 def numpy64(x: Tensor) -> np.ndarray:
@@ -196,7 +233,7 @@ def check(
     """The loss, the rank and every wanted gradient of a call against the oracle.
 
     Losses and gradients can be 1e-80 where the terms they are differences of are 1 / t: below a hundredth of those
-    terms, errors are measured against that hundredth. test_loss_adversarial.py asks for more where more is due.
+    terms, errors are measured against that hundredth. test_loss_numerics.py asks for more where more is due.
     """
     truth, seen = expected(case), run(backend, case, wanted, rank)
     shortest = min(np.linalg.norm(flat64(x), axis=1).min() for x in (case.query, case.key))

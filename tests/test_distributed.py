@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import numpy64
+from helpers import EPS, numpy64, run_ranks
 
-from densecl_ops import MomentumQueue
-
-EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 UNEVEN = list(range(len(worker.ROUNDS["uneven"])))
 Results = list[dict[str, Any]]
 
@@ -27,22 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What each of 2 and 4 gloo processes ended with."""
-    world, directory = request.param, tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker.__file__, str(rank), str(world), str(directory)],
-            stderr=(directory / f"{rank}.err").open("w"),
-        )
-        for rank in range(world)
-    ]
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=240) == 0, (directory / f"{rank}.err").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [torch.load(Path(directory) / f"{rank}.pt") for rank in range(world)]
+    return run_ranks(worker.__file__, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def one_process(
@@ -160,12 +140,6 @@ def test_destroyed_group(ranks: Results) -> None:
     for results in ranks:
         for what in ("stale", "stale again"):
             assert results[what].startswith("ValueError: process_group: got a group that has been destroyed")
-
-
-@pytest.mark.parametrize("group", [3, "gloo", object()])
-def test_not_a_group(group: object) -> None:
-    with pytest.raises(TypeError, match=f"process_group: got {type(group).__name__}"):
-        MomentumQueue(2, 2, process_group=group)
 
 
 def test_group_of_one(tmp_path: Path) -> None:

@@ -6,24 +6,29 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import helpers
+import numpy as np
 import pytest
 import torch
 
 from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
-from densecl_ops.functional import dense_correspondence, dense_info_nce, location_correspondence
+from densecl_ops.functional import dense_correspondence, dense_info_nce, in_batch_negatives, location_correspondence
+from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
 INTS, LONG = torch.zeros(2, 6, dtype=torch.int32), torch.int64
 
 
 def refused(error: type[Exception], argument: str, came: str, call: Callable[[], Any], wish: str = "expected") -> None:
     """`argument: got ... came ..., expected ...`, as a TypeError or ValueError and nothing more exotic."""
-    with pytest.raises((TypeError, ValueError)) as caught:
-        call()
+    caught = helpers.refused(call)
     message = str(caught.value)
     assert caught.type is error, message
     assert message.startswith(f"{argument}: got"), message
     assert came in message, message
     assert wish in message, message
+
+
+INDEX = torch.zeros(2, 6, dtype=LONG)
 
 
 def loss(**changes: Any) -> Callable[[], Any]:
@@ -60,36 +65,16 @@ MAPS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["query", "key"])
-@pytest.mark.parametrize(("error", "came", "value"), MAPS)
-def test_maps(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, loss(**{name: value}))
+def cases(**tables: list[tuple[type[Exception], str, Any]]) -> pytest.MarkDecorator:
+    """Per argument: the error, what came, and the value."""
+    rows = [(name, *case) for name, table in tables.items() for case in table]
+    return pytest.mark.parametrize(("name", "error", "came", "value"), rows)
 
 
-@pytest.mark.parametrize(
-    ("value", "came", "wish"),
-    [
-        (torch.ones(3, 4, 3, 3), "3 images", "expected 2"),
-        (torch.ones(2, 5, 3, 3), "5 channels", "4"),
-        (torch.ones(2, 4, 3, 3, device="meta"), "meta", "cpu"),
-    ],
-)
-def test_key_against_query(value: Any, came: str, wish: str) -> None:
-    refused(ValueError, "key", came, loss(key=value), wish)
-
-
-@pytest.mark.parametrize(
-    ("query", "key"),
-    [((2, 4, 2, 3), (2, 4, 3, 2)), ((2, 4, 2, 3), (2, 4, 2, 2)), ((2, 4, 6), (2, 4, 5)), ((2, 4), (2, 4, 2))],
-)
-def test_grids_that_differ_need_a_correspondence(query: tuple[int, ...], key: tuple[int, ...]) -> None:
-    call = loss(query=torch.ones(query), key=torch.ones(key), correspondence=None)
-    refused(ValueError, "key", str(key), call, "expected the same grid")
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
+@cases(
+    query=MAPS,
+    key=MAPS,
+    negatives=[
         (TypeError, "list", [[1.0] * 4]),
         (TypeError, "NoneType", None),
         (TypeError, "Linear", torch.nn.Linear(4, 5)),
@@ -105,9 +90,50 @@ def test_grids_that_differ_need_a_correspondence(query: tuple[int, ...], key: tu
         (TypeError, "SimpleNamespace", SimpleNamespace(rows=torch.ones(5, 4))),
         (TypeError, "SimpleNamespace", SimpleNamespace(rows=torch.ones(5, 4), count=5)),
     ],
+    exclude=[
+        (TypeError, "list", [0, 1]),
+        (TypeError, "int", 0),
+        (TypeError, "torch.float32", torch.zeros(2)),
+        (TypeError, "torch.bool", torch.zeros(2, dtype=torch.bool)),
+        (ValueError, "(3,)", torch.zeros(3, dtype=LONG)),
+        (ValueError, "(2, 1)", torch.zeros(2, 1, dtype=LONG)),
+        (ValueError, "0 to 5", torch.tensor([0, 5])),
+        (ValueError, "-1 to 4", torch.tensor([4, -1])),
+        (ValueError, "meta", torch.zeros(2, dtype=LONG, device="meta")),
+    ],
+    weight=[
+        (TypeError, "float", 0.5),
+        (TypeError, "list", [[1.0] * 6] * 2),
+        (TypeError, "torch.int64", torch.ones(2, 6, dtype=LONG)),
+        (ValueError, "(2,)", torch.ones(2)),
+        (ValueError, "(2, 1)", torch.ones(2, 1)),
+        (ValueError, "(2, 2, 3)", torch.ones(2, 2, 3)),
+        (ValueError, "meta", torch.ones(2, 6, device="meta")),
+    ],
+    temperature=[
+        (ValueError, "0.0", torch.tensor(0.0)),
+        (ValueError, "-1", torch.tensor(-1.0, requires_grad=True)),
+        (ValueError, "nan", torch.tensor(float("nan"))),
+        (ValueError, "inf", torch.tensor(float("inf"))),
+        (ValueError, "(1,)", torch.tensor([0.2])),
+        (ValueError, "(2, 6)", torch.full((2, 6), 0.2)),
+        (ValueError, "(0,)", torch.ones(0)),
+        (TypeError, "torch.int64", torch.tensor(1)),
+        (TypeError, "torch.bool", torch.tensor(True)),
+        (ValueError, "meta", torch.tensor(0.2, device="meta")),
+    ],
 )
-def test_negatives(error: type[Exception], came: str, value: Any) -> None:
-    refused(error, "negatives", came, loss(negatives=value))
+def test_loss(name: str, error: type[Exception], came: str, value: Any) -> None:
+    refused(error, name, came, loss(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("query", "key"),
+    [((2, 4, 2, 3), (2, 4, 3, 2)), ((2, 4, 2, 3), (2, 4, 2, 2)), ((2, 4, 6), (2, 4, 5)), ((2, 4), (2, 4, 2))],
+)
+def test_grids_that_differ_need_a_correspondence(query: tuple[int, ...], key: tuple[int, ...]) -> None:
+    call = loss(query=torch.ones(query), key=torch.ones(key), correspondence=None)
+    refused(ValueError, "key", str(key), call, "expected the same grid")
 
 
 # ---- correspondence, exclude, weight --------------------------------------------------------------------------------
@@ -141,20 +167,9 @@ INDICES = [
 ]
 
 
-@pytest.mark.parametrize(("error", "came", "value"), INDICES)
-def test_correspondence_index(error: type[Exception], came: str, value: torch.Tensor) -> None:
-    refused(error, "correspondence", came, loss(correspondence=value))
-    refused(error, "correspondence.index", came, loss(correspondence=triple(index=value)))
-
-
-@pytest.mark.parametrize("value", [[[0] * 6] * 2, "identity", 3, (INTS, INTS, INTS)])
-def test_correspondence_type(value: Any) -> None:
-    refused(TypeError, "correspondence", type(value).__name__, loss(correspondence=value))
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
+@cases(
+    index=INDICES,
+    valid=[
         (TypeError, "torch.float32", torch.ones(2, 6)),
         (TypeError, "torch.uint8", torch.ones(2, 6, dtype=torch.uint8)),
         (ValueError, "(2, 5)", torch.ones(2, 5, dtype=torch.bool)),
@@ -162,42 +177,15 @@ def test_correspondence_type(value: Any) -> None:
         (ValueError, "meta", torch.ones(2, 6, dtype=torch.bool, device="meta")),
     ],
 )
-def test_correspondence_valid(error: type[Exception], came: str, value: torch.Tensor) -> None:
-    refused(error, "correspondence.valid", came, loss(correspondence=triple(valid=value)))
+def test_correspondence(name: str, error: type[Exception], came: str, value: torch.Tensor) -> None:
+    refused(error, f"correspondence.{name}", came, loss(correspondence=triple(**{name: value})))
+    if name == "index":
+        refused(error, "correspondence", came, loss(correspondence=value))
 
 
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "list", [0, 1]),
-        (TypeError, "int", 0),
-        (TypeError, "torch.float32", torch.zeros(2)),
-        (TypeError, "torch.bool", torch.zeros(2, dtype=torch.bool)),
-        (ValueError, "(3,)", torch.zeros(3, dtype=LONG)),
-        (ValueError, "(2, 1)", torch.zeros(2, 1, dtype=LONG)),
-        (ValueError, "0 to 5", torch.tensor([0, 5])),
-        (ValueError, "-1 to 4", torch.tensor([4, -1])),
-        (ValueError, "meta", torch.zeros(2, dtype=LONG, device="meta")),
-    ],
-)
-def test_exclude(error: type[Exception], came: str, value: Any) -> None:
-    refused(error, "exclude", came, loss(exclude=value))
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "float", 0.5),
-        (TypeError, "list", [[1.0] * 6] * 2),
-        (TypeError, "torch.int64", torch.ones(2, 6, dtype=LONG)),
-        (ValueError, "(2,)", torch.ones(2)),
-        (ValueError, "(2, 1)", torch.ones(2, 1)),
-        (ValueError, "(2, 2, 3)", torch.ones(2, 2, 3)),
-        (ValueError, "meta", torch.ones(2, 6, device="meta")),
-    ],
-)
-def test_weight(error: type[Exception], came: str, value: Any) -> None:
-    refused(error, "weight", came, loss(weight=value))
+@pytest.mark.parametrize("value", [[[0] * 6] * 2, "identity", 3, (INTS, INTS, INTS)])
+def test_correspondence_type(value: Any) -> None:
+    refused(TypeError, "correspondence", type(value).__name__, loss(correspondence=value))
 
 
 # ---- numbers and names ----------------------------------------------------------------------------------------------
@@ -220,25 +208,6 @@ def test_temperature(error: type[Exception], came: str, value: Any) -> None:
     refused(error, "temperature", came, loss(temperature=value))
     refused(error, "temperature", came, lambda: DenseInfoNCELoss(value))
     refused(error, "temperature", came, lambda: DenseInfoNCELoss(value, learnable_temperature=True))
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (ValueError, "0.0", torch.tensor(0.0)),
-        (ValueError, "-1", torch.tensor(-1.0, requires_grad=True)),
-        (ValueError, "nan", torch.tensor(float("nan"))),
-        (ValueError, "inf", torch.tensor(float("inf"))),
-        (ValueError, "(1,)", torch.tensor([0.2])),
-        (ValueError, "(2, 6)", torch.full((2, 6), 0.2)),
-        (ValueError, "(0,)", torch.ones(0)),
-        (TypeError, "torch.int64", torch.tensor(1)),
-        (TypeError, "torch.bool", torch.tensor(True)),
-        (ValueError, "meta", torch.tensor(0.2, device="meta")),
-    ],
-)
-def test_temperature_tensor(error: type[Exception], came: str, value: torch.Tensor) -> None:
-    refused(error, "temperature", came, loss(temperature=value))
 
 
 @pytest.mark.parametrize("value", ["average", "", None, 1, "Mean"])
@@ -292,7 +261,8 @@ def test_features(name: str, error: type[Exception], came: str, value: Any, grid
         (torch.ones(2, 4, 3, 3, device="meta"), "meta", "cpu"),
     ],
 )
-def test_key_features_against_query_features(value: Any, came: str, wish: str) -> None:
+def test_key_against_query(value: Any, came: str, wish: str) -> None:
+    refused(ValueError, "key", came, loss(key=value), wish)
     refused(ValueError, "key_features", came, matching(key_features=value), wish)
 
 
@@ -350,58 +320,44 @@ def location(**changes: Any) -> Callable[[], Any]:
     return lambda: location_correspondence(**(arguments | changes))
 
 
-@pytest.mark.parametrize("name", ["query_boxes", "key_boxes"])
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "list", [[0, 0, 4, 4]]),
-        (ValueError, "(4,)", torch.ones(4)),
-        (ValueError, "(2, 5)", torch.ones(2, 5)),
-        (ValueError, "(0, 4)", torch.ones(0, 4)),
-        (ValueError, "(2, 2, 2)", torch.ones(2, 2, 2)),
+BOXES = [
+    (TypeError, "list", [[0, 0, 4, 4]]),
+    (ValueError, "(4,)", torch.ones(4)),
+    (ValueError, "(2, 5)", torch.ones(2, 5)),
+    (ValueError, "(0, 4)", torch.ones(0, 4)),
+    (ValueError, "(2, 2, 2)", torch.ones(2, 2, 2)),
+]
+FLIPS = [
+    (TypeError, "bool", True),
+    (TypeError, "list", [True, False]),
+    (TypeError, "torch.int64", torch.ones(2, dtype=LONG)),
+    (ValueError, "(3,)", torch.ones(3, dtype=torch.bool)),
+    (ValueError, "(2, 1)", torch.ones(2, 1, dtype=torch.bool)),
+    (ValueError, "meta", torch.ones(2, dtype=torch.bool, device="meta")),
+]
+
+
+@cases(
+    query_boxes=BOXES,
+    key_boxes=BOXES,
+    query_grid=[*NOT_A_GRID, (TypeError, "None", None)],
+    key_grid=NOT_A_GRID,
+    query_flip=FLIPS,
+    key_flip=FLIPS,
+    max_distance=[
+        (ValueError, "-0.1", -0.1),
+        (ValueError, "nan", float("nan")),
+        (TypeError, "'1'", "1"),
+        (TypeError, "True", True),
     ],
 )
-def test_boxes(name: str, error: type[Exception], came: str, value: Any) -> None:
+def test_location(name: str, error: type[Exception], came: str, value: Any) -> None:
     refused(error, name, came, location(**{name: value}))
 
 
 def test_key_boxes_against_query_boxes() -> None:
     refused(ValueError, "key_boxes", "(3, 4)", location(key_boxes=torch.ones(3, 4)), "(2, 4)")
     refused(ValueError, "key_boxes", "meta", location(key_boxes=torch.ones(2, 4, device="meta")), "cpu")
-
-
-@pytest.mark.parametrize("name", ["query_grid", "key_grid"])
-@pytest.mark.parametrize(("error", "came", "value"), NOT_A_GRID)
-def test_location_grids(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, location(**{name: value}))
-
-
-def test_query_grid_is_required() -> None:
-    refused(TypeError, "query_grid", "None", location(query_grid=None))
-
-
-@pytest.mark.parametrize("name", ["query_flip", "key_flip"])
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [
-        (TypeError, "bool", True),
-        (TypeError, "list", [True, False]),
-        (TypeError, "torch.int64", torch.ones(2, dtype=LONG)),
-        (ValueError, "(3,)", torch.ones(3, dtype=torch.bool)),
-        (ValueError, "(2, 1)", torch.ones(2, 1, dtype=torch.bool)),
-        (ValueError, "meta", torch.ones(2, dtype=torch.bool, device="meta")),
-    ],
-)
-def test_flips(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, location(**{name: value}))
-
-
-@pytest.mark.parametrize(
-    ("error", "came", "value"),
-    [(ValueError, "-0.1", -0.1), (ValueError, "nan", float("nan")), (TypeError, "'1'", "1"), (TypeError, "True", True)],
-)
-def test_max_distance(error: type[Exception], came: str, value: Any) -> None:
-    refused(error, "max_distance", came, location(max_distance=value))
 
 
 # ---- head and queue -------------------------------------------------------------------------------------------------
@@ -416,10 +372,10 @@ NOT_A_SIZE = [
 ]
 
 
-@pytest.mark.parametrize("name", ["in_channels", "hidden_channels", "out_channels"])
-@pytest.mark.parametrize(("error", "came", "value"), NOT_A_SIZE)
-def test_head_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, lambda: DenseProjectionHead(**{name: value}))
+@cases(**dict.fromkeys(("in_channels", "hidden_channels", "out_channels", "size", "dim"), NOT_A_SIZE))
+def test_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
+    module = DenseProjectionHead if "channels" in name else MomentumQueue
+    refused(error, name, came, lambda: module(**{name: value}))
 
 
 def test_head_norm_layer() -> None:
@@ -437,12 +393,6 @@ def test_head_features(error: type[Exception], came: str, value: Any) -> None:
 def test_head_channels(shape: tuple[int, ...]) -> None:
     head = DenseProjectionHead(4, 4, 4)
     refused(ValueError, "features", str(shape), lambda: head(torch.ones(shape)), "4 channels")
-
-
-@pytest.mark.parametrize("name", ["size", "dim"])
-@pytest.mark.parametrize(("error", "came", "value"), NOT_A_SIZE)
-def test_queue_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
-    refused(error, name, came, lambda: MomentumQueue(**{name: value}))
 
 
 @pytest.mark.parametrize("value", ["zeros", None, True])
@@ -480,3 +430,89 @@ def test_errors_do_not_depend_on_the_backend() -> None:
     for backend in ("eager", "blockwise", "auto"):
         refused(ValueError, "exclude", "0 to 5", loss(exclude=torch.tensor([0, 5]), backend=backend))
         refused(ValueError, "correspondence", "0 to 9", loss(correspondence=index_with(9), backend=backend))
+
+
+# ---- in-batch negatives ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "came", "arguments"),
+    [
+        (TypeError, "keys", "list", {"keys": [[1.0]]}),
+        (TypeError, "keys", "dtype torch.int64", {"keys": torch.ones(2, 3).long()}),
+        (ValueError, "keys", "shape (2, 3, 4), expected (B, D)", {"keys": torch.ones(2, 3, 4)}),
+        (ValueError, "keys", "shape (3,), expected (B, D)", {"keys": torch.ones(3)}),
+        (TypeError, "gather_distributed", "1", {"keys": torch.ones(2, 3), "gather_distributed": 1}),
+        (TypeError, "process_group", "str", {"keys": torch.ones(2, 3), "process_group": "gloo"}),
+    ],
+)
+def test_in_batch_negatives(error: type[Exception], name: str, came: str, arguments: dict[str, Any]) -> None:
+    refused(error, name, came, lambda: in_batch_negatives(**arguments))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("group", [3, "gloo", object()])
+def test_process_group(group: object) -> None:
+    refused(TypeError, "process_group", type(group).__name__, lambda: MomentumQueue(2, 2, process_group=group))
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+RANK = torch.zeros(2, 3, dtype=LONG)
+SCORE, VALID = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "came", "call"),
+    [
+        (TypeError, "rank", "list, expected a torch.Tensor", lambda: contrastive_accuracy([0])),
+        (TypeError, "rank", "dtype torch.float32, expected an integer", lambda: contrastive_accuracy(SCORE)),
+        (TypeError, "rank", "dtype torch.bool", lambda: contrastive_accuracy(VALID)),
+        (ValueError, "rank", "shape (1, 2, 3), expected (B, P)", lambda: contrastive_accuracy(RANK[None])),
+        (ValueError, "rank", "shape (0, 3)", lambda: contrastive_accuracy(RANK[:0])),
+        (ValueError, "top_k", "0, expected at least 1", lambda: contrastive_accuracy(RANK, 0)),
+        (TypeError, "top_k", "True, expected an int", lambda: contrastive_accuracy(RANK, True)),
+        (TypeError, "valid", "dtype torch.float32", lambda: contrastive_accuracy(RANK, valid=SCORE)),
+        (ValueError, "valid", "shape (3,), expected (2, 3)", lambda: contrastive_accuracy(RANK, valid=VALID[0])),
+        (ValueError, "valid", "a tensor on meta", lambda: contrastive_accuracy(RANK, valid=VALID.to("meta"))),
+        (TypeError, "correspondence", "Tensor, expected a Correspondence", lambda: match_score(SCORE)),
+        (TypeError, "correspondence.score", "dtype", lambda: match_score(Correspondence(RANK, RANK, VALID))),
+        (TypeError, "correspondence.valid", "dtype", lambda: match_score(Correspondence(RANK, SCORE, SCORE))),
+        (ValueError, "correspondence.score", "shape", lambda: match_score(Correspondence(RANK, SCORE[0], VALID))),
+        (ValueError, "correspondence.valid", "shape", lambda: match_score(Correspondence(RANK, SCORE, VALID[:1]))),
+        (ValueError, "backend", "'fast'", lambda: mutual_share(SCORE, SCORE, backend="fast")),
+        (ValueError, "query_features", "shape", lambda: mutual_share(SCORE, SCORE, 2)),
+    ],
+)
+def test_metrics(error: type[Exception], name: str, came: str, call: Callable[[], Any]) -> None:
+    refused(error, name, came, call)
+
+
+# ---- everywhere -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_meta_tensors() -> None:
+    """They agree among themselves, and hold no values to compute with."""
+    query, key, negatives = (torch.ones(shape, device="meta") for shape in ((2, 4, 6), (2, 4, 9), (5, 4)))
+    refused(
+        ValueError, "query", "meta", loss(query=query, key=key, negatives=negatives, correspondence=INDEX.to("meta"))
+    )
+    refused(ValueError, "query_features", "meta", matching(query_features=query, key_features=key))
+
+
+@pytest.mark.parametrize("value", helpers.FLAGS, ids=repr)
+def test_flags_are_bools(value: Any) -> None:
+    """`mutual="no"` used to mean yes."""
+    refused(TypeError, "mutual", "", lambda: DenseCorrespondence(mutual=value))
+    refused(TypeError, "learnable_temperature", "", lambda: DenseInfoNCELoss(learnable_temperature=value))
+    refused(TypeError, "return_rank", "", loss(return_rank=value))
+
+
+def test_duck_queues(backend: str) -> None:
+    """A count outside 0 to K was taken as it came: -1 of 5 meant four rows to one backend and none to another."""
+    rows, one = torch.ones(5, 4), torch.tensor(1)
+    counts = [*map(torch.tensor, (-1, 6, 2**40, [3], 1.5, True)), 3, None]
+    counts += [torch.tensor(3, device="meta"), torch.tensor([[1]]), np.array(3)]
+    strange = [None, rows.numpy(), rows[0], rows.int(), rows.to_sparse(), rows.to("meta")]
+    for pair in [(rows, count) for count in counts] + [(x, one) for x in strange]:
+        helpers.refused(loss(negatives=SimpleNamespace(rows=pair[0], count=pair[1]), backend=backend))

@@ -136,34 +136,3 @@ def test_no_gradient_and_no_look_at_the_values() -> None:
     assert match_score(Correspondence(rank, score, score > 0)).device.type == "meta"
     features = torch.randn(2, 5, 9, requires_grad=True)
     assert not mutual_share(features, features).requires_grad
-
-
-RANK = torch.zeros(2, 3, dtype=torch.int64)
-SCORE, VALID = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: contrastive_accuracy([0]), TypeError, "rank: got list, expected a torch.Tensor"),  # type: ignore[arg-type]
-        (lambda: contrastive_accuracy(SCORE), TypeError, "rank: got dtype torch.float32, expected an integer"),
-        (lambda: contrastive_accuracy(VALID), TypeError, "rank: got dtype torch.bool"),
-        (lambda: contrastive_accuracy(RANK[None]), ValueError, r"rank: got shape \(1, 2, 3\), expected \(B, P\)"),
-        (lambda: contrastive_accuracy(RANK[:0]), ValueError, r"rank: got shape \(0, 3\)"),
-        (lambda: contrastive_accuracy(RANK, 0), ValueError, "top_k: got 0, expected at least 1"),
-        (lambda: contrastive_accuracy(RANK, True), TypeError, "top_k: got True, expected an int"),
-        (lambda: contrastive_accuracy(RANK, valid=SCORE), TypeError, "valid: got dtype torch.float32, expected"),
-        (lambda: contrastive_accuracy(RANK, valid=VALID[0]), ValueError, r"valid: got shape \(3,\), expected \(2, 3\)"),
-        (lambda: contrastive_accuracy(RANK, valid=VALID.to("meta")), ValueError, "valid: got a tensor on meta"),
-        (lambda: match_score(SCORE), TypeError, "correspondence: got Tensor, expected a Correspondence"),  # type: ignore[arg-type]
-        (lambda: match_score(Correspondence(RANK, RANK, VALID)), TypeError, "correspondence.score: got dtype"),
-        (lambda: match_score(Correspondence(RANK, SCORE, SCORE)), TypeError, "correspondence.valid: got dtype"),
-        (lambda: match_score(Correspondence(RANK, SCORE[0], VALID)), ValueError, r"correspondence.score: got shape"),
-        (lambda: match_score(Correspondence(RANK, SCORE, VALID[:1])), ValueError, r"correspondence.valid: got shape"),
-        (lambda: mutual_share(SCORE, SCORE, backend="fast"), ValueError, "backend: got 'fast'"),
-        (lambda: mutual_share(SCORE, SCORE, 2), ValueError, "query_features: got shape"),
-    ],
-)  # fmt: skip
-def test_errors(call: Callable[[], object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()

@@ -10,14 +10,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import numpy64
+from helpers import EPS, numpy64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from densecl_ops import DenseInfoNCELoss, MomentumQueue
 
-EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = st.sampled_from(list(EPS))
 
 

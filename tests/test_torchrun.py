@@ -1,10 +1,9 @@
-"""docs/distributed.md and docs/examples/pretrain.py under torchrun; test_example.py compares two processes with one."""
+"""docs/examples/pretrain.py under torchrun; test_example.py compares two processes with one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -98,14 +97,3 @@ def test_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
 
     pretrain.main([*SETTINGS, "--out", str(alone), "--resume"])
     assert_same_run(load(alone), load(whole), atol=3e-4)
-
-
-def test_page_on_several_processes(tmp_path: Path) -> None:
-    """The blocks of docs/distributed.md are one script."""
-    page = (TESTS.parent / "docs" / "distributed.md").read_text()
-    script = tmp_path / "page.py"
-    script.write_text("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr

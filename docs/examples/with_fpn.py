@@ -12,23 +12,23 @@ import argparse
 import copy
 
 import torch
-from backbone import small_resnet
 from torch import Tensor, nn
 
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue, Projection
 
 
 class Pyramid(nn.Module):
-    """The demo's backbone and the stride-4 level of a feature pyramid on it (FPN, arXiv 1612.03144, section 3).
+    """A backbone and the stride-4 level of a feature pyramid on it (FPN, arXiv 1612.03144, section 3).
 
-    (B, 3, H, W) to the backbone's last map (B, 256, H / 8, W / 8) and the level (B, channels, H / 4, W / 4).
+    (B, 3, H, W) to the backbone's last map (B, 64, H / 8, W / 8) and the level (B, channels, H / 4, W / 4).
     """
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
-        stages = small_resnet()
-        self.stage_4, self.stage_8 = stages[:5], stages[5:]  # up to stride 4, up to stride 8
-        self.lateral_4, self.lateral_8 = nn.Conv2d(64, channels, 1), nn.Conv2d(256, channels, 1)
+        # These two stand for your backbone, up to stride 4 and up to stride 8.
+        self.stage_4 = nn.Sequential(nn.Conv2d(3, 32, 4, 4, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True))
+        self.stage_8 = nn.Sequential(nn.Conv2d(32, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.lateral_4, self.lateral_8 = nn.Conv2d(32, channels, 1), nn.Conv2d(64, channels, 1)
         self.output_4 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ import argparse
 import copy
 
 import torch
-from backbone import small_resnet
 from lightly.loss import NegativeCosineSimilarity
 from lightly.models.modules import BYOLPredictionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -77,13 +76,21 @@ def training_step(model: DenseBYOL, x0: Tensor, x1: Tensor, momentum: float) -> 
     return 0.5 * (forth[0] + back[0]), 0.5 * (forth[1] + back[1])
 
 
+def tiny_backbone() -> nn.Sequential:
+    """Stands for yours without pooling and fc: (B, 3, H, W) to (B, 64, H / 8, W / 8)."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 8, 8, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(32, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)),
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A few steps of dense BYOL on random images.")
     parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    model = DenseBYOL(small_resnet(), channels=256)
+    model = DenseBYOL(tiny_backbone(), channels=64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
     pictures = nn.functional.interpolate(torch.rand(16, 3, 4, 4), size=(64, 64), mode="bilinear")
     for step in range(args.steps):

@@ -11,7 +11,6 @@ import argparse
 import copy
 
 import torch
-from backbone import small_resnet
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor, nn
 
@@ -63,13 +62,21 @@ def training_step(model: DenseMoCo, x_query: Tensor, x_key: Tensor, momentum: fl
     return image_loss, dense_loss
 
 
+def tiny_backbone() -> nn.Sequential:
+    """Stands for yours without pooling and fc: (B, 3, H, W) to (B, 64, H / 8, W / 8)."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 8, 8, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(32, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)),
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A few steps of dense MoCo on random images.")
     parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    model = DenseMoCo(small_resnet(), channels=256, queue_size=256)
+    model = DenseMoCo(tiny_backbone(), channels=64, queue_size=256)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
     pictures = nn.functional.interpolate(torch.rand(16, 3, 4, 4), size=(64, 64), mode="bilinear")
     for step in range(args.steps):

@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from backbone import small_resnet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -36,7 +35,7 @@ class DenseCL(pl.LightningModule):  # type: ignore[misc]  # whether or not light
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.backbone, self.head = small_resnet(), DenseProjectionHead(256, 256, 128)
+        self.backbone, self.head = tiny_backbone(), DenseProjectionHead(64, 64, 128)
         self.backbone_k, self.head_k = (copy.deepcopy(m).requires_grad_(False) for m in (self.backbone, self.head))
         self.match, self.criterion = DenseCorrespondence(), DenseInfoNCELoss(temperature=0.2)
         self.image_queue, self.dense_queue = MomentumQueue(queue_size), MomentumQueue(queue_size)
@@ -70,6 +69,14 @@ class DenseCL(pl.LightningModule):  # type: ignore[misc]  # whether or not light
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.SGD(trained, self.hparams["lr"], momentum=0.9, weight_decay=1e-4)
+
+
+def tiny_backbone() -> nn.Sequential:
+    """Stands for yours without pooling and fc: (B, 3, H, W) to (B, 64, H / 8, W / 8)."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 8, 8, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(32, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)),
+    )
 
 
 class RandomViews(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):

@@ -1,6 +1,6 @@
 """Stands for the parts of lightly 1.6 that the recipes use, which need torchvision to import: names and signatures.
 
-Written here from that interface. test_recipes_hosts.py runs on lightly itself where it is installed.
+Written here from that interface. test_recipe_lightly.py runs on lightly itself where it is installed.
 """
 
 from __future__ import annotations

@@ -1,39 +1,26 @@
-"""One rank of test_recipes_moco_byol.py: python moco_worker.py RANK WORLD DIRECTORY HOST."""
+"""One rank of test_recipe_moco.py: python moco_worker.py RANK WORLD DIRECTORY HOST."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
+from recipes import STANDINS, disturb, example, load
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-STANDINS = Path(__file__).parent
-EXAMPLES = STANDINS.parents[1] / "docs" / "examples"
 BATCH, STEPS = 6, 2  # images over all ranks
-
-
-def load(path: Path, **modules: ModuleType) -> ModuleType:
-    """A file as a module of its own. `modules` stand in sys.modules while it is imported; `__` means a dot."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {name.replace("__", "."): other for name, other in modules.items()}):
-        spec.loader.exec_module(module)
-    return module
 
 
 def recipe(host: str) -> ModuleType:
     """docs/examples/with_moco.py over the stand-in, or over a clone of facebookresearch/moco on PYTHONPATH."""
-    if host == "clone":
-        return load(EXAMPLES / "with_moco.py")
-    builder = load(STANDINS / "moco_builder.py")
-    return load(EXAMPLES / "with_moco.py", moco=ModuleType("moco"), moco__builder=builder)
+    if host == "moco":
+        return example("with_moco")
+    return example("with_moco", moco=ModuleType("moco"), moco__builder=load(STANDINS / "moco_builder.py"))
 
 
 class Encoder(nn.Sequential):
@@ -52,9 +39,7 @@ class Encoder(nn.Sequential):
 def new_model(module: ModuleType, **options: Any) -> Any:
     torch.manual_seed(0)
     model = module.DenseMoCo(Encoder, dim=5, **{"K": 16, "m": 0.9, "T": 0.2} | options).double()
-    with torch.no_grad():  # the key encoder differs from the query encoder, as after some steps
-        for parameter in model.encoder_k.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+    disturb(model.encoder_k)
     return model
 
 

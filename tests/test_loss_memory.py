@@ -1,0 +1,76 @@
+"""What the loss holds on to: never anything of size N x K."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from helpers import make_case
+from torch.autograd.profiler import profile
+
+MIB = 2**20
+
+
+def peak_of(function: Callable[[], object]) -> float:
+    """Most bytes that torch held at once beyond those it held before, in MiB."""
+    with profile(profile_memory=True) as record:
+        function()
+    events = [event for event in record.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return held.max() / MIB
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({}, 12),
+        ({"rank": True, "key": True, "exclude": True}, 24),
+        ({"negatives": True}, 24 + 32),  # and their gradient
+        ({"rank": True, "autocast": True}, 32),
+    ],
+    ids=["plain", "rank-key-exclude", "negatives", "autocast"],
+)
+def test_memory_of_the_published_setting(fused: str, options: dict[str, bool], limit: float) -> None:
+    """N = 1,568 against K = 65,536: one float32 logit matrix would be 392 MiB. Inputs of 1.5 MiB included."""
+    if fused in helpers.DEVICES:
+        pytest.skip("measured on a CPU")
+    rows = torch.nn.functional.normalize(torch.randn(65536, 128), dim=1).requires_grad_(options.get("negatives", False))
+
+    def step() -> None:
+        query = torch.randn(32, 128, 7, 7, requires_grad=True)
+        key = torch.randn(32, 128, 7, 7, requires_grad=options.get("key", False))
+        exclude = torch.zeros(32, dtype=torch.int64) if "exclude" in options else None
+        rank = options.get("rank", False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.get("autocast", False)):
+            result = helpers.info_nce(fused, query, key, rows, exclude=exclude, return_rank=rank)
+        (result[0] if rank else result).backward()
+
+    assert peak_of(lambda: torch.ones(256, 1024) + torch.ones(256, 1024)) == pytest.approx(3, abs=0.1)
+    assert peak_of(step) < limit
+
+
+def test_memory_does_not_grow_with_a_bfloat16_queue() -> None:
+    """A float32 copy of these 2^18 rows would be 64 MiB; ranks and norms go through it in tiles."""
+    rows = torch.nn.functional.normalize(torch.randn(2**18, 64), dim=1).bfloat16()
+
+    def step() -> None:
+        query, key = (torch.randn(2, 64, 4, 4, dtype=torch.bfloat16, requires_grad=wanted) for wanted in (True, False))
+        helpers.info_nce("blockwise", query, key, rows, return_rank=True)[0].backward()
+
+    assert peak_of(step) < 8
+
+
+def test_nothing_of_size_n_by_k_is_saved(fused: str) -> None:
+    """What waits for backward() is N x D, however many negatives there are."""
+    case, saved = make_case(28, negatives=5000).to(torch.float32), []
+    query = case.query.clone().requires_grad_()
+    negatives = SimpleNamespace(rows=case.negatives, count=torch.tensor(5000))
+    if fused in helpers.DEVICES:
+        negatives = SimpleNamespace(rows=case.negatives.cuda(), count=torch.tensor(5000, device="cuda"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        helpers.info_nce(fused, query, case.key, negatives, case.index)
+    assert max(saved) < 5000

@@ -1,0 +1,92 @@
+"""docs/recipes/lightning.md: the LightningModule, run by Lightning's own Trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from helpers import assert_close, numpy64
+from recipes import check_maps, check_momentum, check_queue, disturb, example, info_nce, inputs_of, parameters_of
+
+pytest.importorskip("lightning.pytorch")
+
+
+@pytest.fixture
+def recipe() -> ModuleType:
+    return example("with_lightning")
+
+
+def trainer_for(recipe: ModuleType, **options: Any) -> Any:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return recipe.pl.Trainer(**quiet, enable_model_summary=False, accelerator="cpu", devices=1, **options)
+
+
+def loader_of(recipe: ModuleType) -> Any:
+    return torch.utils.data.DataLoader(recipe.RandomViews(8), batch_size=4)
+
+
+def test_first_step(recipe: ModuleType) -> None:
+    model = recipe.DenseCL(momentum=0.9, queue_size=10)
+    disturb(model.backbone, model.head)
+    rows = tuple(numpy64(queue.rows).copy() for queue in (model.image_queue, model.dense_queue))
+    weights = parameters_of(model.head), parameters_of(model.head_k)
+    before = parameters_of(model.backbone_k), parameters_of(model.head_k)
+    networks = [copy.deepcopy(module).double() for module in (model.backbone, model.backbone_k)]
+    trainer = trainer_for(recipe, max_steps=1, precision="64-true")
+    with inputs_of(model.head) as maps_q, inputs_of(model.head_k) as maps_k:
+        trainer.fit(model, loader_of(recipe))
+    for seen, network, view in zip((maps_q, maps_k), networks, next(iter(loader_of(recipe))), strict=True):
+        check_maps(seen, (network(view.double()),))
+    query, key = oracle.head(weights[0], maps_q[0]), oracle.head(weights[1], maps_k[0])
+    image = info_nce(query.image, key.image, rows[0])
+    dense = info_nce(query.dense, key.dense, rows[1], index=oracle.match(query.grid, key.grid).index)
+    # float32 views of the metrics; the queues are float64
+    assert_close(trainer.callback_metrics["image_loss"], image.loss, 1e-6, "image term")
+    assert_close(trainer.callback_metrics["dense_loss"], dense.loss, 1e-6, "dense term")
+    check_queue(model.image_queue, rows[0], key.image)
+    check_queue(model.dense_queue, rows[1], key.pooled)
+    check_momentum(model.backbone, model.backbone_k, before[0])
+    check_momentum(model.head, model.head_k, before[1])
+
+    # SGD's first step from the loss's gradient: lr = 0.03, weight decay 1e-4, half of each term.
+    grads = oracle.head_gradients(weights[0], query, 0.5 * image.query[:, :, 0], 0.5 * dense.query)
+    for name, parameter in model.head.named_parameters():
+        step = 0.03 * (grads[name] + 1e-4 * weights[0][name])
+        assert_close(weights[0][name] - numpy64(parameter), step, 1e-9, name)
+
+
+def test_keys_move_once_per_accumulated_step(recipe: ModuleType) -> None:
+    model = recipe.DenseCL(momentum=0.9, queue_size=10).double()
+    disturb(model.head)
+    before = parameters_of(model.head_k)
+    trainer = trainer_for(recipe, max_steps=1, precision="64-true", accumulate_grad_batches=2)
+    trainer.fit(model, loader_of(recipe))
+    check_momentum(model.head, model.head_k, before)
+    assert int(model.dense_queue.position) == 8
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_resumes_bit_for_bit(recipe: ModuleType, tmp_path: Path, precision: str) -> None:
+    def fit(epochs: int, checkpoint: Path | None = None) -> tuple[Any, Any]:
+        torch.manual_seed(0 if checkpoint is None else 1)
+        model = recipe.DenseCL(momentum=0.9, queue_size=10)
+        trainer = trainer_for(recipe, max_epochs=epochs, precision=precision)
+        trainer.fit(model, loader_of(recipe), ckpt_path=None if checkpoint is None else str(checkpoint))
+        return trainer, model
+
+    trainer, half = fit(1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]
+    assert torch.equal(saved["dense_queue.rows"], half.dense_queue.rows)
+    assert int(saved["dense_queue.position"]) == 8
+    whole, resumed = fit(2)[1].state_dict(), fit(2, tmp_path / "half.ckpt")[1].state_dict()
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+    assert int(whole["dense_queue.position"]) == 16 % 10
+    assert not torch.equal(whole["dense_queue.rows"], saved["dense_queue.rows"])
