@@ -24,7 +24,7 @@ class MomentumQueue(nn.Module):
 
     Args:
         size: K, rows kept. Default 65,536.
-        dim: D. Default 128.
+        dim: Channels of a row, D. Default 128.
         init: "random" (default), the paper's start: random unit rows are negatives from step 1. "empty" ignores rows
             not written yet, so that only real keys are ever negatives; the loss then starts at 0, for want of any.
         dtype: Of `rows`: float32, float64, bfloat16 or float16. Default: torch's default dtype.

@@ -40,7 +40,6 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"show-inheritance": False}
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 72  # one parameter a line: a phone shows it whole
 add_module_names = False
