@@ -46,7 +46,7 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs build/docs
 
-# The wheel is built from the sdist. Its tests are those of the sdist, in an environment without optional packages.
+# The wheel is built from the sdist. Its tests are those of the sdist, in an environment of its own.
 package: $(VENV)/installed
 	rm -rf dist build/clean build/sdist
 	$(BIN)/python -m build --quiet
