@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of two pages, and the plots, from the committed result files alone."""
+"""Writes the tables of README.md and docs/performance.md, and the plots, from the committed result files alone."""
 
 from __future__ import annotations
 
@@ -177,8 +177,7 @@ def _mean(values: list[float], digits: int) -> str:
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"cpu-cost": cpu_cost, "demo": demo},
-    "docs/performance.md": {"cpu-loss": cpu_loss, "cpu-others": cpu_others},
-    "docs/design-notes.md": {"cpu-grid": cpu_grid},
+    "docs/performance.md": {"cpu-loss": cpu_loss, "cpu-grid": cpu_grid, "cpu-others": cpu_others},
 }
 
 

@@ -451,7 +451,7 @@ def test_every_rule_under_every_option(name: str, reduction: str, backend: str) 
 
 
 def test_a_rule_in_the_triton_interpreter() -> None:
-    pytest.importorskip("triton", minversion="3.6")
+    pytest.importorskip("triton")
     from densecl_ops import _devices
 
     if not torch.cuda.is_available() and not _devices.interpreting():
