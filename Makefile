@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 TRITON := triton==3.7.1
 BIN := $(VENV)/bin
 PACKAGE_TESTS := tests/test_package.py tests/test_head.py tests/test_queue.py tests/test_metrics.py
-INSTALL ?= $(BIN)/pip install --quiet
+TORCH_INTO ?= $(1)/bin/pip install --quiet $(TORCH)
 
 .PHONY: demo test test-gpu lint docs package kernels bench clean
 .DEFAULT_GOAL := help
@@ -23,10 +23,11 @@ help:
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) $(TORCH) $(TRITON)
-	$(INSTALL) --editable ".[demo,dev]"
+	$(call TORCH_INTO,$(VENV))
+	$(BIN)/pip install --quiet $(TRITON)
+	$(BIN)/pip install --quiet --editable ".[demo,dev]"
 	# Hosts of two recipes, without the torchvision they require: no build of it matches this torch. Tests stub it.
-	$(INSTALL) --no-deps byol-pytorch==0.9.1 lightly==1.6.0
+	$(BIN)/pip install --quiet --no-deps byol-pytorch==0.9.1 lightly==1.6.0
 	touch $@
 
 demo: $(VENV)/installed
@@ -53,7 +54,7 @@ package: $(VENV)/installed
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
 	$(PYTHON) -m venv build/clean
-	build/clean/bin/pip install --quiet $(TORCH)
+	$(call TORCH_INTO,build/clean)
 	build/clean/bin/pip install --quiet "$$(echo dist/*.whl)[test]"
 	mkdir build/sdist && tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1 && rm -r build/sdist/densecl_ops
 	cd build/sdist && ../clean/bin/pytest -q $(PACKAGE_TESTS)
