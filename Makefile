@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PACKAGE_TESTS := tests/test_package.py tests/test_head.py tests/test_queue.py tests/test_metrics.py
 TORCH_INTO ?= $(1)/bin/pip install --quiet $(TORCH)
 
-.PHONY: demo test test-gpu lint docs package kernels bench clean
+.PHONY: demo test test-gpu lint package kernels bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +44,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+.PHONY: docs
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs build/docs
 
