@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def without_overloads(analyze: Callable[[ModuleAnalyzer], None]) -> Callable[[Mo
     return analyzed
 
 
+def pack_examples(app: Any, exception: Exception | None) -> None:
+    """examples.zip beside the front page: the demo is more than one file."""
+    if exception is None:
+        with zipfile.ZipFile(Path(app.outdir) / "examples.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted((ROOT / "docs" / "examples").rglob("*.py")):
+                archive.write(path, path.relative_to(ROOT / "docs"))
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", repository_links)
+    app.connect("build-finished", pack_examples)
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)  # type: ignore[assignment, method-assign]
