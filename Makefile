@@ -5,6 +5,8 @@ VENV := .venv
 TORCH := torch==2.13.0
 TRITON := triton==3.7.1
 BIN := $(VENV)/bin
+PACKAGE_TESTS := tests/test_package.py tests/test_head.py tests/test_queue.py tests/test_metrics.py
+TORCH_INTO ?= $(1)/bin/pip install --quiet $(TORCH)
 
 .PHONY: demo test quick test-gpu lint package kernels bench clean
 .DEFAULT_GOAL := help
@@ -14,14 +16,16 @@ help:
 	@echo "make test     run every test"
 	@echo "make quick    run the tests that take seconds: every module once, under two minutes on two cores"
 	@echo "make lint     ruff and mypy"
-	@echo "make package  build wheel and sdist, import the wheel in a clean environment"
+	@echo "make docs     build the site, warnings are errors (build/docs/index.html)"
+	@echo "make package  build sdist and wheel, check both, run the sdist's tests on the wheel in a clean environment"
 	@echo "make test-gpu run the tests that need a GPU (PYTHON: an interpreter with torch for it)"
 	@echo "make kernels  compile every Triton kernel for seven GPUs: registers, spills, shared memory, instructions"
 	@echo "make bench    measure loss, matching, queue and step on this machine (runs/bench/)"
 
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH) $(TRITON)
+	$(call TORCH_INTO,$(VENV))
+	$(BIN)/pip install --quiet $(TRITON)
 	$(BIN)/pip install --quiet --editable ".[demo,dev]"
 	# Hosts of two recipes, without the torchvision they require: no build of it matches this torch. Tests stub it.
 	$(BIN)/pip install --quiet --no-deps byol-pytorch==0.9.1 lightly==1.6.0
@@ -44,13 +48,22 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+.PHONY: docs
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env docs build/docs
+
+# The wheel is built from the sdist. Its tests are those of the sdist, in an environment of its own.
 package: $(VENV)/installed
-	rm -rf dist build/clean
+	rm -rf dist build/clean build/sdist
 	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 	$(PYTHON) -m venv build/clean
-	build/clean/bin/pip install --quiet $(TORCH) $(TRITON)
-	build/clean/bin/pip install --quiet dist/*.whl
-	cd build && clean/bin/python -c "import densecl_ops; print('wheel imports:', densecl_ops.__version__, densecl_ops.__all__)"
+	$(call TORCH_INTO,build/clean)
+	build/clean/bin/pip install --quiet "$$(echo dist/*.whl)[test]"
+	mkdir build/sdist && tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1 && rm -r build/sdist/densecl_ops
+	cd build/sdist && ../clean/bin/pytest -q $(PACKAGE_TESTS)
+	cd build/sdist && ../clean/bin/pytest -q -p no:cacheprovider --pyargs densecl_ops
 
 kernels: $(VENV)/installed
 	$(BIN)/python -m benchmarks kernels

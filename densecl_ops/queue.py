@@ -57,7 +57,7 @@ class MomentumQueue(nn.Module):
 
     Args:
         size: K, rows kept. Default 65,536.
-        dim: D. Default 128.
+        dim: Channels of a row, D. Default 128.
         init: "random" (default), the paper's start: random unit rows are negatives from step 1. "empty" ignores rows
             not written yet, so that only real keys are ever negatives; the loss then starts at 0 and rises as
             log(1 + count).

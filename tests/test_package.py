@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.resources
 import inspect
+import re
 import subprocess
 import sys
 
@@ -139,6 +141,27 @@ def test_tuples_have_the_contracts_fields() -> None:
 def test_typing_marker_and_version() -> None:
     assert (importlib.resources.files(densecl_ops) / "py.typed").is_file()
     assert densecl_ops.__version__.count(".") == 2
+
+
+def test_requirements() -> None:
+    """Triton comes with torch or by the extra: required, it would overwrite ROCm's."""
+    requirements = importlib.metadata.requires("densecl-ops") or []
+    assert sorted(re.split(r"[^\w-]", name)[0] for name in requirements if "extra ==" not in name) == [
+        "einops",
+        "torch",
+    ]
+    assert [name.partition(";")[2].strip() for name in requirements if name.startswith("triton")] == [
+        "(platform_system == 'Linux') and extra == 'triton'"
+    ]
+
+
+def test_what_pypi_shows_has_no_relative_link() -> None:
+    metadata = importlib.metadata.metadata("densecl-ops")
+    targets = re.findall(r"\]\(([^)]+)\)|<[^>]+(?:src|href)=\"([^\"]+)", metadata["Description"])
+    assert targets
+    assert [target for pair in targets for target in pair if target and not target.startswith("https://")] == []
+    urls = dict(url.split(", ") for url in metadata.get_all("Project-URL") or [])
+    assert urls.keys() == {"Documentation", "Source", "Issues", "Changelog", "Paper"}
 
 
 HIDDEN = """

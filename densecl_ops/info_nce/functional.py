@@ -104,8 +104,8 @@ def dense_info_nce(
         backend: "auto", "eager", "blockwise" or "triton".
 
     Returns:
-        The loss, float32 (float64 if query, key or negatives are), under autocast too: 0-d, or (B, P_q) for "none".
-        It is 0 when every row is left out. With return_rank, a pair of the loss and the rank (B, P_q) int64.
+        The loss in float32 (float64 if query, key or negatives are), under autocast too. It is 0-d, or (B, P_q) for
+        "none". It is 0 when every row is left out. With return_rank, a pair of the loss and the rank (B, P_q) int64.
 
         Gradients flow to query, to key, negatives and temperature where they require grad, and to weight. The
         products run in the autocast dtype under autocast, else in the wider of the query's and the negatives' dtype.
