@@ -310,6 +310,7 @@ def test_rows_that_were_averaged_are_told_at_loading() -> None:
     """The mean of unit rows is shorter than one: what AveragedModel(use_buffers=True) makes of a queue."""
     queue, other = MomentumQueue(8, 3), MomentumQueue(8, 3, init="empty")
     queue.enqueue(torch.zeros(1, 3))  # zero rows are no sign of it
+    other.rows.fill_(5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MomentumQueue(8, 3).load_state_dict(queue.state_dict())
