@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Protocol
 
-from benchmarks import curves, demo, kernels, loss, matching, queue, render, step, tune
+from benchmarks import curves, kernels, loss, matching, queue, render, step, tune
 
 
 class Command(Protocol):
@@ -26,7 +26,6 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "tune": (tune.SUITE, "time other tile shapes for a Triton kernel on this GPU"),
     "kernels": (kernels, "compile every Triton kernel for GPUs that are not here"),
     "curves": (curves, "train the demo, healthy and broken, and record every step"),
-    "demo": (demo, "train the demo with and without the dense term, over several seeds"),
     "render": (render, "write the tables of README.md and docs/, and the plots, from the result files"),
 }
 

@@ -27,7 +27,7 @@ from benchmarks.records import add_out, write
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, MomentumQueue
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
-TRAINER = next((Path(__file__).parents[1] / "docs" / "examples").rglob("pretrain.py"))
+TRAINER = Path(__file__).parents[1] / "docs" / "examples" / "pretrain.py"
 
 
 def enqueue_first() -> None:
@@ -48,7 +48,7 @@ def same_view() -> None:
 
     def before(module: nn.Module, inputs: Any) -> Any:
         whole = any(isinstance(child, DenseCorrespondence) for child in module.children())
-        return (inputs[0], inputs[0]) if whole else None
+        return (inputs[0], inputs[0], *inputs[2:]) if whole else None
 
     register_module_forward_pre_hook(before)
 

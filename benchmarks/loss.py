@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.measure import Row, compare, relative_error, significant, too_large
+from benchmarks.measure import Row, compare, relative_error, significant
 from benchmarks.records import OURS, Shape, Suite, print_rows
 from benchmarks.rivals import TEMPERATURE, Inputs, Loss
 from densecl_ops.functional import dense_info_nce
@@ -119,17 +119,14 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     n, k, d, dtype, train = shape["n"], shape["k"], shape["d"], getattr(torch, shape["dtype"]), shape["mode"] == "train"
     run = step if train else evaluate
     inputs = [make_inputs(n, k, d, dtype, device, seed) for seed in range(2)]
-    entries: dict[str, Callable[[Inputs], Any]] = {}
-    rows: dict[str, Row] = {}
-    for name, loss in contestants(device, dtype).items():
-        refused = too_large(COPIES.get(name, 0) * n * k * dtype.itemsize, device)
-        if refused is None:
-            entries[name] = functools.partial(run, loss)
-        else:
-            rows[name] = refused
+    entries: dict[str, Callable[[Inputs], Any]] = {
+        name: functools.partial(run, loss) for name, loss in contestants(device, dtype).items()
+    }
     if device.type == "cpu" and k >= 512:
         entries["arithmetic"] = lambda one: arithmetic(one, train)
-    rows = compare(entries, inputs, device, cold=shape["cache"] == "cold", seconds=arguments.seconds) | rows
+    needs = {name: copies * n * k * dtype.itemsize for name, copies in COPIES.items()}
+    cold = shape["cache"] == "cold"
+    rows = compare(entries, inputs, device, cold=cold, seconds=arguments.seconds, needs=needs)
     exact_loss, exact_grad = exact(inputs[0])
     flop = (4 if train else 2) * n * k * d
     for name, row in rows.items():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Compiled, Row, compare, significant, too_large
+from benchmarks.measure import Compiled, Row, compare, significant
 from benchmarks.records import OURS, Shape, Suite, print_rows
 from densecl_ops.functional import dense_correspondence
 
@@ -90,16 +90,10 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     device: torch.device = arguments.device
     inputs = [make_inputs(shape, device, seed) for seed in range(2)]
     b, c, positions, size = shape["b"], shape["c"], shape["grid"] ** 2, inputs[0][0].element_size()
-    entries: dict[str, Callable[[Maps], Tensor]] = {}
-    rows: dict[str, Row] = {}
-    for name, match in contestants().items():
-        refused = None if name == OURS else too_large(3 * b * positions**2 * size, device)
-        if refused is None:
-            entries[name] = match
-        else:
-            rows[name] = refused
+    entries, cold = contestants(), shape["cache"] == "cold"
+    needs = {name: 3 * b * positions**2 * size for name in entries if name != OURS}
     with torch.no_grad():
-        rows = compare(entries, inputs, device, cold=shape["cache"] == "cold", seconds=arguments.seconds) | rows
+        rows = compare(entries, inputs, device, cold=cold, seconds=arguments.seconds, needs=needs)
         for name, row in rows.items():
             if "failed" not in row:
                 row["tflops"] = significant(2e-9 * b * positions**2 * c / row["milliseconds"][1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import math
 import os
 import platform
 import re
@@ -54,6 +55,7 @@ def compare(
     *,
     cold: bool,
     seconds: float,
+    needs: Mapping[str, float] | None = None,
 ) -> dict[str, Row]:
     """Times all contestants, one run each per round, so that a slow spell of the machine hits all alike.
 
@@ -63,6 +65,7 @@ def compare(
         device: Where the contestants run.
         cold: Whether a GPU's L2 cache is overwritten before every run.
         seconds: Aimed at for all rounds together; 3 to 25 rounds are run.
+        needs: Bytes that a contestant is known to take: on a CPU there is no error to catch where they are too many.
 
     Returns:
         Per contestant `milliseconds` (quartiles), `host_us` (time until the call returns, GPU only), `rounds` and
@@ -72,6 +75,10 @@ def compare(
     expected: dict[str, float] = {}
     torch._dynamo.reset()
     for name, run in contestants.items():
+        need = (needs or {}).get(name, 0)
+        if device.type == "cpu" and need > 0.7 * available_bytes():
+            rows[name] = {"failed": f"not run: needs about {need / 2**30:.0f} GiB"}
+            continue
         try:
             first = functools.partial(run, inputs[0])
             first()  # compiles, loads libraries
@@ -151,19 +158,10 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None
     return 1024 * (_kib(_STATUS, "VmHWM") - resident)
 
 
-def available_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+def available_bytes() -> float:
+    """Free memory of this machine; no limit where the system cannot tell."""
     info = Path("/proc/meminfo")
-    return 1024 * _kib(info, "MemAvailable") if info.exists() else None
-
-
-def too_large(needed_bytes: float, device: torch.device) -> Row | None:
-    """The row of a form that would not fit a CPU's memory, where there is no error to catch; None if it may run."""
-    room = available_bytes(device)
-    if device.type == "cpu" and room is not None and needed_bytes > 0.7 * room:
-        return {"failed": f"not run: needs about {needed_bytes / 2**30:.0f} GiB"}
-    return None
+    return 1024 * _kib(info, "MemAvailable") if info.exists() else math.inf
 
 
 def _mib(count: int | None) -> float | None:
