@@ -204,7 +204,7 @@ def test_running_out_of_memory_is_a_result() -> None:
         raise torch.OutOfMemoryError
 
     entries = {"greedy": greedy, "known": greedy, "densecl_ops": lambda _: None}
-    rows = compare(entries, [None], CPU, cold=False, seconds=0.01, needs={"known": 2**50})
+    rows = compare(entries, [None], CPU, cold=False, seconds=0, needs={"known": 2**50})
     assert rows["greedy"] == {"failed": "out of memory"}
     assert rows["known"] == {"failed": "not run: needs about 1048576 GiB"}
     assert rows["densecl_ops"]["rounds"] >= 3
@@ -216,16 +216,16 @@ def test_torch_compile_is_compiled_in_every_case() -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
-    for n in range(2, 14):
+    for n in range(2, 12):
         rival = Compiled(double, backend="eager")
-        rows = compare({"torch.compile": rival}, [torch.ones(n)], CPU, cold=False, seconds=0.01)
+        rows = compare({"torch.compile": rival}, [torch.ones(n)], CPU, cold=False, seconds=0)
         assert "failed" not in rows["torch.compile"]
         assert rival.graphs == 1
 
 
 @torch.compiler.set_stance("force_eager")
 def test_torch_compile_that_ran_eagerly_is_a_failure() -> None:
-    rows = compare({"torch.compile": Compiled(torch.sin)}, [torch.ones(3)], CPU, cold=False, seconds=0.01)
+    rows = compare({"torch.compile": Compiled(torch.sin)}, [torch.ones(3)], CPU, cold=False, seconds=0)
     assert rows["torch.compile"] == {"failed": "RuntimeError: torch.compile made no graph: the call ran eagerly"}
 
 
@@ -233,7 +233,7 @@ def test_a_failure_names_no_path_of_the_machine() -> None:
     def broken(_: object) -> None:
         raise OSError("/home/somebody/lib/x.so: cannot open")
 
-    rows = compare({"broken": broken}, [None], CPU, cold=False, seconds=0.01)
+    rows = compare({"broken": broken}, [None], CPU, cold=False, seconds=0)
     assert rows["broken"] == {"failed": "OSError: (path): cannot open"}
 
 
@@ -264,18 +264,18 @@ def test_smooth() -> None:
 
 
 def test_gpu_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """Rehearsed on the CPU: one stage, then the same and another; eight files at most come back."""
+    """Rehearsed on the CPU: a stage that is done is not measured again, and one that fails stops no other."""
+    script = Path(records.__file__).with_name("gpu_run.sh")
     variables = {"PYTHON": sys.executable, "OPTIONS": "--toy --device cpu --seconds 0.01 --limit 1000"}
-    for stages in (["queue"], ["queue", "matching"]):
-        script = Path(records.__file__).with_name("gpu_run.sh")
+    for stages, status in ((["queue"], 0), (["nosuch", "queue"], 1)):
         command = ["bash", str(script), str(tmp_path), *stages]
-        subprocess.run(command, check=True, env=os.environ | variables, capture_output=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"queue.json", "matching.json", "logs.tar.gz"}
-    assert len(json.loads((tmp_path / "queue.json").read_text())["runs"]) == 1
+        found = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+        assert found.returncode == status, found.stdout
+    assert "nosuch: no such stage" in found.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"queue.json", "logs.tar.gz"}
     with tarfile.open(tmp_path / "logs.tar.gz") as logs:
         log = logs.extractfile("./queue.txt")
         assert log is not None
-        assert log.read().decode().count("4 keys into 64 x 16") == 1
-    refused = subprocess.run([*command, "nosuch"], env=os.environ | variables, capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "nosuch: no such stage" in refused.stdout
+        text = log.read().decode()
+    assert text.count("queue.json: ") == 2
+    assert text.count("4 keys into 64 x 16") == 1
