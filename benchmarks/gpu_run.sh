@@ -12,7 +12,8 @@
 # ends. FOLDER receives a JSON per suite and logs.tar.gz, renewed after every stage. Variables: PYTHON, the interpreter
 # (with torch for this GPU, triton, einops, numpy, pytest, pytest-timeout, pytest-xdist and hypothesis); COMMIT, what is
 # measured, where .git did not travel along: COMMIT=$(git describe --always --dirty --exclude='*'); OPTIONS, of all
-# suites (a rehearsal: "--toy --device cpu"); TRANSFER, of the transfer suite (where its data are).
+# suites (a rehearsal: "--toy --device cpu"); GRACE, seconds that a suite's last case may take beyond its limit (60);
+# TRANSFER, of the transfer suite (where its data are).
 set -uo pipefail
 if (($# < 2)); then
     sed -n '2,/^set/s/^# \?//p' "$0"
@@ -37,9 +38,9 @@ run() { # LOG SECONDS COMMAND...: the whole output goes to the archive, its end 
     return "$status"
 }
 
-suite() { # NAME SECONDS OPTION...: no case is started after so many seconds, and the last one may take a minute more
+suite() { # NAME SECONDS OPTION...: no case is started after so many seconds, and the last one has GRACE to end
     # shellcheck disable=SC2086  # OPTIONS is a list of words
-    run "$1" $(($2 + 60)) "$python" -m benchmarks "$1" --out "$out" --limit "$2" "${@:3}" $options
+    run "$1" $(($2 + ${GRACE:-60})) "$python" -m benchmarks "$1" --out "$out" --limit "$2" "${@:3}" $options
 }
 
 stage() {
