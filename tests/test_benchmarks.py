@@ -16,7 +16,7 @@ import oracle
 import pytest
 import torch
 
-from benchmarks import loss, matching, queue, records, rivals, step
+from benchmarks import loss, matching, queue, records, render, rivals, step
 from benchmarks.__main__ import main
 from benchmarks.measure import Compiled, commit, compare
 
@@ -280,3 +280,22 @@ def test_gpu_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         text = log.read().decode()
     assert text.count("queue.json: ") == 2
     assert text.count("4 keys into 64 x 16") == 1
+
+
+def test_records_of_a_gpu_are_shown_in_the_same_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads((RESULTS / "cpu" / "loss.json").read_text())
+    for one in record["runs"]:
+        one["environment"]["gpu"] = "NVIDIA Z1"
+    record["cases"] = [case for case in record["cases"] if case["shape"].items() >= {"n": 1568, "d": 128}.items()]
+    for case in record["cases"]:
+        case["shape"]["n"] = loss.HEADLINE["n"]
+        case["rows"]["attention, cuDNN"] = case["rows"]["attention, flash"]
+        del case["rows"]["arithmetic"]
+    records.write(tmp_path / "z1" / "loss.json", record)
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    assert "on a GPU (NVIDIA Z1, torch" in render.cost("z1")
+    assert "at N = 12,544 (256 images, 7 x 7)" in render.cost("z1")
+    assert "| the same around cuDNN's attention |" in render.loss("z1")
+    grid = render.grid("z1").splitlines()
+    assert " flash | cuDNN | " in grid[2]
+    assert len(grid) == 8 + len(record["cases"]) + 1
