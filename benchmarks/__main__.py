@@ -5,29 +5,42 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from typing import Protocol
 
-from benchmarks import kernels, loss, matching, queue, render, step, tune
+from benchmarks import curves, kernels, loss, matching, queue, render, step, tune
 
-SUITES = {
-    "loss": (loss, "the loss against its rivals: time, memory, error"),
-    "matching": (matching, "feature matching against its rivals"),
-    "queue": (queue, "enqueueing against slice and clone"),
-    "step": (step, "a whole MoCo-v2 step, without and with the dense term"),
+
+class Command(Protocol):
+    """A suite, or a module that measures or writes something of its own kind."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def main(self, arguments: argparse.Namespace) -> None: ...
+
+
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "loss": (loss.SUITE, "the loss against its rivals: time, memory, error"),
+    "matching": (matching.SUITE, "feature matching against its rivals"),
+    "queue": (queue.SUITE, "enqueueing against slice and clone"),
+    "step": (step.SUITE, "a whole MoCo-v2 step, without and with the dense term"),
+    "tune": (tune.SUITE, "time other tile shapes for a Triton kernel on this GPU"),
     "kernels": (kernels, "compile every Triton kernel for GPUs that are not here"),
-    "tune": (tune, "time other tile shapes for a Triton kernel on this GPU"),
-    "render": (render, "write the tables of README.md and docs/performance.md from the result files"),
+    "curves": (curves, "train the demo, healthy and broken, and record every step"),
+    "render": (render, "write the tables of README.md and docs/, and the plots, from the result files"),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    suites = parser.add_subparsers(dest="suite", required=True)
-    for name, (module, text) in SUITES.items():
-        module.add_arguments(suites.add_parser(name, help=text))
+    names = parser.add_subparsers(dest="name", required=True)
+    for name, (command, text) in COMMANDS.items():
+        command.add_arguments(names.add_parser(name, help=text, description=text, allow_abbrev=False))
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
-    arguments.command = shlex.join(["python", "-m", "benchmarks", *argv])
-    SUITES[arguments.suite][0].main(arguments)
+    # A record says how it was made, but not where: no path of the machine.
+    words = [word for before, word in zip(["", *argv], argv, strict=False) if "--out" not in (before, word)]
+    arguments.command = shlex.join(["python", "-m", "benchmarks", *words])
+    COMMANDS[arguments.name][0].main(arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ and compiled ahead of time with the specialisation that Triton's just-in-time co
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+
+from benchmarks.records import write
 
 TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
     "sm_80": (108, 166_912),
@@ -46,14 +47,14 @@ class Compiled(NamedTuple):
     """What came out; `error` stands for everything else if it did not compile."""
 
     case: Case
-    config: str
-    registers: int
-    spills: int
-    shared: int
-    matrix: str
-    asynchronous: bool
-    serialised: bool
-    error: str
+    config: str = ""
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    matrix: str = ""
+    asynchronous: bool = False
+    serialised: bool = False
+    error: str = ""
 
 
 def compile_case(case: Case) -> Compiled:
@@ -71,23 +72,13 @@ def compile_case(case: Case) -> Compiled:
             target = GPUTarget("cuda", int(case.target[3:]), 32)
         compiled = triton_compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
     except Exception as error:  # a report, not a crash: the table shows it
-        return Compiled(
-            case,
-            "",
-            0,
-            0,
-            0,
-            "",
-            False,
-            False,
-            f"{type(error).__name__}: {str(error)[-300:]}",
-        )
+        return Compiled(case, error=f"{type(error).__name__}: {str(error)[-300:]}")
     blocks = "x".join(
         str(arguments[name]) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_D") if name in arguments
     )
     config = f"{blocks} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
     read = _read_amd if case.target.startswith("gfx") else _read_nvidia
-    return Compiled(case, config, *read(case.target, compiled), "")
+    return Compiled(case, config, *read(case.target, compiled))
 
 
 def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
@@ -149,7 +140,7 @@ def _specialise(names: list[str], arguments: dict[str, Any]) -> tuple[dict[str, 
 
 def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
     """The arguments with which the package would launch this kernel on the target."""
-    from densecl_ops import _devices
+    from densecl_ops import _launch
 
     caught: dict[str, dict[str, Any]] = {}
 
@@ -163,9 +154,9 @@ def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
     module, run = LAUNCHES[case.kernel]
     names = [name for name in vars(module().kernels) if name.endswith("_kernel")]
     originals = {name: getattr(module().kernels, name) for name in names}
-    device = _devices.Device(case.target, TARGETS[case.target][0])
+    device = _launch.Device(case.target, TARGETS[case.target][0])
     patches: list[Any] = [mock.patch.object(module().kernels, name, Recorder(name)) for name in names]
-    patches.append(mock.patch.object(_devices, "describe", return_value=device))
+    patches.append(mock.patch.object(_launch, "describe", return_value=device))
     for patch in patches:
         patch.start()
     try:
@@ -177,9 +168,9 @@ def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
 
 
 def _info_nce() -> Any:
-    from densecl_ops.info_nce import triton
+    from densecl_ops.info_nce import triton_launch
 
-    return triton
+    return triton_launch
 
 
 def _problem(case: Case) -> Any:
@@ -197,10 +188,10 @@ def _problem(case: Case) -> Any:
         query=projections(),
         key=projections(),
         negatives=torch.empty(65536, case.channels, dtype=dtype, device="meta"),
-        inverse_temperature=5.0,
-        match_index=torch.empty(32, 49, dtype=torch.int64, device="meta"),
+        scale=5.0,
+        index=torch.empty(32, 49, dtype=torch.int64, device="meta"),
         exclude=torch.empty(32, dtype=torch.int64, device="meta") if "exclude" in case.variant else None,
-        negatives_count=torch.empty((), dtype=torch.int64, device="meta"),
+        count=torch.empty((), dtype=torch.int64, device="meta"),
         unit_negatives="running" not in case.variant,
         dtype=torch.float32,
         matmul_dtype=dtype,
@@ -218,13 +209,13 @@ def _run_grad_negatives(case: Case) -> None:
 
 def _run_grad_key(case: Case) -> None:
     problem, rows = _problem(case), torch.empty(32, 49, device="meta")
-    _info_nce().grad_key(problem.query, problem.key, problem.match_index, rows, torch.float32)
+    _info_nce().grad_key(problem.query, problem.key, problem.index, rows, torch.float32)
 
 
 def _matching() -> Any:
-    from densecl_ops.correspondence import triton
+    from densecl_ops.correspondence import triton_launch
 
-    return triton
+    return triton_launch
 
 
 def _run_match(case: Case) -> None:
@@ -273,21 +264,16 @@ def cases(targets: list[str]) -> Iterator[Case]:
         yield Case(target, "inverse_norm_kernel", "bfloat16", 256, "56x56")
 
 
-def compile_all(chosen: list[Case], workers: int | None = None) -> list[Compiled]:
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(compile_case, chosen))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
 
 
 def main(arguments: argparse.Namespace) -> None:
-    rows = compile_all(list(cases(arguments.target)))
-    print(
-        f"{'target':8} {'kernel':22} {'dtype':9} {'D':>4} {'variant':27} {'config':22} regs spill  smem  matrix   async"
-    )
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(compile_case, cases(arguments.target)))
+    head = f"{'target':8} {'kernel':22} {'dtype':9} {'D':>4} {'variant':27} {'config':22}"
+    print(f"{head} regs spill  smem  matrix   async")
     for row in rows:
         case = row.case
         line = f"{case.target:8} {case.kernel:22} {case.dtype:9} {case.channels:4} {case.variant:27} {row.config:22}"
@@ -297,6 +283,4 @@ def main(arguments: argparse.Namespace) -> None:
         flags = f"{row.matrix:8} {'yes' if row.asynchronous else 'no'}{' SERIALISED' if row.serialised else ''}"
         print(f"{line} {row.registers:4} {row.spills:5} {row.shared // 1024:4}K  {flags}")
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps([{**r._asdict(), "case": r.case._asdict()} for r in rows], indent=1) + "\n"
-        )
+        write(arguments.json, [{**row._asdict(), "case": row.case._asdict()} for row in rows])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rivals
-from benchmarks.measure import Row, compare, relative_error, significant, too_large
-from benchmarks.records import OURS, Shape, print_rows, run_suite
-from benchmarks.records import add_arguments as add_shared
+from benchmarks.measure import Row, compare, relative_error, significant
+from benchmarks.records import OURS, Shape, Suite, print_rows
 from benchmarks.rivals import TEMPERATURE, Inputs, Loss
+from densecl_ops._types import BackendName
 from densecl_ops.functional import dense_info_nce
 
 NS, KS, DS = (256, 1568, 12544, 50176), (4096, 65536, 1048576), (64, 128, 256)
@@ -30,12 +29,12 @@ HEADLINE_CPU = {"n": 1568, "k": 65536, "d": 128}
 COPIES = {"eager": 6, "materialise": 4, "materialise, autocast": 6, "torch.compile": 3, "linear_cross_entropy": 4}
 
 
-def ours(inputs: Inputs, backend: str = "auto") -> Tensor:
+def ours(inputs: Inputs, backend: BackendName = "auto") -> Tensor:
     return dense_info_nce(*inputs, temperature=TEMPERATURE, backend=backend)
 
 
-def ours_with_rank(inputs: Inputs) -> Tensor:
-    return dense_info_nce(*inputs, temperature=TEMPERATURE, return_rank=True)[0]
+def ours_with_rank(inputs: Inputs, backend: BackendName = "auto") -> Tensor:
+    return dense_info_nce(*inputs, temperature=TEMPERATURE, backend=backend, return_rank=True)[0]
 
 
 def contestants(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
@@ -116,21 +115,19 @@ def arithmetic(inputs: Inputs, train: bool, tile: int = 512) -> None:
             mean.addmm_(logits, rows)
 
 
-def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row]:
+def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
+    device: torch.device = arguments.device
     n, k, d, dtype, train = shape["n"], shape["k"], shape["d"], getattr(torch, shape["dtype"]), shape["mode"] == "train"
     run = step if train else evaluate
     inputs = [make_inputs(n, k, d, dtype, device, seed) for seed in range(2)]
-    entries: dict[str, Callable[[Inputs], Any]] = {}
-    rows: dict[str, Row] = {}
-    for name, loss in contestants(device, dtype).items():
-        refused = too_large(COPIES.get(name, 0) * n * k * dtype.itemsize, device)
-        if refused is None:
-            entries[name] = functools.partial(run, loss)
-        else:
-            rows[name] = refused
+    entries: dict[str, Callable[[Inputs], Any]] = {
+        name: functools.partial(run, loss) for name, loss in contestants(device, dtype).items()
+    }
     if device.type == "cpu" and k >= 512:
         entries["arithmetic"] = lambda one: arithmetic(one, train)
-    rows = compare(entries, inputs, device, cold=shape["cache"] == "cold", seconds=seconds) | rows
+    needs = {name: copies * n * k * dtype.itemsize for name, copies in COPIES.items()}
+    cold = shape["cache"] == "cold"
+    rows = compare(entries, inputs, device, cold=cold, seconds=arguments.seconds, needs=needs)
     exact_loss, exact_grad = exact(inputs[0])
     flop = (4 if train else 2) * n * k * d
     for name, row in rows.items():
@@ -154,9 +151,7 @@ def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
     print_rows(title, rows, heads)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    add_shared(parser)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=int, help="only this many query rows (default: the grid)")
     parser.add_argument("--k", type=int, default=65536, help="with --n: negatives (default: %(default)s)")
     parser.add_argument("--d", type=int, default=128, help="with --n: channels (default: %(default)s)")
@@ -164,13 +159,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", nargs="+", choices=("train", "forward"), default=["train", "forward"])
 
 
-def main(arguments: argparse.Namespace) -> None:
-    started = time.perf_counter()
-    run_suite(
-        "loss",
-        shapes(arguments),
-        lambda shape: measure(shape, arguments.device, arguments.seconds),
-        show,
-        arguments,
-    )
-    print(f"{time.perf_counter() - started:.0f} s")
+SUITE = Suite("loss", shapes, measure, show, add_options)

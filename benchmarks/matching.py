@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Row, compare, significant, too_large
-from benchmarks.records import OURS, Shape, print_rows, run_suite
-from benchmarks.records import add_arguments as add_shared
+from benchmarks.measure import Compiled, Row, compare, significant
+from benchmarks.records import OURS, Shape, Suite, print_rows
 from densecl_ops.functional import dense_correspondence
 
 SHAPES = ((32, 2048, 7), (256, 2048, 7), (256, 2048, 14), (32, 1024, 14), (32, 512, 28), (16, 256, 56), (16, 256, 112))
@@ -41,18 +39,15 @@ def scaled(maps: Maps) -> Tensor:
     return (torch.bmm(query.transpose(1, 2), key) * key.square().sum(1, keepdim=True).rsqrt()).argmax(2)
 
 
-@functools.cache
-def compiled() -> Callable[[Maps], Tensor]:
-    return torch.compile(usual, dynamic=False)
-
-
-CONTESTANTS: dict[str, Callable[[Maps], Tensor]] = {
-    OURS: ours,
-    "normalise, bmm, max": usual,
-    "torch.compile of it": lambda maps: compiled()(maps),
-    "einsum, argmax": einsum,
-    "bmm, scale, argmax": scaled,
-}
+def contestants() -> dict[str, Callable[[Maps], Tensor]]:
+    """For one case."""
+    return {
+        OURS: ours,
+        "normalise, bmm, max": usual,
+        "torch.compile of it": Compiled(usual),
+        "einsum, argmax": einsum,
+        "bmm, scale, argmax": scaled,
+    }
 
 
 def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
@@ -91,19 +86,14 @@ def gap(maps: Maps, index: Tensor) -> tuple[float, float]:
     return differ / index.numel(), max(0.0, lost)
 
 
-def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row]:
+def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
+    device: torch.device = arguments.device
     inputs = [make_inputs(shape, device, seed) for seed in range(2)]
     b, c, positions, size = shape["b"], shape["c"], shape["grid"] ** 2, inputs[0][0].element_size()
-    entries: dict[str, Callable[[Maps], Tensor]] = {}
-    rows: dict[str, Row] = {}
-    for name, match in CONTESTANTS.items():
-        refused = None if name == OURS else too_large(3 * b * positions**2 * size, device)
-        if refused is None:
-            entries[name] = match
-        else:
-            rows[name] = refused
+    entries, cold = contestants(), shape["cache"] == "cold"
+    needs = {name: 3 * b * positions**2 * size for name in entries if name != OURS}
     with torch.no_grad():
-        rows = compare(entries, inputs, device, cold=shape["cache"] == "cold", seconds=seconds) | rows
+        rows = compare(entries, inputs, device, cold=cold, seconds=arguments.seconds, needs=needs)
         for name, row in rows.items():
             if "failed" not in row:
                 row["tflops"] = significant(2e-9 * b * positions**2 * c / row["milliseconds"][1])
@@ -128,16 +118,4 @@ def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
     print_rows(title, rows, heads | {"error_score": "lost score"})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    add_shared(parser)
-
-
-def main(arguments: argparse.Namespace) -> None:
-    run_suite(
-        "matching",
-        shapes(arguments),
-        lambda shape: measure(shape, arguments.device, arguments.seconds),
-        show,
-        arguments,
-    )
+SUITE = Suite("matching", shapes, measure, show)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import math
+import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -16,11 +19,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 Row = dict[str, Any]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _NVIDIA_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+
+
+class Compiled:
+    """torch.compile of a contestant for one case; raises where the call ran eagerly.
+
+    After eight recompilations of a function dynamo runs it eagerly, without a word, and eager times stand under
+    torch.compile's name. So `compare` resets dynamo for every case, fullgraph=True makes the limit an error, and no
+    graph at all (a compiler that was switched off) is one here.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.function = torch.compile(function, fullgraph=True, dynamic=False, **options)
+        self.graphs = 0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        before = counters["stats"]["unique_graphs"]
+        result = self.function(*arguments, **named)
+        self.graphs += counters["stats"]["unique_graphs"] - before
+        if self.graphs == 0:
+            raise RuntimeError("torch.compile made no graph: the call ran eagerly")
+        return result
 
 
 def compare(
@@ -30,6 +55,7 @@ def compare(
     *,
     cold: bool,
     seconds: float,
+    needs: Mapping[str, float] | None = None,
 ) -> dict[str, Row]:
     """Times all contestants, one run each per round, so that a slow spell of the machine hits all alike.
 
@@ -39,6 +65,7 @@ def compare(
         device: Where the contestants run.
         cold: Whether a GPU's L2 cache is overwritten before every run.
         seconds: Aimed at for all rounds together; 3 to 25 rounds are run.
+        needs: Bytes that a contestant is known to take: on a CPU there is no error to catch where they are too many.
 
     Returns:
         Per contestant `milliseconds` (quartiles), `host_us` (time until the call returns, GPU only), `rounds` and
@@ -46,7 +73,12 @@ def compare(
     """
     rows: dict[str, Row] = {}
     expected: dict[str, float] = {}
+    torch._dynamo.reset()
     for name, run in contestants.items():
+        need = (needs or {}).get(name, 0)
+        if device.type == "cpu" and need > 0.7 * available_bytes():
+            rows[name] = {"failed": f"not run: needs about {need / 2**30:.0f} GiB"}
+            continue
         try:
             first = functools.partial(run, inputs[0])
             first()  # compiles, loads libraries
@@ -55,7 +87,8 @@ def compare(
         except torch.OutOfMemoryError:
             rows[name] = {"failed": "out of memory"}
         except Exception as error:  # a rival that cannot serve this dtype or width says so in many ways
-            rows[name] = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"}
+            text = re.sub(r"(/[\w.+-]+){2,}", "(path)", next(iter(str(error).strip().splitlines()), ""))
+            rows[name] = {"failed": f"{type(error).__name__}: {text[:160]}"}
         if device.type == "cuda":
             torch.cuda.empty_cache()
     rounds = min(25, max(3, round(seconds / max(sum(expected.values()), 1e-9))))
@@ -125,19 +158,10 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None
     return 1024 * (_kib(_STATUS, "VmHWM") - resident)
 
 
-def available_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+def available_bytes() -> float:
+    """Free memory of this machine; no limit where the system cannot tell."""
     info = Path("/proc/meminfo")
-    return 1024 * _kib(info, "MemAvailable") if info.exists() else None
-
-
-def too_large(needed_bytes: float, device: torch.device) -> Row | None:
-    """The row of a form that would not fit a CPU's memory, where there is no error to catch; None if it may run."""
-    room = available_bytes(device)
-    if device.type == "cpu" and room is not None and needed_bytes > 0.7 * room:
-        return {"failed": f"not run: needs about {needed_bytes / 2**30:.0f} GiB"}
-    return None
+    return 1024 * _kib(info, "MemAvailable") if info.exists() else math.inf
 
 
 def _mib(count: int | None) -> float | None:
@@ -203,8 +227,20 @@ def environment() -> dict[str, Any]:
         "torchvision": _version("torchvision"),
         "pykeops": _version("pykeops"),
         "densecl_ops": _version("densecl-ops"),
-        "commit": _output(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Of the tree that is measured, "-dirty" after it where files differ from it.
+
+    The variable COMMIT names it on a machine that .git did not travel to.
+    """
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    found = _output(describe) or os.environ.get("COMMIT")
+    if not found:
+        raise SystemExit("a record names its commit, and there is no .git here: set COMMIT")
+    return found
 
 
 def _version(package: str) -> str | None:

@@ -1,14 +1,21 @@
-"""Draws the loss suite's records: time against N and K, memory and share of the matrix rate against N."""
+"""Draws records: the loss suite's (time against N and K, memory and share of the matrix rate against N), and curves."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from benchmarks.curves import BROKEN, HEALTHY
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well; ours is the black line, drawn last.
 STYLES = {
@@ -24,7 +31,7 @@ STYLES = {
 Case = dict[str, Any]
 
 
-def draw(record: dict[str, Any], dtype: str) -> Figure:
+def draw_loss(record: dict[str, Any], dtype: str) -> Figure:
     """Four panels of training (forward + backward) at D = 128 in one dtype."""
     wanted = {"d": 128, "dtype": dtype, "mode": "train", "cache": "warm"}
     cases = [case for case in record["cases"] if wanted.items() <= case["shape"].items()]
@@ -76,11 +83,64 @@ def _panel(axes: Axes, cases: list[Case], along: str, value: str, title: str, un
     axes.spines[["top", "right"]].set_visible(False)
 
 
+CURVES = {
+    "image_loss": "image term",
+    "dense_loss": "dense term",
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "match_score": "match score",
+    "mutual_share": "mutual share",
+}
+
+
+def draw_curves(runs: dict[str, dict[str, Any]]) -> Figure:
+    """Six panels of healthy runs, three of broken ones, the step on a log scale."""
+    blue, orange = "#0072b2", "#d55e00"
+    healthy = dict(zip(HEALTHY, ((blue, "-"), (blue, "--"), (orange, "-"), (orange, "--")), strict=True))
+    broken = dict(zip(BROKEN, (("#009e73", "--"), ("#cc79a7", "-."), ("black", ":")), strict=True))
+    figure = Figure(figsize=(11, 9.5), layout="constrained", dpi=90)
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 1.05]).ravel()
+    upper.suptitle("Healthy runs: 1,024 negatives are full after 32 steps, lambda warms up for 50", fontsize=12)
+    lower.suptitle("Broken runs, 150 steps", fontsize=12)
+    for axes, column in zip(upper.subplots(2, 3).ravel(), CURVES, strict=True):
+        _curves(axes, column, {runs[name]["label"]: (runs[name], style) for name, style in healthy.items()})
+    reference = {"healthy (random queue, warm-up)": (runs["random"], ("#666666", "-"))}
+    for axes, column in zip(lower.subplots(1, 3).ravel(), CURVES, strict=False):
+        _curves(axes, column, reference | {runs[name]["label"]: (runs[name], style) for name, style in broken.items()})
+    for part in (upper, lower):
+        part.legend(*part.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _curves(axes: Axes, column: str, lines: Mapping[str, tuple[dict[str, Any], tuple[str, str]]]) -> None:
+    for label, (run, (colour, style)) in lines.items():
+        values = smooth(run["history"][column])
+        axes.plot(range(1, len(values) + 1), values, style, color=colour, linewidth=1.4, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks([1, 10, 32, 50, 150, 400], ["1", "10", "32", "50", "150", "400"])
+    axes.minorticks_off()
+    axes.set_title(CURVES[column], fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Step n as the mean over n/20 steps either side: nothing is lost at the start, where the axis is wide."""
+    reach = [(i + 1) // 20 for i in range(len(values))]
+    return [statistics.fmean(values[max(0, i - near) : i + near + 1]) for i, near in enumerate(reach)]
+
+
 def digest(source: Path) -> str:
-    return hashlib.sha256(source.read_bytes()).hexdigest()
+    """Of a result file, or of all in a folder."""
+    files = sorted(source.glob("*.json")) if source.is_dir() else [source]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def save(figure: Figure, source: Path, target: Path) -> None:
     """The digest of its source goes into the picture, so that a test can tell a stale one."""
+    drawn, note = io.BytesIO(), PngInfo()
+    figure.savefig(drawn)
+    note.add_text("Source", digest(source))
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, metadata={"Source": digest(source), "Software": None})
+    # 128 colours are enough for lines and a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(target, optimize=True, pnginfo=note)

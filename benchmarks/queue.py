@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Row, compare
-from benchmarks.records import OURS, Shape, print_rows, run_suite
-from benchmarks.records import add_arguments as add_shared
+from benchmarks.records import OURS, Shape, Suite, print_rows
 from densecl_ops import MomentumQueue
 
 
@@ -53,7 +52,8 @@ def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
         yield {"n": n, "k": k, "d": d, "dtype": "float32"}
 
 
-def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row]:
+def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
+    device: torch.device = arguments.device
     n, k, d = shape["n"], shape["k"], shape["d"]
     torch.manual_seed(0)
     ours, usual = MomentumQueue(k, d).to(device), SliceQueue(k, d).to(device)
@@ -68,7 +68,7 @@ def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row
         "the same, queue cloned": with_clone,
     }
     inputs = [torch.randn(n, d, device=device) for _ in range(4)]
-    rows = compare(entries, inputs, device, cold=False, seconds=seconds)
+    rows = compare(entries, inputs, device, cold=False, seconds=arguments.seconds)
     for name, row in rows.items():
         with HostReads() as reads:  # type: ignore[no-untyped-call]
             entries[name](inputs[0])
@@ -80,16 +80,4 @@ def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
     print_rows("{n:,} keys into {k:,} x {d}, {dtype}".format(**shape), rows, {"host_reads": "host reads"})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    add_shared(parser)
-
-
-def main(arguments: argparse.Namespace) -> None:
-    run_suite(
-        "queue",
-        shapes(arguments),
-        lambda shape: measure(shape, arguments.device, arguments.seconds),
-        show,
-        arguments,
-    )
+SUITE = Suite("queue", shapes, measure, show)

@@ -1,19 +1,24 @@
 """Result files: one JSON per suite and device, a case added as soon as it is measured, so that a run can be cut off.
 
-{"suite": "loss",
- "runs": [{"command": ..., "environment": {...}, "rates": {...}}],
- "cases": [{"run": 0, "shape": {...}, "clocks": [before, after], "rows": {contestant: {...}}}]}
+{
+ "suite": "loss",
+ "runs": [
+  {"command": ..., "environment": {...}, "rates": {...}}
+ ],
+ "cases": [
+  {"run": 0, "shape": {...}, "clocks": [before, after], "rows": {contestant: {...}}}
+ ]
+}
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,65 +28,90 @@ Shape = dict[str, Any]
 OURS = "densecl_ops"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that all suites share."""
-    parser.add_argument("--toy", action="store_true", help="tiny shapes: does it run at all?")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+class Suite(NamedTuple):
+    """One benchmark.
+
+    Attributes:
+        name: Of the result file.
+        shapes: The cases to measure, most wanted first.
+        measure: One case, as a row per contestant.
+        show: Prints the rows; may add columns that need the machine's own rates.
+        add_options: Options beyond the shared ones.
+    """
+
+    name: str
+    shapes: Callable[[argparse.Namespace], Iterable[Shape]]
+    measure: Callable[[Shape, argparse.Namespace], dict[str, Row]]
+    show: Callable[[Shape, dict[str, Row], dict[str, float]], None]
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        add_out(parser)
+        parser.add_argument("--toy", action="store_true", help="tiny shapes: does it run at all?")
+        parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+        parser.add_argument("--seconds", type=float, default=8, help="aimed at per case (default: %(default)s)")
+        parser.add_argument("--limit", type=float, default=540, help="start no case after so many seconds")
+        parser.add_argument("--again", action="store_true", help="measure cases that the file holds already")
+        self.add_options(parser)
+
+    def main(self, arguments: argparse.Namespace) -> None:
+        """Measures every shape the file does not hold yet."""
+        path = arguments.out / f"{self.name}.json"
+        record: dict[str, Any] = {"suite": self.name, "runs": [], "cases": []}
+        if path.exists():
+            record = json.loads(path.read_text())
+        done = [case["shape"] for case in record["cases"]]
+        began = time.perf_counter()
+        run = {
+            "command": arguments.command,
+            "environment": environment(),
+            "rates": rates(arguments.device, arguments.toy),
+        }
+        print(", ".join(f"{key} {value}" for key, value in {**run["environment"], **run["rates"]}.items() if value))
+        left = 0
+        for shape in self.shapes(arguments):
+            if shape in done and not arguments.again:
+                continue
+            if time.perf_counter() - began > arguments.limit:
+                left += 1
+                continue
+            before = clocks(arguments.device)
+            rows = self.measure(shape, arguments)
+            add_ratios(rows)
+            if run not in record["runs"]:
+                record["runs"].append(run)
+            record["cases"] = [case for case in record["cases"] if case["shape"] != shape]
+            case = {"run": record["runs"].index(run), "shape": shape, "clocks": [before, clocks(arguments.device)]}
+            record["cases"].append(case | {"rows": rows})
+            self.show(shape, rows, run["rates"])
+            write(path, record)
+        if left:
+            print(f"{left} cases left by --limit; the same command goes on with them")
+        print(f"{path}: {time.perf_counter() - began:.0f} s")
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=8, help="aimed at per case (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=540, help="start no case after so many seconds")
-    parser.add_argument("--again", action="store_true", help="measure cases that the file holds already")
 
 
-def device_slug(record: dict[str, Any]) -> str:
-    name = record["runs"][-1]["environment"]["gpu"]
-    return "cpu" if name is None else re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "")).strip("-")
+def dumps(record: Any, level: int = 0) -> str:
+    """JSON with one line per case: a list of objects has one line for each, an object one per key down to level 2."""
+    if isinstance(record, dict) and level < 2:
+        brackets, lines = "{}", [f"{json.dumps(key)}: {dumps(value, level + 1)}" for key, value in record.items()]
+    elif isinstance(record, list) and any(isinstance(item, dict) for item in record):
+        brackets, lines = "[]", [json.dumps(item) for item in record]
+    else:
+        return json.dumps(record)
+    margin = "\n" + " " * level
+    return f"{brackets[0]}{margin} {f',{margin} '.join(lines)}{margin}{brackets[1]}"
 
 
-def run_suite(
-    suite: str,
-    shapes: Iterable[Shape],
-    measure: Callable[[Shape], dict[str, Row]],
-    show: Callable[[Shape, dict[str, Row], dict[str, float]], None],
-    arguments: argparse.Namespace,
-) -> Path:
-    """Measures every shape the file does not hold yet; returns the file."""
-    path: Path = arguments.out / f"{suite}.json"
-    record: dict[str, Any] = {"suite": suite, "runs": [], "cases": []}
-    if path.exists():
-        record = json.loads(path.read_text())
-    done = [case["shape"] for case in record["cases"]]
-    began = time.perf_counter()
-    run: dict[str, Any] = {
-        "command": arguments.command,
-        "environment": environment(),
-        "rates": rates(arguments.device, arguments.toy),
-    }
-    print(", ".join(f"{key} {value}" for key, value in {**run["environment"], **run["rates"]}.items() if value))
-    left = []
-    for shape in shapes:
-        if shape in done and not arguments.again:
-            continue
-        if time.perf_counter() - began > arguments.limit:
-            left.append(shape)
-            continue
-        before = clocks(arguments.device)
-        rows = measure(shape)
-        add_ratios(rows)
-        if run not in record["runs"]:
-            record["runs"].append(run)
-        record["cases"] = [case for case in record["cases"] if case["shape"] != shape]
-        case = {"run": record["runs"].index(run), "shape": shape, "clocks": [before, clocks(arguments.device)]}
-        record["cases"].append(case | {"rows": rows})
-        show(shape, rows, run["rates"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.replace(path)
-    if left:
-        print(f"{len(left)} cases left by --limit; the same command goes on with them")
-    print(f"written: {path}")
-    return path
+def write(path: Path, record: Any) -> None:
+    """In one step, so that whoever is cut off leaves the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(dumps(record) + "\n")
+    part.replace(path)
 
 
 def add_ratios(rows: dict[str, Row]) -> None:

@@ -1,124 +1,163 @@
-"""Writes the tables of README.md and docs/performance.md, and the plots, from the committed result files alone."""
+"""Writes the tables of README.md and docs/, and the plots, from the committed result files alone.
+
+A table stands between `<!-- FOLDER-KIND:begin -->` and `<!-- FOLDER-KIND:end -->`: which results, and how they are
+shown. So the records of another machine are shown by two marks and nothing else.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curves import BROKEN, HEALTHY
+from benchmarks.loss import HEADLINE, HEADLINE_CPU
+from benchmarks.records import OURS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-NAMES = {
-    "materialise": "materialised, as MoCo and DenseCL write it",
-    "materialise, autocast": "the same under autocast",
-    "torch.compile": "torch.compile of it",
-    "torch.compile, auto-chunk": "torch.compile with inductor's auto-chunker",
-    "chunked": "in chunks of 256 rows, recomputed in backward",
-    "linear_cross_entropy": "`F.linear_cross_entropy`",
-    "linear_cross_entropy, chunks": "`F.linear_cross_entropy`, its default chunks",
-    "attention, flash": "hand-written around torch's flash attention, K = V = queue",
-    "eager": '`backend="eager"`, the textbook formula',
-    "densecl_ops": "**densecl_ops**",
-    "densecl_ops, with rank": "**densecl_ops**, with the rank of every positive",
+NAMES = {  # contestant: (in a row of its own, at the head of a column)
+    "materialise": ("materialised, as MoCo and DenseCL write it", "materialised"),
+    "materialise, autocast": ("the same under autocast", "autocast"),
+    "torch.compile": ("torch.compile of it", "compiled"),
+    "torch.compile, auto-chunk": ("torch.compile with inductor's auto-chunker", "auto-chunk"),
+    "chunked": ("in chunks of 256 rows, recomputed in backward", "chunks"),
+    "linear_cross_entropy": ("`F.linear_cross_entropy`", "linear CE"),
+    "linear_cross_entropy, chunks": ("`F.linear_cross_entropy`, its default chunks", "linear CE, chunks"),
+    "attention, flash": ("hand-written around torch's flash attention, K = V = queue", "flash"),
+    "attention, cuDNN": ("the same around cuDNN's attention", "cuDNN"),
+    "attention, flex": ("the same around flex attention", "flex"),
+    "pykeops": ("pykeops", "pykeops"),
+    "eager": ('`backend="eager"`, the textbook formula', "eager"),
+    "blockwise": ('`backend="blockwise"`, without a kernel', "blockwise"),
+    OURS: ("**densecl_ops**", ""),
+    f"{OURS}, with rank": ("**densecl_ops**, with the rank of every positive", "with rank"),
 }
-README_NAMES = ("materialise", "torch.compile", "chunked", "attention, flash", "densecl_ops", "densecl_ops, with rank")
+README_NAMES = ("materialise", "torch.compile", "chunked", "attention, flash", OURS, f"{OURS}, with rank")
+MODES = {"train": "Forward + backward", "forward": "Forward alone, under no_grad"}
 
 
-def load(name: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((RESULTS / name).read_text())
+def load(folder: str, suite: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((RESULTS / folder / f"{suite}.json").read_text())
     return record
 
 
-def loss_case(dtype: str, mode: str) -> dict[str, Any]:
-    """The headline case of the CPU record."""
-    wanted = {"n": 1568, "k": 65536, "d": 128, "dtype": dtype, "mode": mode, "cache": "warm"}
-    found: dict[str, Any] = next(case for case in load("cpu/loss.json")["cases"] if case["shape"] == wanted)
-    return found
+def headline(folder: str, mode: str) -> list[dict[str, Any]]:
+    """The cases that the loss suite measures first, in float32 and bfloat16."""
+    record = load(folder, "loss")
+    shape = HEADLINE_CPU if record["runs"][0]["environment"]["gpu"] is None else HEADLINE
+    wanted = [{**shape, "dtype": dtype, "mode": mode, "cache": "warm"} for dtype in ("float32", "bfloat16")]
+    return [next(case for case in record["cases"] if case["shape"] == one) for one in wanted]
 
 
-def table(names: Iterable[str], records: list[dict[str, Any]], header: str) -> list[str]:
+def served(cases: Iterable[dict[str, Any]]) -> list[str]:
+    """The contestants that could serve one of the cases."""
+    return [name for name in NAMES if any("ratio" in case["rows"].get(name, {}) for case in cases)]
+
+
+def loss_table(names: Iterable[str], cases: list[dict[str, Any]]) -> list[str]:
     """Time as a multiple of the materialised form's in the same interleaved run, and extra memory."""
-    lines = [header, "|---" * (1 + 2 * len(records)) + "|"]
+    lines = ["| | float32: time | extra memory | bfloat16: time | extra memory |", "|---" * 5 + "|"]
     for key in names:
         cells = []
-        for record in records:
-            row, base = record["rows"].get(key), record["rows"]["materialise"]["milliseconds"][1]
+        for case in cases:
+            row, base = case["rows"].get(key), case["rows"]["materialise"]["milliseconds"][1]
             if row is None or "failed" in row:
                 cells += ["" if row is None else "failed", ""]
             else:
                 cells += [f"{row['milliseconds'][1] / base:.2f}", f"{row['peak_extra_mib']:,.0f} MiB"]
-        lines.append(f"| {NAMES[key]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {NAMES[key][0]} | " + " | ".join(cells) + " |")
     return lines
 
 
-def cpu_cost() -> str:
-    """Loss on the CPU: one table, float32 and bfloat16 side by side."""
-    cases = [loss_case(dtype, "train") for dtype in ("float32", "bfloat16")]
-    environment = load("cpu/loss.json")["runs"][cases[0]["run"]]["environment"]
+def cost(folder: str) -> str:
+    """The loss in training: one table, float32 and bfloat16 side by side."""
+    cases = headline(folder, "train")
+    environment = load(folder, "loss")["runs"][cases[0]["run"]]["environment"]
+    machine = f"a GPU ({environment['gpu']}" if environment["gpu"] else f"a CPU ({environment['device']}"
+    shape, rows = cases[0]["shape"], cases[0]["rows"]
     first, second = (case["rows"]["materialise"]["milliseconds"][1] for case in cases)
-    ours, floor = (cases[0]["rows"][name] for name in ("densecl_ops", "arithmetic"))
-    return "\n".join(
-        [
-            f"Loss forward + backward on a CPU ({environment['device']}, torch {environment['torch']}) at N = 1,568 "
-            "(32 images, 7 x 7), K = 65,536, D = 128; times relative to the materialised form in the same interleaved "
-            f"run ({first:,.0f} and {second:,.0f} ms):",
-            "",
-            *table(README_NAMES, cases, "| | float32: time | extra memory | bfloat16: time | extra memory |"),
-            "",
-            "The arithmetic alone (both matrix products and one exp, tile by tile) takes "
-            f"{floor['milliseconds'][1] / first:.2f} in float32, so the loss runs at "
-            f"{ours['milliseconds'][1] / floor['milliseconds'][1]:.2f} times that floor. Its gradient is off the "
-            f"float64 one by {ours['error_gradient']:.0e} (relative), the materialised form's by "
-            f"{cases[0]['rows']['materialise']['error_gradient']:.0e}.",
-        ]
-    )
+    lines = [
+        f"Loss forward + backward on {machine}, torch {environment['torch']}) at N = {shape['n']:,} "
+        f"({shape['n'] // 49} images, 7 x 7), K = {shape['k']:,}, D = {shape['d']}; times relative to the materialised "
+        f"form in the same interleaved run ({_ms(first)} and {_ms(second)}):",
+        "",
+        *loss_table(README_NAMES, cases),
+        "",
+        f"In float32 the gradient is off the float64 one by {rows[OURS]['error_gradient']:.0e} (relative), the "
+        f"materialised form's by {rows['materialise']['error_gradient']:.0e}.",
+    ]
+    if "arithmetic" in rows:
+        floor = rows["arithmetic"]["milliseconds"][1]
+        lines[-1] += (
+            f" The arithmetic alone (both matrix products and one exp, tile by tile) takes {floor / first:.2f}, so the "
+            f"loss runs at {rows[OURS]['milliseconds'][1] / floor:.2f} times that floor."
+        )
+    return "\n".join(lines)
 
 
-def cpu_loss() -> str:
-    """All rivals, both modes."""
-    lines = []
-    for mode, title in (("train", "Forward + backward"), ("forward", "Forward alone, under no_grad")):
-        cases = [loss_case(dtype, mode) for dtype in ("float32", "bfloat16")]
-        lines += [f"{title}:", ""]
-        lines += table(NAMES, cases, "| | float32: time | extra memory | bfloat16: time | extra memory |")
-        lines += [""]
-    return "\n".join(lines[:-1])
+def loss(folder: str) -> str:
+    """The headline case: all rivals, both modes."""
+    parts = []
+    for mode, title in MODES.items():
+        cases = headline(folder, mode)
+        parts.append("\n".join([f"{title}:", "", *loss_table(served(cases), cases)]))
+    return "\n\n".join(parts)
 
 
-GRID_NAMES = {
-    "materialise": "materialised",
-    "materialise, autocast": "autocast",
-    "torch.compile": "compiled",
-    "torch.compile, auto-chunk": "auto-chunk",
-    "chunked": "chunks",
-    "linear_cross_entropy": "linear CE",
-    "linear_cross_entropy, chunks": "linear CE, chunks",
-    "attention, flash": "flash",
-    "attention, flex": "flex",
-    "eager": "eager",
-}
-
-
-def cpu_grid() -> str:
+def grid(folder: str) -> str:
     """Every case of the loss suite: ours in milliseconds, all others as multiples of it."""
-    record = load("cpu/loss.json")
-    lines = []
-    for mode, title in (("train", "Forward + backward"), ("forward", "Forward alone, under no_grad")):
-        lines += [f"{title}:", "", "| N, K, D, dtype | ours | extra memory | " + " | ".join(GRID_NAMES.values()) + " |"]
-        lines += ["|---" * (len(GRID_NAMES) + 3) + "|"]
-        cases = [case for case in record["cases"] if case["shape"]["mode"] == mode]
-        for case in sorted(cases, key=lambda c: [c["shape"][key] for key in ("dtype", "d", "k", "n")]):
+    every, parts = load(folder, "loss")["cases"], []
+    names = [name for name in served(every) if not name.startswith(OURS)]
+    for mode, title in MODES.items():
+        cases = [case for case in every if case["shape"]["mode"] == mode]
+        heads = ["N, K, D, dtype", "ours", "extra memory", *(NAMES[name][1] for name in names)]
+        lines = [f"{title}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for case in sorted(cases, key=lambda c: [c["shape"][key] for key in ("dtype", "d", "k", "n", "cache")]):
             rows = case["rows"]
-            ours = rows["densecl_ops"]
-            cells = [_multiple(rows.get(name)) for name in GRID_NAMES]
-            start = "{n:,}, {k:,}, {d}, {dtype}".format(**case["shape"])
-            time, memory = f"{ours['milliseconds'][1]:,.1f} ms", f"{ours['peak_extra_mib']:,.0f} MiB"
-            lines.append(f"| {start} | {time} | {memory} | " + " | ".join(cells) + " |")
-        lines += [""]
-    return "\n".join(lines[:-1])
+            start = "{n:,}, {k:,}, {d}, {dtype}".format(**case["shape"]) + _cold(case)
+            memory = f"{rows[OURS]['peak_extra_mib']:,.0f} MiB"
+            cells = [start, _median(rows[OURS]), memory, *(_multiple(rows.get(name)) for name in names)]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def others(folder: str) -> str:
+    """Matching, queue and step: medians as multiples of ours."""
+    parts = []
+    for suite, title in (
+        ("matching", "{b} x {c} x {grid} x {grid}, {dtype}, {layout}"),
+        ("queue", "{n:,} keys into {k:,} x {d}"),
+        ("step", "{backbone} encoder, batch {batch}, {pixels} px, K = {k:,}"),
+    ):
+        cases = load(folder, suite)["cases"]
+        names = [name for name in cases[0]["rows"] if name != OURS]
+        heads = [f"{suite}: ms, then times ours", OURS, *names]
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for case in cases:
+            start, rows = title.format(**case["shape"]) + _cold(case), case["rows"]
+            cells = [start, _median(rows[OURS]), *(_multiple(rows.get(name)) for name in names)]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _cold(case: dict[str, Any]) -> str:
+    return ", cold cache" if case["shape"].get("cache") == "cold" else ""
+
+
+def _median(row: dict[str, Any]) -> str:
+    return _ms(row["milliseconds"][1]) if "milliseconds" in row else "failed"
+
+
+def _ms(value: float) -> str:
+    """To three digits."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _multiple(row: dict[str, Any] | None) -> str:
@@ -130,30 +169,9 @@ def _multiple(row: dict[str, Any] | None) -> str:
     return "no memory" if "memory" in reason or "gib" in reason else "cannot"
 
 
-def cpu_others() -> str:
-    """Matching, queue and step: medians as multiples of ours."""
-    lines = []
-    for suite, title in (
-        ("matching", "{b} x {c} x {grid} x {grid}, {dtype}, {layout}"),
-        ("queue", "{n:,} keys into {k:,} x {d}"),
-        ("step", "{backbone}'s encoder, batch {batch}, {pixels} px, K = {k:,}"),
-    ):
-        cases = load(f"cpu/{suite}.json")["cases"]
-        names = [name for name in cases[0]["rows"] if name != "densecl_ops"]
-        lines += [f"| {suite}: ms, then times ours | densecl_ops | " + " | ".join(names) + " |"]
-        lines += ["|---" * (len(names) + 2) + "|"]
-        for case in cases:
-            rows = case["rows"]
-            cells = [f"{rows[name]['ratio']:.2f}" if "ratio" in rows[name] else "failed" for name in names]
-            ours = f"{rows['densecl_ops']['milliseconds'][1]:,.2f} ms"
-            lines.append(f"| {title.format(**case['shape'])} | {ours} | " + " | ".join(cells) + " |")
-        lines += [""]
-    return "\n".join(lines[:-1])
-
-
-def demo() -> str:
+def demo(folder: str) -> str:
     """The paper's claim on measured ground truth, over all committed seeds."""
-    records = [json.loads(path.read_text()) for path in sorted((RESULTS / "demo_cpu").glob("seed*.json"))]
+    records = [json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("seed*.json"))]
     rows = list(records[0]["rows"])
     lines = [
         f"`make demo` settings with `--compare`, seeds {', '.join(str(r['settings']['seed']) for r in records)}: cells "
@@ -175,39 +193,87 @@ def _mean(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"cpu-cost": cpu_cost, "demo": demo},
-    "docs/performance.md": {"cpu-loss": cpu_loss, "cpu-grid": cpu_grid, "cpu-others": cpu_others},
+def load_curves(folder: str) -> dict[str, dict[str, Any]]:
+    return {name: json.loads((RESULTS / folder / f"{name}.json").read_text()) for name in HEALTHY | BROKEN}
+
+
+def curves(folder: str, last: int = 20) -> str:
+    """One row per run: first step, extreme and end (mean of the `last` steps), and matches on the stereo pair."""
+    lines = [
+        "| run | image term: start, end | dense term: start, peak (step), end | top-1: start, end | top-5: end "
+        "| match score: start, end | mutual share: start, low (step), end | stereo |",
+        "|---" * 8 + "|",
+    ]
+    for run in load_curves(folder).values():
+        history = run["history"]
+        start = {key: f"{values[0]:.2f}" for key, values in history.items()}
+        end = {key: f"{statistics.fmean(values[-last:]):.2f}" for key, values in history.items()}
+        peak, low = max(history["dense_loss"]), min(history["mutual_share"])
+        at_peak, at_low = history["dense_loss"].index(peak) + 1, history["mutual_share"].index(low) + 1
+        cells = (
+            run["label"],
+            f"{start['image_loss']}, {end['image_loss']}",
+            f"{start['dense_loss']}, {peak:.2f} ({at_peak}), {end['dense_loss']}",
+            f"{start['top1']}, {end['top1']}",
+            end["top5"],
+            f"{start['match_score']}, {end['match_score']}",
+            f"{start['mutual_share']}, {low:.2f} ({at_low}), {end['mutual_share']}",
+            f"{run['matches']['close']:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+KINDS: dict[str, Callable[[str], str]] = {
+    "cost": cost,
+    "loss": loss,
+    "grid": grid,
+    "others": others,
+    "demo": demo,
+    "curves": curves,
 }
+MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
+
+
+def pages() -> list[str]:
+    """README and the pages under docs/ that have marks."""
+    every = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path.relative_to(ROOT).as_posix() for path in every if MARKED.search(path.read_text())]
 
 
 def rendered(page: str) -> str:
-    """The page with every section between its two markers written anew."""
-    text = (ROOT / page).read_text()
-    for name, write in SECTIONS[page].items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = f"{before}{begin}{write()}\n{end}{after}"
-    return text
+    """The page with everything between two marks written anew."""
+
+    def write(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        folder, _, kind = name.rpartition("-")
+        return f"{begin}{KINDS[kind](folder or f'{kind}_cpu')}\n{end}"
+
+    return MARKED.sub(write, (ROOT / page).read_text())
 
 
 def plots() -> Iterator[tuple[Path, Path, str]]:
-    """Result file, picture and dtype of every plot there should be."""
+    """Results, picture, and what is drawn (a dtype, or curves), of every plot there should be."""
+    images = ROOT / "docs" / "images"
     for source in sorted(RESULTS.glob("*/loss.json")):
         dtypes = {case["shape"]["dtype"] for case in json.loads(source.read_text())["cases"]}
         for dtype in sorted(dtypes):
-            yield source, ROOT / "docs" / "images" / f"loss-{source.parent.name}-{dtype}.png", dtype
+            yield source, images / f"loss-{source.parent.name}-{dtype}.png", dtype
+    yield RESULTS / "curves_cpu", images / "curves.png", "curves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
+    """None."""
 
 
 def main(arguments: argparse.Namespace) -> None:
-    for page in SECTIONS:
+    for page in pages():
         (ROOT / page).write_text(rendered(page))
-    from benchmarks.plots import draw, save  # the other suites do without matplotlib
+    from benchmarks.plots import draw_curves, draw_loss, save  # the other suites do without matplotlib
 
-    for source, target, dtype in plots():
-        save(draw(json.loads(source.read_text()), dtype), source, target)
+    for source, target, what in plots():
+        if what == "curves":
+            figure = draw_curves(load_curves(source.name))
+        else:
+            figure = draw_loss(json.loads(source.read_text()), what)
+        save(figure, source, target)

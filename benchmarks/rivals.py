@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from benchmarks.measure import Compiled
 
 TEMPERATURE = 0.2
 
@@ -47,13 +48,6 @@ def chunked(inputs: Inputs, rows: int = 256) -> Tensor:
         loss = checkpoint(materialise, Inputs(query, key, inputs.queue), use_reentrant=False)
         parts.append(loss * len(query))
     return torch.stack(parts).sum() / len(inputs.query)
-
-
-@functools.cache
-def compiled(auto_chunk: bool) -> Loss:
-    """torch.compile of the materialised form; inductor's auto-chunker cuts the logits by itself."""
-    options: dict[str, Any] | None = {"auto_chunker.enable": True} if auto_chunk else None
-    return torch.compile(materialise, dynamic=False, options=options)
 
 
 def linear_cross_entropy(inputs: Inputs, chunks: bool) -> Tensor:
@@ -99,14 +93,14 @@ def attend_cudnn(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
     return out[0], out[1]
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+def attend_flex() -> Attend:
+    compiled = Compiled(flex_attention)
 
+    def attend(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+        rows = queue[None, None]
+        return compiled(query[None, None], rows, rows, scale=1 / TEMPERATURE, return_lse=True)  # type: ignore[no-any-return]
 
-def attend_flex(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
-    rows = queue[None, None]
-    return _compiled_flex()(query[None, None], rows, rows, scale=1 / TEMPERATURE, return_lse=True)  # type: ignore[no-any-return]
+    return attend
 
 
 class _QueueAttention(torch.autograd.Function):
@@ -131,13 +125,13 @@ def attention(inputs: Inputs, attend: Attend) -> Tensor:
 
 
 def all_rivals(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
-    """By name; one that cannot serve a shape fails there, and its reason is recorded."""
+    """By name, for one case; one that cannot serve it fails there, and its reason is recorded."""
     found: dict[str, Loss] = {"materialise": materialise}
     if dtype == torch.bfloat16:
         found["materialise, autocast"] = autocast
-    found["torch.compile"] = lambda inputs: compiled(False)(inputs)
-    if hasattr(torch._inductor.config, "auto_chunker"):
-        found["torch.compile, auto-chunk"] = lambda inputs: compiled(True)(inputs)
+    found["torch.compile"] = Compiled(materialise)
+    if hasattr(torch._inductor.config, "auto_chunker"):  # inductor cuts the logits by itself
+        found["torch.compile, auto-chunk"] = Compiled(materialise, options={"auto_chunker.enable": True})
     found["chunked"] = chunked
     if hasattr(F, "linear_cross_entropy"):
         found["linear_cross_entropy"] = lambda inputs: linear_cross_entropy(inputs, False)
@@ -147,6 +141,7 @@ def all_rivals(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
         found["attention, cuDNN"] = lambda inputs: attention(inputs, attend_cudnn)
     else:
         found["attention, flash"] = lambda inputs: attention(inputs, attend_cpu)
-    found["attention, flex"] = lambda inputs: attention(inputs, attend_flex)
+    flex = attend_flex()
+    found["attention, flex"] = lambda inputs: attention(inputs, flex)
     found["pykeops"] = keops
     return found

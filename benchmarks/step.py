@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import matching, rivals
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Compiled, Row, compare
 from benchmarks.queue import SliceQueue
-from benchmarks.records import OURS, Shape, print_rows, run_suite
-from benchmarks.records import add_arguments as add_shared
+from benchmarks.records import OURS, Shape, Suite, print_rows
 from benchmarks.rivals import Inputs
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 
@@ -33,10 +30,12 @@ def backbone(name: str) -> tuple[nn.Module, int]:
         from torchvision.models import resnet50
 
         return nn.Sequential(*list(resnet50().children())[:-2]), 2048
-    sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
-    from backbone import small_resnet
-
-    return small_resnet(), 256
+    widths = ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 1))
+    layers = [
+        nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+        for c_in, c_out, stride in widths
+    ]
+    return nn.Sequential(*layers), 256
 
 
 class Trainer(nn.Module):
@@ -48,8 +47,7 @@ class Trainer(nn.Module):
         self.mixed = shape["dtype"] == "bfloat16"
         self.backbone_q, channels = backbone(shape["backbone"])
         self.backbone_k, _ = backbone(shape["backbone"])
-        width = 2048 if channels == 2048 else channels
-        self.head_q, self.head_k = (DenseProjectionHead(channels, width) for _ in range(2))
+        self.head_q, self.head_k = (DenseProjectionHead(channels) for _ in range(2))
         size = shape["k"]
         self.image_queue, self.dense_queue = (MomentumQueue(size) for _ in range(2))
         self.image_slices, self.dense_slices = (SliceQueue(size, 128) for _ in range(2))
@@ -153,21 +151,22 @@ class Trainer(nn.Module):
 def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
     gpu = arguments.device.type == "cuda"
     if arguments.toy:
-        sizes = [("example", 4, 32, 64)]
+        sizes = [("small", 4, 32, 64)]
     elif gpu:
         sizes = [("resnet50", batch, 224, 65536) for batch in (256, 32, 64, 128)]
     else:
-        sizes = [("example", 32, 64, 1024), ("example", 32, 64, 65536)]
+        sizes = [("small", 32, 64, 1024), ("small", 32, 64, 65536)]
     for name, batch, pixels, k in sizes:
         yield {"backbone": name, "batch": batch, "pixels": pixels, "k": k, "dtype": "bfloat16" if gpu else "float32"}
 
 
-def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row]:
+def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
+    device: torch.device = arguments.device
     torch.manual_seed(0)
     trainer = Trainer(shape, device).train()
     size = (shape["batch"], 3, shape["pixels"], shape["pixels"])
     images = [torch.randn(size, device=device).to(memory_format=torch.channels_last) for _ in range(3)]
-    compiled = torch.compile(trainer.losses)
+    compiled = Compiled(trainer.losses)
 
     def ours_compiled(batch: Tensor) -> Tensor:
         trainer.update_keys()
@@ -179,7 +178,7 @@ def measure(shape: Shape, device: torch.device, seconds: float) -> dict[str, Row
         OURS: trainer.dense_ours,
         f"{OURS}, compiled": ours_compiled,
     }
-    rows = compare(entries | trainer.parts(images[0]), images, device, cold=False, seconds=seconds)
+    rows = compare(entries | trainer.parts(images[0]), images, device, cold=False, seconds=arguments.seconds)
     if "milliseconds" in rows[BASE]:
         base = rows[BASE]["milliseconds"][1]
         for name, row in rows.items():
@@ -219,16 +218,4 @@ def largest_batch(shape: Shape, device: torch.device) -> dict[str, int]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    add_shared(parser)
-
-
-def main(arguments: argparse.Namespace) -> None:
-    run_suite(
-        "step",
-        shapes(arguments),
-        lambda shape: measure(shape, arguments.device, arguments.seconds),
-        show,
-        arguments,
-    )
+SUITE = Suite("step", shapes, measure, show)

@@ -7,31 +7,26 @@ number, and runs the tests. Needs a GPU, or the interpreter (TRITON_INTERPRET=1)
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks import loss
 from benchmarks.measure import Row, compare, relative_error
-from benchmarks.records import OURS, Shape, print_rows, run_suite
-from benchmarks.records import add_arguments as add_shared
+from benchmarks.records import OURS, Shape, Suite, print_rows
 from benchmarks.rivals import Inputs
-from densecl_ops import _devices
+from densecl_ops import _launch
 from densecl_ops.info_nce import triton_configs
 from densecl_ops.info_nce.triton_configs import Config
 
-
-def candidates(present: Config, d: int, dtype: torch.dtype) -> Iterator[Config]:
-    """Tiles around the present row; those that spill or do not fit fail and say so, or lose."""
-    chunks = {present.chunk_d, None if d <= 128 and dtype.itemsize == 2 else min(64, d)}
-    sizes = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4), (1, 2), sorted(chunks, key=str))
-    for block_n, block_k, warps, stages, programs, chunk in sizes:
-        config = Config(block_n, block_k, warps, stages, programs, chunk)
-        if config != present and not (programs == 2 and block_n * block_k > 64 * 64):
-            yield config
+# What compiles for sm_90 without spills (16 bits, D = 128) and can win: two or three programs per multiprocessor let
+# the exponentials of one overlap the products of another. The most likely first. Ranks take registers of their own.
+CANDIDATES = (Config(64, 128, 4, 3, 2), Config(64, 128, 4, 2, 2), Config(64, 64, 4, 3, 3), Config(128, 32, 8, 3, 2))
+WITH_RANK = (Config(64, 128, 4, 3, 2), Config(128, 128, 8, 3))
 
 
 def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
@@ -41,20 +36,25 @@ def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
 
 
 def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
-    device, dtype = arguments.device, getattr(torch, shape["dtype"])
+    device: torch.device = arguments.device
+    dtype = getattr(torch, shape["dtype"])
     inputs = [loss.make_inputs(shape["n"], shape["k"], shape["d"], dtype, device, seed) for seed in range(2)]
-    present = triton_configs.choose(_devices.describe(inputs[0].query.device).architecture, dtype, shape["d"])
+    table = functools.partial(triton_configs.choose, _launch.describe(device).architecture, dtype, shape["d"])
+    present = table()
     run = loss.step if shape["mode"] == "train" else loss.evaluate
 
-    def entry(config: Config) -> Any:
+    def entry(config: Config, form: Callable[[Inputs, str], Tensor]) -> Callable[[Inputs], Any]:
         def timed(one: Inputs) -> Any:
             with mock.patch.object(triton_configs, "choose", return_value=config):
-                return run(lambda x: loss.ours(x, "triton"), one)
+                return run(lambda x: form(x, "triton"), one)
 
         return timed
 
-    others = list(candidates(present, shape["d"], dtype))[: 2 if arguments.toy else None]
-    entries = {OURS: entry(present)} | {_name(config): entry(config) for config in others}
+    entries = {OURS: entry(present, loss.ours)}
+    for config in CANDIDATES:
+        entries[_name(config)] = entry(config._replace(chunk_d=present.chunk_d), loss.ours)
+    for config in (table(lean=False), *WITH_RANK):
+        entries[f"rank, {_name(config)}"] = entry(config._replace(chunk_d=present.chunk_d), loss.ours_with_rank)
     rows = compare(entries, inputs, device, cold=False, seconds=arguments.seconds)
     exact, _ = loss.exact(inputs[0])
     for name, row in rows.items():
@@ -74,19 +74,10 @@ def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
     print_rows(f"{title}; {OURS} is the table's {rows[OURS].get('config')}", rows, {"error_loss": "err loss"})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    add_shared(parser)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--d", type=int, default=128, help="channels (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--mode", choices=("train", "forward"), default="train")
 
 
-def main(arguments: argparse.Namespace) -> None:
-    run_suite(
-        f"tune-{arguments.dtype}-{arguments.d}-{arguments.mode}",
-        shapes(arguments),
-        lambda shape: measure(shape, arguments),
-        show,
-        arguments,
-    )
+SUITE = Suite("tune", shapes, measure, show, add_options)

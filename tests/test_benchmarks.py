@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +16,9 @@ import oracle
 import pytest
 import torch
 
-from benchmarks import loss, matching, queue, records, rivals, step
+from benchmarks import loss, matching, queue, records, render, rivals, step
 from benchmarks.__main__ import main
+from benchmarks.measure import Compiled, commit, compare
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CPU = torch.device("cpu")
@@ -79,7 +85,6 @@ def test_queue(tmp_path: Path) -> None:
 
 
 def test_step(tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
     record = run("step", tmp_path)
     records.validate(record)
     rows = record["cases"][0]["rows"]
@@ -90,7 +95,7 @@ def test_step(tmp_path: Path) -> None:
 
 def test_both_ways_of_a_dense_step_give_the_same_loss() -> None:
     """The rival does the same work: equal queues, equal weights, equal loss."""
-    shape = {"backbone": "example", "batch": 4, "pixels": 32, "k": 16, "dtype": "float32"}
+    shape = {"backbone": "small", "batch": 4, "pixels": 32, "k": 16, "dtype": "float32"}
     torch.manual_seed(0)
     trainer = step.Trainer(shape, CPU)
     trainer.image_slices.queue.copy_(trainer.image_queue.rows.t())
@@ -119,9 +124,42 @@ def test_slice_queue_holds_what_ours_holds() -> None:
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_committed_results(path: Path) -> None:
     record = json.loads(path.read_text())
+    assert records.dumps(record) + "\n" == path.read_text()
+    assert not re.search(r"(/[\w.+-]+){2,}", path.read_text()), "a path of the machine"
     if "suite" in record:
         records.validate(record)
-        assert not any(run["environment"]["commit"].endswith("dirty") for run in record["runs"])
+
+
+# Taken before records named their commit: each leaves this list when it is taken again.
+UNNAMED = {"curves_cpu", "demo_cpu"}
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in RESULTS.iterdir()))
+def test_committed_results_name_a_clean_commit(folder: str, request: pytest.FixtureRequest) -> None:
+    if folder in UNNAMED:
+        request.applymarker(pytest.mark.xfail(reason="to be taken again", strict=True))
+    for path in (RESULTS / folder).glob("*.json"):
+        record = json.loads(path.read_text())
+        found = [run["environment"]["commit"] for run in record["runs"]] if "suite" in record else [record["commit"]]
+        assert all(re.fullmatch("[0-9a-f]{7,40}", one) for one in found), path.name
+
+
+def test_commit_comes_from_the_variable_where_git_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch("[0-9a-f]{7,40}(-dirty)?", commit())
+    monkeypatch.setattr("benchmarks.measure._output", lambda command: None)
+    monkeypatch.delenv("COMMIT", raising=False)
+    with pytest.raises(SystemExit, match="set COMMIT"):
+        commit()
+    monkeypatch.setenv("COMMIT", "0123abc")
+    assert commit() == "0123abc"
+
+
+def test_a_record_has_a_line_per_case() -> None:
+    record = {"suite": "x", "cases": [{"rows": {"a": [1, 2]}}, {"rows": {}}], "history": {"loss": [1.0, 2.0]}}
+    text = records.dumps(record)
+    assert json.loads(text) == record
+    assert text.splitlines()[3:5] == ['  {"rows": {"a": [1, 2]}},', '  {"rows": {}}']
+    assert '  "loss": [1.0, 2.0]' in text.splitlines()
 
 
 def test_validate_finds_what_is_wrong(tmp_path: Path) -> None:
@@ -151,22 +189,113 @@ def test_validate_finds_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_tune(tmp_path: Path) -> None:
-    """In the interpreter: the table's row and two others, all with the right loss."""
+    """In the interpreter: the table's row and all candidates, with the right loss."""
     pytest.importorskip("triton")
     main(["tune", "--toy", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", "--dtype", "float32"])
-    record = json.loads((tmp_path / "tune-float32-128-train.json").read_text())
+    record = json.loads((tmp_path / "tune.json").read_text())
     records.validate(record)
     rows = record["cases"][0]["rows"]
-    assert len(rows) == 3
+    assert len(rows) == 8
     assert all(row["error_loss"] < 1e-5 for row in rows.values())
 
 
 def test_running_out_of_memory_is_a_result() -> None:
-    from benchmarks.measure import compare
-
     def greedy(_: object) -> None:
         raise torch.OutOfMemoryError
 
-    rows = compare({"greedy": greedy, "densecl_ops": lambda _: None}, [None], CPU, cold=False, seconds=0.01)
+    entries = {"greedy": greedy, "known": greedy, "densecl_ops": lambda _: None}
+    rows = compare(entries, [None], CPU, cold=False, seconds=0, needs={"known": 2**50})
     assert rows["greedy"] == {"failed": "out of memory"}
+    assert rows["known"] == {"failed": "not run: needs about 1048576 GiB"}
     assert rows["densecl_ops"]["rounds"] >= 3
+
+
+def test_torch_compile_is_compiled_in_every_case() -> None:
+    """Dynamo runs a function eagerly, silently, once it has compiled it for eight shapes."""
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    for n in range(2, 12):
+        rival = Compiled(double, backend="eager")
+        rows = compare({"torch.compile": rival}, [torch.ones(n)], CPU, cold=False, seconds=0)
+        assert "failed" not in rows["torch.compile"]
+        assert rival.graphs == 1
+
+
+@torch.compiler.set_stance("force_eager")
+def test_torch_compile_that_ran_eagerly_is_a_failure() -> None:
+    rows = compare({"torch.compile": Compiled(torch.sin)}, [torch.ones(3)], CPU, cold=False, seconds=0)
+    assert rows["torch.compile"] == {"failed": "RuntimeError: torch.compile made no graph: the call ran eagerly"}
+
+
+def test_a_failure_names_no_path_of_the_machine() -> None:
+    def broken(_: object) -> None:
+        raise OSError("/home/somebody/lib/x.so: cannot open")
+
+    rows = compare({"broken": broken}, [None], CPU, cold=False, seconds=0)
+    assert rows["broken"] == {"failed": "OSError: (path): cannot open"}
+
+
+@pytest.mark.parametrize("name", ["same-view", "enqueue-first"])
+def test_curves(name: str, tmp_path: Path) -> None:
+    for module in ("kornia", "matplotlib", "skimage", "tqdm"):
+        pytest.importorskip(module)
+    main(["curves", "--runs", name, "--out", str(tmp_path), "--options", "--steps 2 --batch-size 4 --lambda-warmup 0"])
+    record = json.loads((tmp_path / "curves_cpu" / f"{name}.json").read_text())
+    committed = json.loads((RESULTS / "curves_cpu" / f"{name}.json").read_text())
+    assert record.keys() == committed.keys()
+    assert record["settings"]["queue_size"] == committed["settings"]["queue_size"]
+    assert record["history"].keys() == committed["history"].keys()
+    assert {len(values) for values in record["history"].values()} == {2}
+    history = {key: values[0] for key, values in record["history"].items()}
+    if name == "same-view":  # at the first step both encoders are equal: each position is its own match
+        assert history["match_score"] == pytest.approx(1, abs=1e-3)
+        assert history["mutual_share"] == 1
+    else:  # random negatives would lose against every positive
+        assert history["top1"] < 0.5
+
+
+def test_smooth() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import smooth
+
+    assert smooth([1.0] * 19 + [5.0, 1.0]) == [1.0] * 19 + [pytest.approx(7 / 3), pytest.approx(3.0)]
+
+
+def test_gpu_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Rehearsed on the CPU: a stage that is done is not measured again, and one that fails stops no other."""
+    script = Path(records.__file__).with_name("gpu_run.sh")
+    variables = {"PYTHON": sys.executable, "GRACE": "250"}  # of a test's 600 seconds
+    variables["OPTIONS"] = "--toy --device cpu --seconds 0.01 --limit 1000"
+    for stages, status in ((["queue"], 0), (["nosuch", "queue"], 1)):
+        command = ["bash", str(script), str(tmp_path), *stages]
+        found = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+        assert found.returncode == status, found.stdout
+    assert "nosuch: no such stage" in found.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"queue.json", "logs.tar.gz"}
+    with tarfile.open(tmp_path / "logs.tar.gz") as logs:
+        log = logs.extractfile("./queue.txt")
+        assert log is not None
+        text = log.read().decode()
+    assert text.count("queue.json: ") == 2
+    assert text.count("4 keys into 64 x 16") == 1
+
+
+def test_records_of_a_gpu_are_shown_in_the_same_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads((RESULTS / "cpu" / "loss.json").read_text())
+    for one in record["runs"]:
+        one["environment"]["gpu"] = "NVIDIA Z1"
+    record["cases"] = [case for case in record["cases"] if case["shape"].items() >= {"n": 1568, "d": 128}.items()]
+    for case in record["cases"]:
+        case["shape"]["n"] = loss.HEADLINE["n"]
+        case["rows"]["attention, cuDNN"] = case["rows"]["attention, flash"]
+        del case["rows"]["arithmetic"]
+    records.write(tmp_path / "z1" / "loss.json", record)
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    assert "on a GPU (NVIDIA Z1, torch" in render.cost("z1")
+    assert "at N = 12,544 (256 images, 7 x 7)" in render.cost("z1")
+    assert "| the same around cuDNN's attention |" in render.loss("z1")
+    grid = render.grid("z1").splitlines()
+    assert " flash | cuDNN | " in grid[2]
+    assert len(grid) == 8 + len(record["cases"]) + 1

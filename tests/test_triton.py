@@ -18,7 +18,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from densecl_ops import _backends, _launch  # noqa: E402
+from densecl_ops import _launch  # noqa: E402
 from densecl_ops.functional import dense_info_nce  # noqa: E402
 from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
 

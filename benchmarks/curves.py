@@ -1,0 +1,139 @@
+"""The runs of docs/training.md: the demo trained in several ways, healthy and broken, with every step recorded.
+
+The trainer is run as a user runs it. Hooks on the library's own modules read what it does not record itself, and break
+what a broken run breaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import runpy
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from benchmarks.measure import commit
+from benchmarks.records import add_out, write
+from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, MomentumQueue
+from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
+
+TRAINER = Path(__file__).parents[1] / "docs" / "examples" / "pretrain.py"
+
+
+def enqueue_first() -> None:
+    """A batch's keys go into the queues before the loss, so that each positive is a negative too."""
+    enqueue = MomentumQueue.enqueue
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, DenseInfoNCELoss):
+            _, key, queue, *_ = inputs
+            enqueue(queue, key if key.ndim == 2 else key.flatten(2).mean(2))
+
+    register_module_forward_pre_hook(before)
+    MomentumQueue.enqueue = lambda self, keys: None  # type: ignore[method-assign]
+
+
+def same_view() -> None:
+    """Both encoders see the same view."""
+
+    def before(module: nn.Module, inputs: Any) -> Any:
+        whole = any(isinstance(child, DenseCorrespondence) for child in module.children())
+        return (inputs[0], inputs[0], *inputs[2:]) if whole else None
+
+    register_module_forward_pre_hook(before)
+
+
+class Run(NamedTuple):
+    """Options of the trainer, and what is broken beyond them."""
+
+    label: str
+    options: str = ""
+    fault: Callable[[], None] | None = None
+
+
+HEALTHY = {
+    "random": Run("random queue, warm-up"),
+    "random-no-warmup": Run("random queue, no warm-up", "--lambda-warmup 0"),
+    "empty": Run("empty queue, warm-up", "--queue-init empty"),
+    "empty-no-warmup": Run("empty queue, no warm-up", "--queue-init empty --lambda-warmup 0"),
+}
+BROKEN = {
+    "enqueue-first": Run("enqueue before the loss", "--steps 150", enqueue_first),
+    "same-view": Run("the same view twice", "--steps 150", same_view),
+    "high-lr": Run("learning rate 50 times too high", "--steps 150 --lr 1"),
+}
+
+
+def watch(log: dict[str, list[Tensor]], module: nn.Module, inputs: Any, output: Any) -> None:
+    """Collects the numbers of a training step from the modules that it calls."""
+    if not torch.is_grad_enabled():  # the evaluation
+        return
+    if isinstance(module, DenseCorrespondence):
+        log["match_score"].append(match_score(output))
+        log["mutual_share"].append(mutual_share(*inputs))
+    elif isinstance(module, DenseInfoNCELoss) and isinstance(output, tuple):  # the dense term, with ranks
+        loss, rank = output
+        log["dense_loss"].append(loss.detach())
+        log["top1"].append(contrastive_accuracy(rank))
+        log["top5"].append(contrastive_accuracy(rank, top_k=5))
+    elif isinstance(module, DenseInfoNCELoss):
+        log["image_loss"].append(output.detach())
+        log["queue_size"].append(torch.tensor(inputs[2].rows.shape[0]))
+
+
+def train(name: str, options: list[str], path: Path) -> None:
+    """Runs the trainer in this process, which is spoilt by it, and writes the history of its steps."""
+    log: dict[str, list[Tensor]] = defaultdict(list)
+    register_module_forward_hook(functools.partial(watch, log))
+    run = (HEALTHY | BROKEN)[name]
+    if run.fault:
+        run.fault()
+    sys.argv = [str(TRAINER), *run.options.split(), *options]
+    sys.path.insert(0, str(TRAINER.parent))
+    runpy.run_path(str(TRAINER), run_name="__main__")
+    path.write_text(json.dumps({key: [round(x, 4) for x in torch.stack(log[key]).tolist()] for key in log}))
+
+
+def record(name: str, options: list[str]) -> dict[str, Any]:
+    """Trains one run with seed 0 in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        result, history = Path(scratch, "result.json"), Path(scratch, "history.json")
+        options = ["--seed", "0", "--out", scratch, "--json", str(result), *options]
+        process = multiprocessing.get_context("spawn").Process(target=train, args=(name, options, history))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{name}: the trainer failed")
+        found, columns = json.loads(result.read_text()), json.loads(history.read_text())
+        return {
+            "name": name,
+            "label": (HEALTHY | BROKEN)[name].label,
+            "settings": {"queue_init": "random", "queue_size": columns.pop("queue_size")[0]} | found["settings"],
+            "matches": found["rows"]["image and dense"],
+            "threads": found["threads"],
+            "versions": found["versions"],
+            "commit": commit(),
+            "history": columns,
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_out(parser)
+    names = list(HEALTHY | BROKEN)
+    parser.add_argument("--runs", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--options", default="", help="of the trainer, for all runs: '--steps 2'")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    for name in arguments.runs:
+        write(arguments.out / "curves_cpu" / f"{name}.json", record(name, arguments.options.split()))
