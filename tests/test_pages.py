@@ -72,21 +72,23 @@ class Backbone(nn.Module):
         return self.body(images)
 
 
-def run_readme(page: Path, directory: Path) -> None:
-    """The first block is the MoCo step that the second one replaces."""
+def run_steps(page: Path, directory: Path) -> None:
+    """The first block is the MoCo step that the second one replaces; a third one is a BYOL step."""
     view_q, view_k = torch.randn(2, 2, 3, 224, 224)
     space: dict[str, Any] = {"torch": torch, "F": F, "view_q": view_q, "view_k": view_k}
     space |= {"backbone_q": Backbone(), "backbone_k": Backbone()}
-    _, moco, byol = blocks(page)
+    _, moco, *byol = blocks(page)
     exec(moco, space)
     terms = space["image_loss"].item(), space["dense_loss"].item()
     assert space["loss"].item() == pytest.approx(sum(terms) / 2)
     assert all(p.grad.any() for p in space["head_q"].parameters())
     assert [int(space[queue].position) for queue in ("image_queue", "dense_queue")] == [2, 2]
+    if not byol:
+        return
     space |= {"online_backbone": Backbone(), "target_backbone": Backbone(), "target_head": space["head_k"]}
     space |= {"online_head": space["head_q"], "dense_predictor": nn.Conv2d(128, 128, 1)}
     space |= {"view_1": view_q, "view_2": view_k}
-    exec(byol, space)
+    exec(*byol, space)
     space["dense_loss"].backward()
     assert space["dense_predictor"].weight.grad.any()
 
@@ -117,7 +119,9 @@ def run_on_two_processes(page: Path, directory: Path) -> None:
 
 
 RUNS = {
-    "README.md": run_readme,
+    "README.md": run_steps,
+    "docs/index.md": run_steps,
+    "docs/faq.md": run_in_order(),
     "docs/matching.md": run_in_order("kornia"),
     "docs/training.md": run_in_order("matplotlib"),
     "docs/distributed.md": run_on_two_processes,
