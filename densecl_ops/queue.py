@@ -169,7 +169,7 @@ class MomentumQueue(nn.Module):
         skipped = max(0, written - self.size)
         # Positions stay on the device: reading them on the host would wait for it at every step.
         target = torch.arange(skipped, written, device=unit.device).add_(self.position).remainder_(self.size)
-        self.rows.index_copy_(0, target, unit[skipped:])
+        self.rows.index_put_((target,), unit[skipped:])  # index_copy_ has no MPS kernel in older torch
         self.position.add_(written).remainder_(self.size)
         self.count.add_(written).clamp_(max=self.size)
 
