@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
-from densecl_ops.functional import dense_correspondence, dense_info_nce
+from densecl_ops.functional import dense_correspondence, dense_info_nce, in_batch_negatives
+from densecl_ops.metrics import contrastive_accuracy, match_score
 
 
 @pytest.fixture
@@ -138,3 +139,53 @@ def test_exported_programs_can_be_saved_and_loaded() -> None:
         loaded = torch.export.load(file).module()(*inputs)
         assert type(loaded) is type(module(*inputs))
         torch.testing.assert_close(loaded, module(*inputs))
+
+
+@pytest.fixture(params=["device", "dtype"])
+def other_default(request: pytest.FixtureRequest) -> Any:
+    """meta stands for any device that is not the tensors'; bfloat16 for Lightning's "bf16-true"."""
+    if request.param == "device":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def everything(backend: str) -> list[Tensor]:
+    """What a step computes from modules and inputs that were made under the ordinary defaults."""
+    head = DenseProjectionHead(8, 8, 16, grid_size=4).to_empty(device="cpu").float()
+    queue = MomentumQueue(32, 16, dtype=torch.float32).to_empty(device="cpu")
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    first, second = torch.randn(2, 8, 6, 6, **options), torch.randn(2, 8, 6, 6, **options)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    queue.reset_parameters()
+    query, key = head(first), head(second)
+    match = DenseCorrespondence(grid_size=4, mutual=True, min_score=0.1, backend=backend)(first, second)
+    loss, rank = DenseInfoNCELoss(backend=backend)(query.dense, key.dense.detach(), queue, match, return_rank=True)
+    loss.backward()
+    negatives, own = in_batch_negatives(key.pooled)
+    queue.enqueue(key.pooled.detach())
+    others = dense_info_nce(query.image, key.image, negatives, exclude=own, backend=backend)
+    return [
+        loss,
+        rank,
+        *match,
+        others,
+        match_score(match),
+        contrastive_accuracy(rank),
+        queue.rows,
+        head.dense_mlp[0].weight.grad,
+    ]
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_other_defaults(backend: str, other_default: None) -> None:
+    seen = everything(backend)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    for ours, truth in zip(seen, everything(backend), strict=True):
+        torch.testing.assert_close(ours, truth)
