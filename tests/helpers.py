@@ -10,7 +10,8 @@ import numpy as np
 import oracle
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from densecl_ops import Correspondence
 from densecl_ops.functional import dense_correspondence, dense_info_nce
@@ -38,6 +39,16 @@ def match(backend: str, *args: Any, **kwargs: Any) -> Correspondence:
     """dense_correspondence on the device of the backend; the result comes back to the host."""
     result = dense_correspondence(*to_device(backend, *args), backend=backend, **kwargs)
     return Correspondence(*(x.cpu() for x in result))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Stands for a device without float64, such as MPS: an operation that makes such a tensor raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(getattr(x, "dtype", None) == torch.float64 for x in tree_leaves(out)):
+            raise TypeError(f"{func}: no float64 on this device")
+        return out
 
 
 def numpy64(x: Tensor) -> np.ndarray:
