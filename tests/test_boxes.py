@@ -323,6 +323,8 @@ def test_kornia_refuses_what_is_no_box(name: str, place: str) -> None:
     """On what kornia itself drew; after a crop, the black border of a shift would lie inside the image."""
     k = pytest.importorskip("kornia.augmentation")
     what, make = NO_BOX[name]
+    if name == "patches" and is_old():
+        pytest.skip("kornia before 0.9 cannot run patches in an AugmentationSequential")
     augment = k.AugmentationSequential(make(k), data_keys=["input"])
     if place == "nested":
         crop = k.RandomResizedCrop((60, 80), scale=(0.1, 0.2))
