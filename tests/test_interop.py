@@ -498,7 +498,7 @@ def test_files_of_our_recipes(case: str, wrapped: bool, tmp_path: Path) -> None:
     recipe = importlib.import_module(name)
     model, other = scramble(build(recipe)), build(recipe)
     saved = {("module." if wrapped else "") + entry: x for entry, x in model.state_dict().items()}
-    source = {"epoch": 3, "model" if name == "pretrain" else "state_dict": saved}
+    source = {"epoch": 3, "model" if name in ("pretrain", "byol_loop") else "state_dict": saved}
     torch.save(source, tmp_path / "run.pth")
     checkpoint = read_checkpoint(tmp_path / "run.pth")
     assert checkpoint.format == case.partition(",")[0]
@@ -558,6 +558,15 @@ def test_the_backbone_of_any_training_checkpoint(name: str, prefix: str | None) 
     assert len(checkpoint.unmapped) == len(state) - len(wanted)
     if name != "lightly":
         assert_same(write_checkpoint(checkpoint), state)
+
+
+def test_a_backbone_with_names_like_a_projects() -> None:
+    """A transformer's layers, a detector's neck: with format="backbone" they are its own."""
+    state = {f"student.{name}": torch.ones(1) for name in ("layers.0.norm.weight", "neck.conv.weight", "fc.weight")}
+    checkpoint = read_checkpoint(state, format="backbone", prefix="student.")
+    assert list(checkpoint.backbone_q) == ["layers.0.norm.weight", "neck.conv.weight"]
+    assert list(checkpoint.unmapped) == ["student.fc.weight"]
+    assert_same(write_checkpoint(checkpoint), state)
 
 
 class Behind(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from os import PathLike, fspath
 from pickle import UnpicklingError
@@ -75,7 +75,7 @@ def read_checkpoint(
     if prefix is not None and not isinstance(prefix, str):
         raise TypeError(f"prefix: got {type(prefix).__name__}, expected a str or None")
     content = source if isinstance(source, Mapping) else _load(source)
-    key = "model" if isinstance(content.get("model"), Mapping) else "state_dict" if "state_dict" in content else None
+    key = "state_dict" if "state_dict" in content else "model" if isinstance(content.get("model"), Mapping) else None
     state = content if key is None else content[key]
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict: got {type(state).__name__}, expected a mapping of names to tensors")
@@ -88,18 +88,15 @@ def read_checkpoint(
     inside = _below(prefix, state)
     if not inside:
         raise ValueError(f"prefix: got {prefix!r}, expected one of the {len(state)} names to begin with it")
-    found = format if format in FORMATS and format != "backbone" else detect(inside)
+    found = detect(inside) if format in ("auto", "backbone") else format
     if format == "auto" and found is None:
         raise ValueError(_not_recognised(inside))
-    table = lightly_table(inside) if found == "lightly" else TABLES[found or format]
-    if format == "backbone":  # of a training checkpoint the part that is one
-        pairs = table.names["backbone_q"]
-        before = pairs.get("", "backbone.")  # a backbone of lightly's may have its children renamed
-        names = {mine: theirs.removeprefix(before) for mine, theirs in pairs.items()}
-        table, prefix = replace(TABLES["backbone"], names={"backbone_q": names}), prefix + before
-        inside = _below(prefix, state)
-    elif found == "moco" and "encoder_q.fc.weight" in inside:
+    if found == "moco" and format != "backbone" and "encoder_q.fc.weight" in inside:
         raise ValueError(ONE_LINEAR.format(prefix=prefix))
+    table = lightly_table(inside) if found == "lightly" else TABLES[found or format]
+    if format == "backbone":
+        before, table = _backbone_of(table, inside)
+        prefix, inside = prefix + before, _below(prefix + before, state)
 
     parts, carried, problems = take_apart(inside, table)
     raise_all(f"{table.name} checkpoint", problems)
@@ -112,6 +109,16 @@ def read_checkpoint(
         prefix=prefix,
         key=key,
     )
+
+
+def _backbone_of(table: Format, names: Collection[str]) -> tuple[str, Format]:
+    """What stands before the query backbone of a training checkpoint, and a table of nothing else."""
+    pairs = table.names["backbone_q"]
+    before = pairs.get("", "backbone.")  # lightly's may have a name for every child instead
+    if not any(name.startswith(before) for name in names):
+        return "", TABLES["backbone"]
+    below = {mine: theirs.removeprefix(before) for mine, theirs in pairs.items()}
+    return before, replace(TABLES["backbone"], names={"backbone_q": below})
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> State:
