@@ -336,6 +336,44 @@ def test_kornia_refuses_what_is_no_box(name: str, place: str) -> None:
         boxes_from_kornia(augment)
 
 
+def test_kornia_refuses_videos_and_volumes() -> None:
+    k = pytest.importorskip("kornia.augmentation")
+    video = k.VideoSequential(k.RandomHorizontalFlip(), k.RandomResizedCrop(SIZE), data_format="BCTHW")
+    for augment in (video, k.RandomHorizontalFlip3D()):
+        augment(torch.rand(2, 3, 4, 60, 80))
+        with pytest.raises(
+            ValueError, match=r"augmentation: got RandomHorizontalFlip.* of videos or volumes, expected"
+        ):
+            boxes_from_kornia(augment)
+
+
+@pytest.mark.parametrize(
+    "name", ["ColorJitter", "RandomGrayscale", "RandomGaussianBlur", "RandomSolarize", "RandomErasing", "Normalize"]
+)
+def test_kornia_without_moved_pixels(name: str) -> None:
+    k = pytest.importorskip("kornia.augmentation")
+    options = {"RandomGaussianBlur": ((3, 3), (0.1, 2.0)), "Normalize": (torch.zeros(3), torch.ones(3))}
+    crop = k.RandomResizedCrop(SIZE)
+    augment = k.AugmentationSequential(crop, getattr(k, name)(*options.get(name, ()), p=1.0), data_keys=["input"])
+    augment(torch.rand(2, 3, 60, 80))
+    assert torch.equal(boxes_from_kornia(augment), boxes_from_kornia(crop))
+
+
+def test_kornia_under_inference_mode_and_other_defaults(defaults: None) -> None:
+    """What was drawn under inference_mode; the default dtype and device of the reader do not count."""
+    k = pytest.importorskip("kornia.augmentation")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    with torch.inference_mode(), torch.device("cpu"):
+        flip = k.RandomVerticalFlip(p=1.0)
+        augment = k.AugmentationSequential(k.CenterCrop((30, 40)), flip, data_keys=["input"])
+        augment(torch.rand(2, 3, 620, 800))
+    torch.set_default_dtype(before)
+    boxes = boxes_from_kornia(augment)
+    assert (boxes.dtype, boxes.device.type) == (torch.float32, "cpu")
+    assert boxes.tolist() == [[380, 325, 420, 295]] * 2
+
+
 def test_kornia_before_0_9(monkeypatch: pytest.MonkeyPatch) -> None:
     kornia = pytest.importorskip("kornia")
     crop = kornia.augmentation.RandomResizedCrop(SIZE, align_corners=False)

@@ -1,4 +1,4 @@
-"""Crop boxes from what torchvision and kornia keep of their random crops. Neither is imported here."""
+"""Crop boxes from what torchvision and kornia keep of their random crops. Neither need be installed."""
 
 from __future__ import annotations
 
@@ -154,15 +154,18 @@ def _steps(module: Any, draw: Any) -> Iterator[_Step]:
     if not isinstance(draw, Mapping) or not hasattr(module, "generate_transformation_matrix"):
         raise _no_box(f"{name}, which has no matrix")
     draw = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in draw.items()}
-    batch, _, height, width = draw["forward_input_shape"].tolist()
-    if "pad_mode" in module.flags or bool(torch.as_tensor(draw.get("padding_size", 0)).any()):
+    shape = draw["forward_input_shape"].tolist()
+    if len(shape) != 4 or draw["batch_prob"].shape != (shape[0],):
+        raise _no_box(f"{name} of videos or volumes")
+    batch, _, height, width = shape
+    if "pad_mode" in module.flags or ("padding_size" in draw and bool(draw["padding_size"].any())):
         raise _no_box(f"{name} with padding")
     if module.flags.get("align_corners") is False:
         _require_true_matrices(name)
-    # Only the shape and the dtype of the input matter: no channels, no memory.
-    matrix = module.generate_transformation_matrix(
-        torch.empty(batch, 0, height, width, dtype=torch.float64, device="cpu"), draw, module.flags
-    )
+    with torch.device("cpu"):  # whatever the default device is
+        # Only the shape and the dtype of the input matter: no channels, no memory.
+        images = torch.empty(batch, 0, height, width, dtype=torch.float64)
+        matrix = module.generate_transformation_matrix(images, draw, module.flags)
     if matrix.shape != (batch, 3, 3):
         raise _no_box(f"{name}, whose matrix has shape {_checks.shape_of(matrix)}")
     size_out = height, width
