@@ -20,6 +20,7 @@ from benchmarks.measure import Row, compare, relative_error
 from benchmarks.records import OURS, Shape, Suite, print_rows
 from benchmarks.rivals import Inputs
 from densecl_ops import _launch
+from densecl_ops._types import BackendName
 from densecl_ops.info_nce import triton_configs
 from densecl_ops.info_nce.triton_configs import Config
 
@@ -43,7 +44,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     present = table()
     run = loss.step if shape["mode"] == "train" else loss.evaluate
 
-    def entry(config: Config, form: Callable[[Inputs, str], Tensor]) -> Callable[[Inputs], Any]:
+    def entry(config: Config, form: Callable[[Inputs, BackendName], Tensor]) -> Callable[[Inputs], Any]:
         def timed(one: Inputs) -> Any:
             with mock.patch.object(triton_configs, "choose", return_value=config):
                 return run(lambda x: form(x, "triton"), one)

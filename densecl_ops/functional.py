@@ -1,6 +1,6 @@
 """Stateless forms of the operations; the modules are thin over them."""
 
-from densecl_ops.correspondence.crops import boxes_from_kornia, boxes_from_torchvision
+from densecl_ops.correspondence.boxes import boxes_from_kornia, boxes_from_torchvision
 from densecl_ops.correspondence.functional import dense_correspondence
 from densecl_ops.correspondence.location import location_correspondence
 from densecl_ops.in_batch import in_batch_negatives

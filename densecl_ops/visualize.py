@@ -116,7 +116,7 @@ def plot_correspondence(
     drawn = torch.where(valid, score.nan_to_num(-math.inf), -math.inf).argsort(descending=True, stable=True)
     drawn = drawn[: int(valid.sum())][:top_k].flip(0)  # the best are drawn last, on top
     start_xy = _centres(drawn, grid_q, height_q, width_q)
-    end_xy = _centres(index[drawn], grid_k, height_k, width_k) + torch.tensor([shift_x, shift_y])
+    end_xy = _centres(index[drawn], grid_k, height_k, width_k, shift_x, shift_y)
     kind = torch.where(known, right.long(), 2)[drawn]
     if truth is None:
         _draw_by_score(ax, start_xy, end_xy, score[drawn])
@@ -200,7 +200,7 @@ def _grid(name: str, value: object, positions: int) -> tuple[int, int]:
 def _judge(index: Tensor, truth: Tensor | None, keys: int) -> tuple[Tensor, Tensor]:
     """(P_q,) bool: where the truth is known, and where the match is right."""
     if truth is None:
-        nothing = torch.zeros(index.shape, dtype=torch.bool)
+        nothing = torch.zeros_like(index, dtype=torch.bool)
         return nothing, nothing
     truth = _checks.require_integer("truth", truth)
     _checks.require_shape("truth", truth, tuple(index.shape))
@@ -211,10 +211,12 @@ def _judge(index: Tensor, truth: Tensor | None, keys: int) -> tuple[Tensor, Tens
     return truth >= 0, truth == index
 
 
-def _centres(position: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
-    """(n, 2) x and y, in pixels, of the centres of row-major cells."""
-    x = (position % grid[1] + 0.5) * (width / grid[1])
-    y = (position // grid[1] + 0.5) * (height / grid[0])
+def _centres(
+    position: Tensor, grid: tuple[int, int], height: int, width: int, left: float = 0.0, top: float = 0.0
+) -> Tensor:
+    """(n, 2) float32 x and y, in pixels, of the centres of row-major cells of an image that starts at (left, top)."""
+    x = left + ((position % grid[1]).float() + 0.5) * (width / grid[1])
+    y = top + ((position // grid[1]).float() + 0.5) * (height / grid[0])
     return torch.stack([x, y], 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -55,3 +56,15 @@ def fused(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")], ids=str)
+def defaults(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Other defaults than torch's own; the meta device stands for any that is not the CPU."""
+    dtype, device = request.param
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    yield
+    torch.set_default_dtype(before)
+    torch.set_default_device(None)

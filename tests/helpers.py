@@ -16,7 +16,8 @@ import oracle
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from densecl_ops import Correspondence
 from densecl_ops.functional import dense_correspondence, dense_info_nce
@@ -75,6 +76,16 @@ def run_ranks(worker: str, world: int, directory: Path, *arguments: str) -> list
             process.kill()
             process.wait()
     return [torch.load(directory / f"{rank}.pt") for rank in range(world)]
+
+
+class NoFloat64(TorchDispatchMode):
+    """Stands for a device without float64, such as MPS: an operation that makes such a tensor raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(getattr(x, "dtype", None) == torch.float64 for x in tree_leaves(out)):
+            raise TypeError(f"{func}: no float64 on this device")
+        return out
 
 
 def numpy64(x: Tensor) -> np.ndarray:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import re
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close
+from standins import byol_learner, lightly_modules, moco_builder, solo_methods
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 from densecl_ops import DenseProjectionHead, MomentumQueue
@@ -269,7 +273,8 @@ def test_between_formats() -> None:
     there = write_checkpoint(read_checkpoint(source), format="mmpretrain")
     mmpretrain().load_state_dict(there["state_dict"])  # strict
     assert int(there["state_dict"]["encoder_k.steps"]) == 1
-    assert_same(write_checkpoint(read_checkpoint(there)), source)
+    assert_same(write_checkpoint(read_checkpoint(there)), there)  # by default the format that was read
+    assert_same(write_checkpoint(read_checkpoint(there), format="densecl"), source)
     kept = write_checkpoint(read_checkpoint(full(mmpretrain())), format="mmpretrain")
     assert int(kept["state_dict"]["encoder_k.steps"]) == 1234
     stepless = broken("mmpretrain", drop("encoder_k.steps"))
@@ -398,6 +403,268 @@ def test_published_backbones(before: str) -> None:
     assert list(plain) == list(backbone.state_dict())
 
 
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+class Settings(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+SOLO = SimpleNamespace(method_kwargs=Settings(proj_hidden_dim=HIDDEN, proj_output_dim=D, temperature=0.2, queue_size=K))
+
+
+# Format -> file of the recipe, model of it, and the places of query backbone, query head, key backbone, key head.
+RECIPES: dict[str, tuple[str, Any, tuple[str, str, str, str]]] = {
+    "with_moco": (
+        "with_moco",
+        lambda recipe: recipe.DenseMoCo(lambda num_classes: resnet(C, num_classes), dim=D, K=K),
+        ("encoder_q", "encoder_q.fc", "encoder_k", "encoder_k.fc"),
+    ),
+    "moco_loop": (
+        "moco_loop",
+        lambda recipe: recipe.Trainer(K),
+        ("encoder_q.backbone", "encoder_q.head", "encoder_k.backbone", "encoder_k.head"),
+    ),
+    "pretrain": (
+        "pretrain",
+        lambda recipe: recipe.DenseCL(K),
+        ("encoder_q.backbone", "encoder_q.head", "encoder_k.module.backbone", "encoder_k.module.head"),
+    ),
+    "with_vit": (
+        "with_vit",
+        lambda recipe: recipe.DenseCL(recipe.ViT(), 96, K),
+        ("encoder_q.vit", "encoder_q.head", "encoder_k.vit", "encoder_k.head"),
+    ),
+    "with_fpn": (
+        "with_fpn",
+        lambda recipe: recipe.DenseCL(4, K),
+        ("encoder_q.pyramid", "encoder_q.head", "encoder_k.pyramid", "encoder_k.head"),
+    ),
+    "with_lightly": (
+        "with_lightly_moco",
+        lambda recipe: recipe.DenseMoCo(resnet(), C, K),
+        ("backbone", "projection_head", "backbone_momentum", "projection_head_momentum"),
+    ),
+    "with_lightly, BYOL": (
+        "with_lightly_byol",
+        lambda recipe: recipe.DenseBYOL(resnet(), C),
+        ("backbone", "projection_head", "backbone_momentum", "projection_head_momentum"),
+    ),
+    "with_lightning": (
+        "with_lightning",
+        lambda recipe: recipe.DenseCL(queue_size=K),
+        ("backbone", "head", "backbone_k", "head_k"),
+    ),
+    "with_solo_learn": (
+        "with_solo_learn",
+        lambda recipe: recipe.DenseMoCoV2Plus(SOLO),
+        ("backbone", "head", "momentum_backbone", "head_k"),
+    ),
+    "byol_loop": (
+        "byol_loop",
+        lambda recipe: recipe.Trainer(),
+        ("online.backbone", "online.head", "target.backbone", "target.head"),
+    ),
+    "with_byol_pytorch": (
+        "with_byol_pytorch",
+        lambda recipe: recipe.DenseBYOL(byol_learner.BYOL(recipe.TinyResNet(), 64), 64),
+        ("learner.net", "head", "learner.target_encoder.net", "target_head"),
+    ),
+}
+
+
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the hosts of the recipes; the recipes' own folders on the path."""
+    named = {"lightly": lightly_modules, "moco": moco_builder, "solo": solo_methods}
+    for name in ("lightly.loss", "lightly.models", "lightly.models.modules", "lightly.models.utils", "moco.builder"):
+        named[name] = named[name.partition(".")[0]]
+    for name in ("solo.methods", "solo.methods.mocov2plus"):
+        named[name] = solo_methods
+    for name, module in named.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for folder in {path.parent for path in EXAMPLES.rglob("*.py")}:
+        monkeypatch.syspath_prepend(str(folder))
+
+
+@pytest.mark.usefixtures("hosts")
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("case", RECIPES)
+def test_files_of_our_recipes(case: str, wrapped: bool, tmp_path: Path) -> None:
+    """Told apart, loaded into the modules of a second model, and written back bit for bit."""
+    name, build, places = RECIPES[case]
+    for package in {"pretrain": ("kornia", "skimage", "tqdm"), "with_lightning": ("lightning",)}.get(name, ()):
+        pytest.importorskip(package)
+    recipe = importlib.import_module(name)
+    model, other = scramble(build(recipe)), build(recipe)
+    saved = {("module." if wrapped else "") + entry: x for entry, x in model.state_dict().items()}
+    source = {"epoch": 3, "model" if name in ("pretrain", "byol_loop") else "state_dict": saved}
+    torch.save(source, tmp_path / "run.pth")
+    checkpoint = read_checkpoint(tmp_path / "run.pth")
+    assert checkpoint.format == case.partition(",")[0]
+    parts = dict(zip(("backbone_q", "head_q", "backbone_k", "head_k"), map(other.get_submodule, places), strict=True))
+    queues = [part for part in ("image_queue", "dense_queue") if hasattr(other, part)]
+    assert (checkpoint.image_queue is None, checkpoint.dense_queue is None) == ((not queues,) * 2)
+    for part, place in zip(list(parts), places, strict=True):
+        if part.startswith("backbone"):  # without its classifier, or the head that stands in its place
+            inside = model.get_submodule(place).state_dict()
+            wanted = {entry: x for entry, x in inside.items() if not entry.startswith("fc.")}
+            assert_same(dict(getattr(checkpoint, part)), wanted, part)
+            del parts[part]
+    parts |= {part: getattr(other, part) for part in queues}
+    assert checkpoint.load_into(**parts) == []
+    for part, place in zip(parts, (places[1], places[3], *queues), strict=True):
+        assert_same(dict(parts[part].state_dict()), dict(model.get_submodule(place).state_dict()), part)
+    assert_same(write_checkpoint(checkpoint), source)
+
+
+@pytest.mark.usefixtures("hosts")
+def test_into_the_names_of_a_recipe() -> None:
+    """DenseCL's file, as that of a model that has those parts; EMA counters are not 0."""
+    pytest.importorskip("skimage")
+    checkpoint = read_checkpoint(densecl().state_dict())
+    for name in ("moco_loop", "pretrain", "with_moco"):
+        written = write_checkpoint(checkpoint, format=name)["state_dict"]
+        again = read_checkpoint(written)
+        assert again.format == name
+        for part in PARTS:
+            assert_same(dict(getattr(again, part)), dict(getattr(checkpoint, part)), part)
+    assert "module.encoder_q.fc.dense_mlp.0.weight" in written
+    assert int(write_checkpoint(checkpoint, format="pretrain")["state_dict"]["encoder_k.n_averaged"]) == 1
+    with pytest.raises(ValueError, match=r"unmapped: got module.predictor of a with_moco run"):
+        write_checkpoint(read_checkpoint(written | {"module.predictor": torch.ones(1)}), format="densecl")
+
+
+@pytest.mark.usefixtures("hosts")
+@pytest.mark.parametrize("prefix", [None, "given"])
+@pytest.mark.parametrize("name", [*MODELS, "moco v1", "lightly", "with_moco", "moco_loop", "byol_loop"])
+def test_the_backbone_of_any_training_checkpoint(name: str, prefix: str | None) -> None:
+    """All else is unmapped; written back, the file is what it was."""
+    if name in RECIPES:
+        recipe = importlib.import_module(RECIPES[name][0])
+        model, place = RECIPES[name][1](recipe), RECIPES[name][2][0] + "."
+    else:
+        model = {"moco v1": lambda: moco(version=1), "lightly": lambda: lightly("moco")}.get(name, MODELS.get(name))()
+        places = {"densecl": "encoder_q.0.", "moco": "module.encoder_q.", "moco v1": "module.encoder_q."}
+        place = places.get(name, "backbone.")
+    state = dict(scramble(model).state_dict())
+    checkpoint = read_checkpoint(state, format="backbone", prefix=place if prefix else None)
+    assert checkpoint.format == "backbone"
+    inside = {entry.removeprefix(place): x for entry, x in state.items() if entry.startswith(place)}
+    wanted = {entry: x for entry, x in inside.items() if not entry.startswith("fc.")}
+    if name == "lightly" and prefix is None:  # whose numbers become names
+        wanted = dict(zip(resnet().state_dict(), wanted.values(), strict=True))
+    assert_same(dict(checkpoint.backbone_q), wanted)
+    assert len(checkpoint.unmapped) == len(state) - len(wanted)
+    if name != "lightly":
+        assert_same(write_checkpoint(checkpoint), state)
+
+
+def test_a_backbone_with_names_like_a_projects() -> None:
+    """A transformer's layers, a detector's neck: with format="backbone" they are its own."""
+    state = {f"student.{name}": torch.ones(1) for name in ("layers.0.norm.weight", "neck.conv.weight", "fc.weight")}
+    checkpoint = read_checkpoint(state, format="backbone", prefix="student.")
+    assert list(checkpoint.backbone_q) == ["layers.0.norm.weight", "neck.conv.weight"]
+    assert list(checkpoint.unmapped) == ["student.fc.weight"]
+    assert_same(write_checkpoint(checkpoint), state)
+
+
+class Behind(nn.Module):
+    """What FSDP's first version does to names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    return nn.DataParallel(module)
+
+
+def averaged(module: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(module)
+
+
+def distributed(module: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(module)
+
+
+WRAPPERS = [torch.compile, data_parallel, averaged, distributed, checkpoint_wrapper, Behind]
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("outer", [None, *WRAPPERS], ids=lambda wrap: getattr(wrap, "__name__", "none"))
+@pytest.mark.parametrize("inner", [None, *WRAPPERS], ids=lambda wrap: getattr(wrap, "__name__", "none"))
+def test_wrapped_modules(outer: Any, inner: Any) -> None:
+    """Plain names out of wrapped modules, and plain names into them."""
+    plain, wrapped = scramble(resnet()), resnet()
+    if inner is not None:
+        wrapped.layer1[0] = inner(wrapped.layer1[0])
+    wrapped = wrapped if outer is None else outer(wrapped)
+    assert Checkpoint.from_modules(backbone_q=plain).load_into(backbone_q=wrapped) == []
+    checkpoint = Checkpoint.from_modules(backbone_q=wrapped)
+    assert_same(dict(checkpoint.backbone_q), dict(plain.state_dict()))
+    assert list(write_checkpoint(checkpoint, format="backbone")) == list(plain.state_dict())
+    with pytest.raises(ValueError, match=r"backbone_q.layer1.0.conv1.weight: got nothing, expected shape"):
+        dataclasses.replace(checkpoint, backbone_q={}).load_into(backbone_q=wrapped)
+
+
+def test_a_key_side_that_is_an_average() -> None:
+    """The first update after loading averages; it would copy the query side over what was loaded."""
+    query, key = resnet(), torch.optim.swa_utils.AveragedModel(resnet(), avg_fn=lambda k, q, n: k)
+    loaded = scramble(resnet())
+    Checkpoint.from_modules(backbone_k=loaded).load_into(backbone_k=key)
+    key.update_parameters(query)
+    assert_same(dict(key.module.named_parameters()), dict(loaded.named_parameters()))
+
+
+def test_a_file_of_compiled_parts() -> None:
+    """torch.compile of a part of the model leaves its name inside those of the file."""
+    state = moco().state_dict()
+    inside = {name.replace("encoder_q.", "encoder_q._orig_mod."): x for name, x in state.items()}
+    assert_same(write_checkpoint(read_checkpoint(inside)), dict(state))
+    with pytest.raises(ValueError, match="with and without the names of wrappers"):
+        read_checkpoint(inside | dict(state))
+
+
+def test_a_queue_of_another_size_is_refused_whole() -> None:
+    """Neither count nor position of the other one arrives, also where its rows were filtered out before."""
+    queue, other = MomentumQueue(K, D, init="empty"), MomentumQueue(2 * K, D)
+    other.enqueue(torch.randn(3, D))
+    before = copy.deepcopy(dict(queue.state_dict()))
+    checkpoint = Checkpoint.from_modules(image_queue=other)
+    with pytest.raises(ValueError, match=r"image_queue.rows: got shape \(16, 4\), expected \(8, 4\)"):
+        checkpoint.load_into(image_queue=queue)
+    del checkpoint.image_queue["rows"]
+    with pytest.raises(ValueError, match=r"image_queue.rows: got nothing, expected shape \(8, 4\)"):
+        checkpoint.load_into(image_queue=queue)
+    assert_same(dict(queue.state_dict()), before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_under_inference_mode_and_other_defaults(name: str, defaults: None) -> None:
+    with torch.device("cpu"):
+        source = full(MODELS[name]())
+        ours = {part: x.to(torch.float32) for part, x in modules().items()}
+        if name == "moco":
+            ours = {"backbone_q": ours["backbone_q"], "image_queue": ours["image_queue"]}
+    with torch.inference_mode():
+        checkpoint = read_checkpoint(copy.deepcopy(source))
+        assert_same(write_checkpoint(checkpoint), source)
+        there = write_checkpoint(dataclasses.replace(checkpoint, extra={}, unmapped={}), format="pretrain")
+        assert {x.device.type for x in there["state_dict"].values()} == {"cpu"}
+    checkpoint.load_into(**ours)
+    for part in ours:
+        assert all(x.device.type == "cpu" for x in ours[part].state_dict().values())
+
+
 def broken(name: str, change: Any) -> dict[str, Tensor]:
     state = dict(MODELS[name]().state_dict())
     change(state)
@@ -423,7 +690,11 @@ WRONG = {
     "missing in key": ("densecl", drop("encoder_k.0.conv1.weight"), "encoder_k.0.conv1.weight: got nothing"),
     "missing copy": ("densecl", drop("backbone.conv1.weight"), "backbone.conv1.weight: got nothing"),
     "extra": ("densecl", put("encoder_q.2.weight", torch.ones(3)), r"encoder_q.2.weight: got shape \(3,\)"),
-    "extra layer": ("mmpretrain", put("neck.mlp.4.weight", torch.ones(3)), "neck.mlp.4.weight: got shape"),
+    "extra layer": (
+        "mmpretrain",
+        put("neck.mlp.4.weight", torch.ones(3)),
+        r"neck.mlp.4.weight: got \(3,\), expected no",
+    ),
     "extra leaf": ("mmpretrain", put("neck.mlp.0.scale", torch.ones(3)), r"neck.mlp.0.scale: got \(3,\), expected no"),
     "head shape": ("densecl", put("encoder_k.1.mlp.2.weight", torch.ones(3, 5)), r"encoder_k.1.mlp.2.bias: got \(4,\)"),
     "dense shape": (
@@ -496,8 +767,8 @@ def test_what_a_format_cannot_hold_is_not_written(tmp_path: Path) -> None:
         Checkpoint.from_modules(**ours), format="moco", extra={"optimizer": {}}, unmapped={"x": torch.ones(1)}
     )
     with pytest.raises(ValueError, match=r"(?s)extra: got optimizer of a moco run.*unmapped: got x.*unmapped=\{\}"):
-        write_checkpoint(started)
-    write_checkpoint(dataclasses.replace(started, extra={}, unmapped={}))
+        write_checkpoint(started, format="densecl")
+    write_checkpoint(dataclasses.replace(started, extra={}, unmapped={}), format="densecl")
 
 
 class Foreign:
@@ -537,6 +808,19 @@ def test_arguments_and_files(tmp_path: Path) -> None:
         Checkpoint().load_into()
     with pytest.raises(TypeError, match="keep_dense: got 1"):
         Checkpoint().load_into(keep_dense=1)
+
+
+def test_the_advice_for_files_that_hold_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two lines keep what mmengine resumes from: meta, with epoch and iter."""
+    monkeypatch.chdir(tmp_path)
+    source = full(mmpretrain())
+    torch.save(source | {"message_hub": Foreign()}, "old.pth")
+    with pytest.raises(ValueError, match="If you trust it") as refusal:
+        read_checkpoint("old.pth")
+    exec("\n".join(line.strip() for line in str(refusal.value).splitlines()[1:]), {"torch": torch})
+    assert_same(write_checkpoint(read_checkpoint("plain.pth")), source)
+    with pytest.raises(ValueError, match="format: got 'lightly', expected one of"):
+        write_checkpoint(read_checkpoint(lightly("moco").state_dict()))
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,10 @@
-"""Matching by place against brute force on rendered coordinates, and every rule under every option of the loss.
-
-Rendered: each pixel of an image holds its own coordinates, the augmentation under test cuts and scales that image, and
-average pooling reads back where every cell of the view lies. No formula of the library takes part.
-"""
+"""Matching by place against brute force, and every rule under every option of the loss."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +12,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import check, flat64, make_case, numpy64
+from helpers import NoFloat64, check, flat64, make_case
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from densecl_ops import Correspondence
 from densecl_ops.functional import (
-    boxes_from_kornia,
-    boxes_from_torchvision,
     dense_correspondence,
     location_correspondence,
 )
@@ -98,6 +91,58 @@ def test_same_crop_matches_itself_at_distance_zero() -> None:
     assert match.valid.all()
 
 
+@given(seed=st.integers(0, 10**6), grids=st.tuples(GRIDS, GRIDS), dtype=st.sampled_from([torch.float32, torch.int64]))
+def test_ties_of_any_two_grids(seed: int, grids: tuple[tuple[int, int], tuple[int, int]], dtype: torch.dtype) -> None:
+    """Whole pixels, but cells of any size: in fractions, so that equal distances are equal; the lowest index wins."""
+    rng = np.random.default_rng(seed)
+    corners = rng.integers(0, 8, (2, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(1, 12, (2, 2))], 1)
+
+    def centres(box: np.ndarray, grid: tuple[int, int]) -> list[tuple[Fraction, Fraction]]:
+        sides = [Fraction(int(side)) / cells for side, cells in zip(box[2:] - box[:2], grid[::-1], strict=True)]
+        rows, columns = (range(cells) for cells in grid)
+        half = Fraction(1, 2)
+        return [
+            (int(box[0]) + (x + half) * sides[0], int(box[1]) + (y + half) * sides[1]) for y in rows for x in columns
+        ]
+
+    here, there = (centres(box, grid) for box, grid in zip(boxes, grids, strict=True))
+    expected = [
+        min(range(len(there)), key=lambda j: ((there[j][0] - x) ** 2 + (there[j][1] - y) ** 2, j)) for x, y in here
+    ]
+    seen = location_correspondence(*(torch.tensor(box[None]).to(dtype) for box in boxes), *grids)
+    assert seen.index.tolist() == [expected]
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 2**20), (torch.int64, 2**40), (torch.float64, 2**40)])
+def test_far_from_the_origin(dtype: torch.dtype, far: int) -> None:
+    """Crops of an enormous image match as they would at its corner."""
+    rng = np.random.default_rng(0)
+    boxes = [torch.tensor(random_boxes(rng, 20, (4, 5))) for _ in range(2)]
+    flip = torch.tensor(rng.random(20) < 0.5)
+    near = location_correspondence(*boxes, (4, 5), 6, query_flip=flip)
+    moved = location_correspondence(*((box + far).to(dtype) for box in boxes), (4, 5), 6, query_flip=flip)
+    assert torch.equal(moved.index, near.index)
+    assert torch.equal(moved.valid, near.valid)
+    torch.testing.assert_close(moved.score, near.score, atol=1e-6, rtol=0)
+
+
+def test_on_a_device_without_float64() -> None:
+    boxes, flip = torch.tensor([[0, 0, 4, 4], [3, 1, 9, 9]]), torch.tensor([False, True])
+    for dtype in (torch.float32, torch.int64, torch.uint8, torch.bfloat16):
+        with NoFloat64():
+            match = location_correspondence(boxes.to(dtype), boxes.float(), 3, key_flip=flip)
+        assert match.index.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8], [2, 1, 0, 5, 4, 3, 8, 7, 6]]
+
+
+def test_whatever_the_default_dtype(defaults: None) -> None:
+    boxes = torch.tensor([[1000, 2000, 1007, 2007]], device="cpu")
+    match = location_correspondence(boxes, boxes, 7, max_distance=0.0)
+    assert match.index.tolist() == [list(range(49))]
+    assert match.score.dtype == torch.float32
+    assert match.valid.all()
+
+
 def test_flip_mirrors_the_columns() -> None:
     boxes = torch.tensor([[0.0, 0, 8, 8]]).expand(2, -1)
     match = location_correspondence(boxes, boxes, 2, key_flip=torch.tensor([True, False]))
@@ -144,248 +189,6 @@ def test_boxes_without_extent(name: str, box: list[float]) -> None:
     boxes[name][1] = torch.tensor(box)
     with pytest.raises(ValueError, match=rf"{name}: got \[.*expected finite corners and sides other than 0"):
         location_correspondence(**boxes, query_grid=2)
-
-
-# ---- boxes from crop parameters -------------------------------------------------------------------------------------
-
-
-def coordinates(batch: int, height: int, width: int) -> Tensor:
-    """(B, 2, H, W) images whose pixels hold the x and the y of their own centres."""
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    return torch.stack([x, y]).double().expand(batch, -1, -1, -1).clone()
-
-
-def box_centres(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, 2, H, W): where the cells of a box must lie if it says the truth."""
-    fractions = coordinates(len(boxes), *grid) / torch.tensor(grid[::-1])[:, None, None]
-    low, high = boxes.double().chunk(2, 1)
-    return low[:, :, None, None] + (high - low)[:, :, None, None] * fractions
-
-
-TORCHVISION = [(3, 5, 32, 40), (0, 0, 56, 57), (17, 20, 39, 48)]  # top, left, height, width
-
-
-@pytest.mark.parametrize("antialias", [True, False])
-def test_torchvision_crops_rendered(antialias: bool) -> None:
-    """resized_crop is a slice and then F.interpolate; written out here, as torchvision itself is not at hand.
-
-    Antialiasing sees one side only of a pixel at the border of the crop, which moves its cell inwards a little.
-    """
-    image, grid, side = coordinates(1, 60, 80), (4, 7), 28
-    for top, left, height, width in TORCHVISION:
-        crop = image[:, :, top : top + height, left : left + width]
-        view = F.interpolate(crop, (side, side), mode="bilinear", antialias=antialias, align_corners=False)
-        boxes = boxes_from_torchvision((top, left, height, width))
-        off = (F.adaptive_avg_pool2d(view, grid) - box_centres(boxes, grid)).abs()
-        cells = off / torch.tensor([width / grid[1], height / grid[0]])[:, None, None]
-        assert cells.max() < (0.01 if antialias else 1e-9)
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda rows: rows,
-        lambda rows: tuple(map(list, rows)),
-        torch.tensor,
-        lambda rows: torch.tensor(rows, dtype=torch.uint8),
-        np.array,
-        torch.utils.data.default_collate,
-        lambda rows: torch.tensor(rows).double().requires_grad_(),
-    ],
-)
-def test_forms_of_torchvision_parameters(form: Callable[[Any], Any]) -> None:
-    rows = [(200, 150, 30, 120), (0, 1, 2, 3), (5, 6, 7, 8)]  # 150 + 120 leaves uint8
-    expected = [[150, 200, 270, 230], [1, 0, 4, 2], [6, 5, 14, 12]]
-    boxes = boxes_from_torchvision(form(rows))
-    assert boxes.dtype == torch.float32
-    assert boxes.tolist() == expected
-    assert not boxes.requires_grad
-    assert boxes_from_torchvision(rows[0]).tolist() == expected[:1]
-    assert boxes_from_torchvision(torch.tensor(rows[0])).tolist() == expected[:1]
-
-
-@pytest.mark.parametrize(
-    ("error", "params"),
-    [
-        (TypeError, None),
-        (TypeError, 3),
-        (TypeError, "crop"),
-        (TypeError, {"top": 1}),
-        (TypeError, [(1, 2, 3, 4), (1, 2, 3)]),
-        (TypeError, [("1", "2", "3", "4")]),
-        (TypeError, [torch.zeros(2), torch.zeros(3), torch.ones(2), torch.ones(2)]),
-        (TypeError, torch.ones(2, 4, dtype=torch.complex64)),
-        (TypeError, torch.ones(2, 4, dtype=torch.bool)),
-        (TypeError, [(1j, 2, 3, 4)]),
-        (TypeError, [(2**70, 2, 3, 4)]),
-        (ValueError, []),
-        (ValueError, (1, 2, 3)),
-        (ValueError, torch.ones(4, 5)),
-        (ValueError, (1, 2, 0, 4)),
-        (ValueError, (1, 2, 3, -4)),
-        (ValueError, (1, 2, float("nan"), 4)),
-    ],
-)
-def test_not_torchvision_parameters(error: type[Exception], params: Any) -> None:
-    with pytest.raises(error, match=r"^params: got .*expected"):
-        boxes_from_torchvision(params)
-
-
-SIZE = (24, 30)  # of a view
-GRID_PAIRS = [((4, 5), (4, 5)), ((3, 5), (6, 2)), ((8, 3), (2, 15)), ((2, 2), (12, 10))]
-PIPELINES = {
-    "crop": ("crop",),
-    "crop, flips": ("crop", "RandomHorizontalFlip", "RandomVerticalFlip", "RandomGaussianNoise"),
-    "flips, crop": ("RandomHorizontalFlip", "RandomVerticalFlip", "crop"),
-    "crop twice": ("RandomCrop", "crop", "RandomHorizontalFlip"),
-    "centre, nested": ("CenterCrop", ("crop", "RandomHorizontalFlip")),
-    "crop, resize": ("crop", "RandomHorizontalFlip", "Resize"),
-}
-
-
-def kornia_view(
-    pipeline: Sequence[Any], image: Tensor, seed: int, align_corners: bool, mode: str
-) -> tuple[Tensor, Any]:
-    """The augmented image and the parameters kept, after noise of strength 0 where the pipeline has it."""
-    augmentation = pytest.importorskip("kornia.augmentation")
-
-    def build(name: Any) -> Any:
-        if isinstance(name, tuple):
-            return augmentation.ImageSequential(*map(build, name))
-        if name == "crop":
-            options = {"align_corners": align_corners, "cropping_mode": mode, "ratio": (0.8, 1.6)}
-            return augmentation.RandomResizedCrop(SIZE, scale=(0.4, 0.9), **options)
-        if name == "Resize":
-            return augmentation.Resize((2 * SIZE[0], 2 * SIZE[1]), align_corners=True)
-        sizes = {"RandomCrop": ((58, 70),), "CenterCrop": ((56, 66),), "RandomGaussianNoise": (0.0, 0.0)}
-        return getattr(augmentation, name)(*sizes.get(name, ()))
-
-    torch.manual_seed(seed)
-    augment = augmentation.AugmentationSequential(*map(build, pipeline), data_keys=["input"])
-    return augment(image), augment._params
-
-
-MODES = [("slice", True), ("slice", False), ("resample", True)]
-
-
-@pytest.mark.parametrize(
-    ("name", "mode", "align_corners"),  # enlarging again repeats a border, which the next test measures
-    [(name, *mode) for name in PIPELINES for mode in MODES if not (name == "crop, resize" and mode == MODES[1])],
-)
-def test_kornia_crops_rendered(name: str, mode: str, align_corners: bool) -> None:
-    """Centres of cells to a thousandth of a pixel."""
-    pipeline = PIPELINES[name]
-    view, params = kornia_view(pipeline, coordinates(6, 60, 80), 0, align_corners, mode)
-    boxes = boxes_from_kornia(params, align_corners=align_corners)
-    assert (boxes.shape, boxes.dtype) == ((6, 4), torch.float32)
-    for grid in ((4, 5), (3, 10)):
-        off = F.adaptive_avg_pool2d(view, grid) - box_centres(boxes, grid)
-        assert off.abs().max() < 1e-3
-
-
-def test_kornia_crop_scaled_up_rendered() -> None:
-    """Between pixel edges, a view repeats the outer half pixel of the crop: 1/8 pixel over its outer cells."""
-    augmentation = pytest.importorskip("kornia.augmentation")
-    crop = augmentation.RandomResizedCrop((60, 60), scale=(0.02, 0.04), align_corners=False)
-    view, grid = crop(coordinates(8, 60, 80)), (5, 5)
-    boxes = boxes_from_kornia(crop._params, align_corners=False)
-    off = (F.adaptive_avg_pool2d(view, grid) - box_centres(boxes, grid)).abs()
-    sides = (boxes[:, 2:] - boxes[:, :2])[:, :, None, None]
-    assert (sides < 40).all()
-    assert off[..., 1:-1, 1:-1].max() < 1e-3
-    assert (off < 0.13 * 5 / sides).all()
-
-
-def test_kornia_crop_left_out() -> None:
-    """p=0: the view is the input; also in an AugmentationSequential, and after a flip of its own."""
-    augmentation = pytest.importorskip("kornia.augmentation")
-    crop, flip = augmentation.RandomResizedCrop(SIZE, p=0.0), augmentation.RandomHorizontalFlip(p=1.0)
-    sequence = augmentation.AugmentationSequential(flip, crop, data_keys=["input"])
-    image = coordinates(2, 60, 80)
-    for augment, expected in ((crop, [0, 0, 80, 60]), (sequence, [80, 0, 0, 60])):
-        view = augment(image)
-        boxes = boxes_from_kornia(augment._params)
-        assert boxes.tolist() == [expected] * 2
-        torch.testing.assert_close(box_centres(boxes, (60, 80)), view.double(), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("grids", GRID_PAIRS, ids=str)
-@pytest.mark.parametrize("align_corners", [True, False])
-@pytest.mark.parametrize("max_distance", [None, 0.7, 0.3])
-def test_whole_rule_on_rendered_crops(
-    grids: tuple[tuple[int, int], tuple[int, int]], align_corners: bool, max_distance: float | None
-) -> None:
-    """Two kornia views of the same images, flips and all; truth: argmin over all pairs of rendered cells."""
-    places, cells, boxes = [], [], []
-    for seed, grid in enumerate(grids):
-        view, params = kornia_view(PIPELINES["crop, flips"], coordinates(6, 60, 80), seed, align_corners, "slice")
-        place = numpy64(F.adaptive_avg_pool2d(view, grid))
-        cells.append(np.hypot(place[:, 0, 0, 1] - place[:, 0, 0, 0], place[:, 1, 1, 0] - place[:, 1, 0, 0]))
-        places.append(place.reshape(6, 2, -1))
-        boxes.append(boxes_from_kornia(params, align_corners=align_corners))
-    distance = np.linalg.norm(places[0][:, :, :, None] - places[1][:, :, None, :], axis=1)
-    distance /= np.maximum(*cells)[:, None, None]
-    nearest = distance.min(2)
-
-    seen = location_correspondence(*boxes, *grids, max_distance=max_distance)
-    np.testing.assert_allclose(-seen.score.numpy(), nearest, atol=1e-3)
-    chosen = np.take_along_axis(distance, seen.index.numpy()[:, :, None], 2)[:, :, 0]
-    np.testing.assert_allclose(chosen, nearest, atol=1e-3)
-    clear = np.sort(distance, 2)[:, :, 1] - nearest > 1e-3
-    assert clear.mean() > 0.8
-    np.testing.assert_array_equal(seen.index.numpy()[clear], distance.argmin(2)[clear])
-    if max_distance is None:
-        assert seen.valid.all()
-    else:
-        clear = np.abs(nearest - max_distance) > 1e-3
-        np.testing.assert_array_equal(seen.valid.numpy()[clear], (nearest <= max_distance)[clear])
-        assert seen.valid.any()
-        assert not seen.valid.all() or grids == GRID_PAIRS[-1]  # a fine key grid is never far
-
-
-def kornia_crop(**changes: Any) -> dict[str, Any]:
-    corners = torch.tensor([[[2.0, 1], [9, 1], [9, 4], [2, 4]]])
-    fields = {"src": corners, "dst": corners, "batch_prob": torch.ones(1)}
-    return fields | {"forward_input_shape": torch.tensor([1, 3, 10, 12])} | changes
-
-
-@pytest.mark.parametrize(
-    ("error", "params"),
-    [
-        (TypeError, None),
-        (TypeError, []),
-        (TypeError, [3]),
-        (TypeError, "crop"),
-        (TypeError, torch.ones(1, 4, 2)),
-        (TypeError, {}),
-        (TypeError, [("RandomCrop_0", None)]),
-        (TypeError, [("RandomCrop_0", {"src": torch.ones(1, 4, 2)})]),
-        (TypeError, kornia_crop(src=[[2, 1]])),
-        (TypeError, kornia_crop(src=torch.ones(1, 4, 2, dtype=torch.complex64))),
-        (TypeError, kornia_crop(dst=None)),
-        (ValueError, kornia_crop(src=torch.ones(1, 4))),
-        (ValueError, kornia_crop(dst=torch.ones(2, 4, 2))),
-        (ValueError, kornia_crop(batch_prob=torch.ones(3))),
-        (ValueError, kornia_crop(forward_input_shape=torch.tensor([3, 10, 12]))),
-        (ValueError, kornia_crop(padding_size=torch.tensor([[0, 1, 0, 0]]))),
-        *((ValueError, [(f"Random{name}_0", kornia_crop())]) for name in ("Affine", "Rotation90", "CutMixV2")),
-    ],
-)
-def test_not_kornia_parameters(error: type[Exception], params: Any) -> None:
-    with pytest.raises(error, match=r"^params.*: got .*expected"):
-        boxes_from_kornia(params)
-
-
-def test_kornia_refuses_what_is_no_box() -> None:
-    """On what kornia itself keeps."""
-    augmentation = pytest.importorskip("kornia.augmentation")
-    for moved in (augmentation.RandomAffine(30.0), augmentation.RandomPerspective(), augmentation.PadTo((70, 90))):
-        sequence = augmentation.AugmentationSequential(moved, data_keys=["input"])
-        sequence(torch.rand(2, 3, 60, 80))
-        with pytest.raises(ValueError, match="expected only crops, flips and resizes"):
-            boxes_from_kornia(sequence._params)
-    with pytest.raises(TypeError, match="align_corners: got 1, expected a bool"):
-        boxes_from_kornia(kornia_crop(), align_corners=1)  # type: ignore[arg-type]
 
 
 # ---- every rule under every option of the loss ----------------------------------------------------------------------

@@ -52,7 +52,7 @@ SIGNATURES = {
         "*process_group": None,
     },
     "MomentumQueue.enqueue": {"keys": EMPTY},
-    "functional.boxes_from_kornia": {"params": EMPTY, "*align_corners": True},
+    "functional.boxes_from_kornia": {"augmentation": EMPTY},
     "functional.boxes_from_torchvision": {"params": EMPTY},
     "functional.dense_correspondence": {
         "query_features": EMPTY,

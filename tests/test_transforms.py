@@ -141,18 +141,6 @@ def test_exported_programs_can_be_saved_and_loaded() -> None:
         torch.testing.assert_close(loaded, module(*inputs))
 
 
-@pytest.fixture(params=["device", "dtype"])
-def other_default(request: pytest.FixtureRequest) -> Any:
-    """meta stands for any device that is not the tensors'; bfloat16 for Lightning's "bf16-true"."""
-    if request.param == "device":
-        torch.set_default_device("meta")
-    else:
-        torch.set_default_dtype(torch.bfloat16)
-    yield
-    torch.set_default_device(None)
-    torch.set_default_dtype(torch.float32)
-
-
 def everything(backend: str) -> list[Tensor]:
     """What a step computes from modules and inputs that were made under the ordinary defaults."""
     head = DenseProjectionHead(8, 8, 16, grid_size=4).to_empty(device="cpu").float()
@@ -182,8 +170,9 @@ def everything(backend: str) -> list[Tensor]:
     ]
 
 
+@pytest.mark.usefixtures("defaults")
 @pytest.mark.parametrize("backend", ["eager", *FUSED])
-def test_other_defaults(backend: str, other_default: None) -> None:
+def test_other_defaults(backend: str) -> None:
     seen = everything(backend)
     torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)

@@ -126,6 +126,21 @@ def test_nothing_known_and_nothing_valid() -> None:
         assert rendered(empty).std() > 0
 
 
+@pytest.mark.parametrize("with_truth", [False, True])
+def test_whatever_the_default_dtype_and_device(defaults: None, with_truth: bool) -> None:
+    index = torch.tensor([[3, 2, 1, 0]], device="cpu")
+    match = Correspondence(index, torch.ones_like(index, dtype=torch.float32), index >= 0)
+    truth = torch.tensor([3, 0, 1, -1], device="cpu") if with_truth else None
+    figure = plot_correspondence(np.ones((301, 301)), IMAGE_K, match, truth=truth)
+    ends = [line.get_xydata() for line in figure.axes[0].lines] if with_truth else segments(figure)[0]
+    shift = shift_of(figure)
+    expected = [[*centre(i, (2, 2), (301, 301)), *(centre(3 - i, (2, 2), (80, 50)) + shift)] for i in range(4)]
+    drawn = np.array([np.asarray(end).ravel() for end in ends])
+    np.testing.assert_allclose(
+        drawn[np.lexsort(drawn.T)], np.array(expected)[np.lexsort(np.array(expected).T)], atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("score", [float("nan"), 0.5])
 def test_scores_without_a_range(score: float) -> None:
     match = Correspondence(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), score), torch.ones(1, 4).bool())

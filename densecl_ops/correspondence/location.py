@@ -7,6 +7,7 @@ from torch import Tensor
 
 from densecl_ops import _checks
 from densecl_ops._types import Correspondence
+from densecl_ops.correspondence.boxes import widened
 
 
 def location_correspondence(
@@ -70,15 +71,19 @@ def location_correspondence(
     _checks.require_same_device("key_boxes", key_boxes, "query_boxes", query_boxes)
     _require_extent("query_boxes", query_boxes)
     _require_extent("key_boxes", key_boxes)
+    flip_q, flip_k = _as_flip("query_flip", query_flip, query_boxes), _as_flip("key_flip", key_flip, key_boxes)
 
-    x_q, y_q, diagonal_q = _cell_centres(query_boxes, grid_q, _as_flip("query_flip", query_flip, query_boxes))
-    x_k, y_k, diagonal_k = _cell_centres(key_boxes, grid_k, _as_flip("key_flip", key_flip, key_boxes))
+    # Relative to the query box numbers are small, however large the image. So float32 does: MPS has no float64.
+    origin = torch.minimum(query_boxes[:, :2], query_boxes[:, 2:])
+    origin = origin.to(torch.promote_types(query_boxes.dtype, key_boxes.dtype))
+    x_q, y_q = _sides(query_boxes, origin, flip_q)
+    x_k, y_k = _sides(key_boxes, origin, flip_k)
     # Both grids are upright, so nearest in the plane is nearest in x and nearest in y: H + W numbers, not P x P.
-    off_x, column = (x_q[:, :, None] - x_k[:, None, :]).abs().min(2)
-    off_y, row = (y_q[:, :, None] - y_k[:, None, :]).abs().min(2)
+    off_x, column = _nearest(x_q, x_k, grid_q[1], grid_k[1])
+    off_y, row = _nearest(y_q, y_k, grid_q[0], grid_k[0])
     index = (row[:, :, None] * grid_k[1] + column[:, None, :]).flatten(1)
-    distance = torch.hypot(off_y[:, :, None], off_x[:, None, :]).flatten(1)
-    distance = distance / torch.maximum(diagonal_q, diagonal_k)[:, None]
+    diagonal = torch.maximum(_cell_diagonal(x_q, y_q, grid_q), _cell_diagonal(x_k, y_k, grid_k))
+    distance = torch.hypot(off_y[:, :, None], off_x[:, None, :]).flatten(1) / diagonal[:, None]
     valid = torch.ones_like(index, dtype=torch.bool) if max_distance is None else distance <= max_distance
     return Correspondence(index, -distance.float(), valid)
 
@@ -87,7 +92,7 @@ def _as_boxes(name: str, value: object) -> Tensor:
     boxes = _checks.require_real(name, value)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] == 0:
         raise ValueError(f"{name}: got shape {_checks.shape_of(boxes)}, expected (B, 4) with B at least 1")
-    return boxes.detach().double()  # exact for integer crops of any image; (B, 4) costs nothing
+    return widened(boxes)
 
 
 def _require_extent(name: str, boxes: Tensor) -> None:
@@ -105,15 +110,28 @@ def _as_flip(name: str, value: Tensor | None, boxes: Tensor) -> Tensor | None:
     return _checks.require_mask(name, value, (boxes.shape[0],), "query_boxes", boxes)
 
 
-def _cell_centres(boxes: Tensor, grid: tuple[int, int], flip: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x of every column (B, W), y of every row (B, H), and the diagonal of a cell (B,), in image coordinates."""
-    height, width = grid
-    x0, y0, x1, y1 = boxes.unbind(1)
-    if flip is not None:  # a mirrored crop runs from x1 to x0
-        x0, x1 = torch.where(flip, x1, x0), torch.where(flip, x0, x1)
+def _sides(boxes: Tensor, origin: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, 2) x and (B, 2) y where a view starts and ends in the image, from an origin (B, 2) on; float32 or float64."""
+    start, end = (boxes.to(origin.dtype).reshape(-1, 2, 2) - origin[:, None]).unbind(1)
+    dtype = torch.promote_types(origin.dtype, torch.float32)
+    x, y = torch.stack([start, end], 2).to(dtype).unbind(1)
+    return (x if flip is None else torch.where(flip[:, None], x.flip(1), x)), y  # a mirrored crop runs from x1 to x0
 
-    def centres(low: Tensor, high: Tensor, cells: int) -> Tensor:
-        fraction = (torch.arange(cells, dtype=boxes.dtype, device=boxes.device) + 0.5) / cells
-        return low[:, None] + (high - low)[:, None] * fraction
 
-    return centres(x0, x1, width), centres(y0, y1, height), torch.hypot((x1 - x0) / width, (y1 - y0) / height)
+def _nearest(query: Tensor, key: Tensor, query_cells: int, key_cells: int) -> tuple[Tensor, Tensor]:
+    """Distance (B, query_cells) along one axis from every cell centre to the nearest of the other view; and which."""
+
+    def centres(ends: Tensor, cells: int, other_cells: int) -> Tensor:
+        """Times 2 * cells * other_cells: integers where ends are, so that equal distances compare equal."""
+        low, high = ends[:, :1], ends[:, 1:]
+        number = torch.arange(1, 2 * cells, 2, dtype=ends.dtype, device=ends.device)
+        return other_cells * (2 * cells * low + (high - low) * number)
+
+    off = (centres(query, query_cells, key_cells)[:, :, None] - centres(key, key_cells, query_cells)[:, None, :]).abs()
+    distance, which = off.min(2)
+    return distance / (2 * query_cells * key_cells), which
+
+
+def _cell_diagonal(x: Tensor, y: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B,) in image coordinates."""
+    return torch.hypot((x[:, 1] - x[:, 0]) / grid[1], (y[:, 1] - y[:, 0]) / grid[0])

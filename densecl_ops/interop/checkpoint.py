@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from densecl_ops import _checks
 from densecl_ops.head import DenseProjectionHead
-from densecl_ops.interop.formats import ALL_PARTS
+from densecl_ops.interop.formats import ALL_PARTS, without_wrappers
 from densecl_ops.queue import MomentumQueue
 
 State = dict[str, Tensor]
@@ -26,8 +28,8 @@ class Checkpoint:
     """Backbones, heads and queues of a training run as plain state dicts in our names.
 
     Attributes:
-        format: Where it came from: "densecl", "mmpretrain", "moco", "lightly", "backbone", or "densecl_ops" for live
-            modules.
+        format: Where it came from: "densecl", "mmpretrain", "moco", "lightly", "backbone", one of our recipes, or
+            "densecl_ops" for live modules.
         backbone_q: Query backbone in torchvision's ResNet names, without fc; as every part, None where the source has
             none.
         backbone_k: Key (momentum) backbone.
@@ -39,7 +41,7 @@ class Checkpoint:
         unmapped: Entries of the model that have no place in our modules, under their full names: encoder_k.steps of
             mmpretrain, a classifier, entries outside the prefix that the caller named.
         prefix: What stood before all names, such as "module.".
-        bare: Whether the source was a state dict itself, not a mapping with a "state_dict" in it.
+        key: Under which key of the source the model stood. None: the source was the state dict itself.
 
     Example:
         >>> import torch
@@ -66,7 +68,7 @@ class Checkpoint:
     extra: dict[str, Any] = field(default_factory=dict)
     unmapped: State = field(default_factory=dict)
     prefix: str = ""
-    bare: bool = False
+    key: str | None = "state_dict"
 
     @classmethod
     def from_modules(
@@ -81,6 +83,9 @@ class Checkpoint:
         extra: dict[str, Any] | None = None,
     ) -> Checkpoint:
         """Copies the state of live modules; training on does not change the copy.
+
+        Names are those of the modules themselves: what torch.compile, DataParallel, DistributedDataParallel,
+        AveragedModel, activation checkpointing and FSDP put into them, around a module or inside it, is taken out.
 
         Args:
             backbone_q: Query backbone with torchvision's ResNet names and without fc.
@@ -97,7 +102,8 @@ class Checkpoint:
         modules = _given(backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue)
         checkpoint = cls(extra=dict(extra or {}))
         for part, module in modules.items():
-            setattr(checkpoint, part, {name: value.detach().clone() for name, value in module.state_dict().items()})
+            state = {name: value.detach().clone() for name, (_, value) in _plain_state(module).items()}
+            setattr(checkpoint, part, state)
         return checkpoint
 
     def load_into(
@@ -112,6 +118,9 @@ class Checkpoint:
         keep_dense: bool = False,
     ) -> list[str]:
         """Loads the parts whose modules are given, strictly, and either all of them or none.
+
+        Modules may be wrapped, as in `from_modules`. An AveragedModel that averaged nothing yet counts what it is
+        given as its first model: else the next update would overwrite it.
 
         Args:
             backbone_q: Query backbone with torchvision's ResNet names and without fc.
@@ -143,8 +152,8 @@ class Checkpoint:
                 problems.append(f"{part}: got a checkpoint ({self.format}) without it, expected one that has it")
                 continue
             no_dense = part.startswith("head") and not any(name.startswith("dense_mlp.") for name in state)
-            wanted = module.state_dict()
-            for name, value in wanted.items():
+            wanted = _plain_state(module)
+            for name, (_, value) in wanted.items():
                 if name in state:
                     if state[name].shape != value.shape:
                         shapes = f"got shape {_checks.shape_of(state[name])}, expected {_checks.shape_of(value)}"
@@ -161,7 +170,12 @@ class Checkpoint:
             ]
         raise_all("checkpoint", problems)
         for part, module in modules.items():
-            module.load_state_dict(getattr(self, part), strict=not kept)
+            loaded: State = getattr(self, part)
+            own = {name: loaded.get(plain, value) for plain, (name, value) in _plain_state(module).items()}
+            module.load_state_dict({**module.state_dict(), **own})
+            for inner in module.modules():
+                if isinstance(inner, AveragedModel):
+                    inner.n_averaged.clamp_(min=1)
         return kept
 
     def __repr__(self) -> str:
@@ -179,3 +193,20 @@ def _given(*modules: nn.Module | None) -> dict[str, nn.Module]:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{part}: got {type(module).__name__}, expected a torch.nn.Module")
     return given
+
+
+def _plain_state(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Name without wrappers -> name in the module's own state dict, and value."""
+    wrappers = (DataParallel, DistributedDataParallel, AveragedModel)
+    inner_last = [path for path, inner in module.named_modules(remove_duplicate=False) if isinstance(inner, wrappers)]
+    places = [f"{path}." if path else "" for path in map(without_wrappers, inner_last)]
+    state: dict[str, tuple[str, Tensor]] = {}
+    for name, value in module.state_dict().items():
+        plain = without_wrappers(name)
+        if any(plain == f"{place}n_averaged" for place in places):
+            continue  # AveragedModel's own
+        for place in reversed(places):
+            if plain.startswith(f"{place}module."):
+                plain = place + plain.removeprefix(f"{place}module.")
+        state[plain] = name, value
+    return state

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from os import PathLike, fspath
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from densecl_ops import _checks
+from densecl_ops.head import DenseProjectionHead
 from densecl_ops.interop.checkpoint import Checkpoint, State, raise_all
-from densecl_ops.interop.formats import FORMATS, LINEAR, NORM, TABLES, Format, detect, lightly_table, strip_wrappers
+from densecl_ops.interop.formats import (
+    FORMATS,
+    TABLES,
+    Format,
+    detect,
+    lightly_table,
+    strip_wrappers,
+    without_wrappers,
+)
 
-LAST_LAYER = {False: "image_mlp.2.weight", True: "image_mlp.5.weight"}  # without and with a norm layer
 ONE_LINEAR = (
     "encoder_q.fc.weight: got the single Linear of MoCo v1, expected the two layers fc.0 and fc.2 of MoCo v2, the only "
     'head that fits ours; format="backbone" with prefix="{prefix}encoder_q." reads the backbone alone'
@@ -24,7 +33,7 @@ NOT_PLAIN = (
     "{path}: got a file that torch.load(weights_only=True) refuses ({reason}), expected tensors and plain values only. "
     "If you trust it, save its plain part where it was written:\n"
     '  c = torch.load("old.pth", map_location="cpu", weights_only=False)\n'
-    '  torch.save({{k: c[k] for k in ("state_dict", "optimizer", "epoch") if k in c}}, "plain.pth")'
+    '  torch.save({{k: c[k] for k in ("state_dict", "meta", "optimizer", "epoch") if k in c}}, "plain.pth")'
 )
 
 
@@ -38,11 +47,13 @@ def read_checkpoint(
 
     Args:
         source: A file, read with torch.load(weights_only=True) onto the CPU, or what is in it: a state dict, or a
-            mapping with one under "state_dict". Tensors of a mapping are not copied, but for the queues.
-        format: "densecl" (the official code, mmselfsup 0.x), "mmpretrain" (mmselfsup 1.x too), "moco" (v2), "lightly"
-            or "backbone" (plain ResNet names). Default "auto": told from the names.
+            mapping with one under "state_dict" or "model". Tensors of a mapping are not copied, but for the queues.
+        format: "densecl" (the official code, mmselfsup 0.x), "mmpretrain" (mmselfsup 1.x too), "moco" (v2), "lightly",
+            or one of our recipes by the name of its file: "with_moco", "moco_loop", ... "backbone": plain ResNet names,
+            or the query backbone alone of any of these, all else being `unmapped`. Default "auto": told from the names.
         prefix: What stands before all names of the model, such as "model."; entries outside it go to `unmapped`.
-            Default None: "module." (DistributedDataParallel) and "_orig_mod." (torch.compile) are taken off.
+            Default None: "module." (DistributedDataParallel) and "_orig_mod." (torch.compile) are taken off. Inside
+            names, what torch.compile, activation checkpointing and FSDP put there is taken out in any case.
 
     Returns:
         Checkpoint. `write_checkpoint` with its format gives back the same entries bit for bit ("lightly": read only).
@@ -64,8 +75,8 @@ def read_checkpoint(
     if prefix is not None and not isinstance(prefix, str):
         raise TypeError(f"prefix: got {type(prefix).__name__}, expected a str or None")
     content = source if isinstance(source, Mapping) else _load(source)
-    bare = "state_dict" not in content
-    state = content if bare else content["state_dict"]
+    key = "state_dict" if "state_dict" in content else "model" if isinstance(content.get("model"), Mapping) else None
+    state = content if key is None else content[key]
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict: got {type(state).__name__}, expected a mapping of names to tensors")
     wrong = [f"{name}: got {type(x).__name__}, expected a tensor" for name, x in state.items() if not _entry(name, x)]
@@ -74,27 +85,49 @@ def read_checkpoint(
     prefix = strip_wrappers(state) if prefix is None else prefix
     if format in ("auto", "backbone") and state and all(name.startswith(f"{prefix}backbone.") for name in state):
         prefix += "backbone."  # how OpenMMLab publishes a backbone
-    inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    inside = _below(prefix, state)
     if not inside:
         raise ValueError(f"prefix: got {prefix!r}, expected one of the {len(state)} names to begin with it")
-    found = detect(inside) if format == "auto" else format
-    if found is None:
+    found = detect(inside) if format in ("auto", "backbone") else format
+    if format == "auto" and found is None:
         raise ValueError(_not_recognised(inside))
-    if found == "moco" and "encoder_q.fc.weight" in inside:
+    if found == "moco" and format != "backbone" and "encoder_q.fc.weight" in inside:
         raise ValueError(ONE_LINEAR.format(prefix=prefix))
+    table = lightly_table(inside) if found == "lightly" else TABLES[found or format]
+    if format == "backbone":
+        before, table = _backbone_of(table, inside)
+        prefix, inside = prefix + before, _below(prefix + before, state)
 
-    table = lightly_table(inside) if found == "lightly" else TABLES[found]
     parts, carried, problems = take_apart(inside, table)
-    raise_all(f"{found} checkpoint", problems)
+    raise_all(f"{table.name} checkpoint", problems)
     return Checkpoint(
-        format=found,
+        format=table.name,
         **parts,
-        extra={} if bare else {name: value for name, value in content.items() if name != "state_dict"},
+        extra={} if key is None else {name: value for name, value in content.items() if name != key},
         unmapped={name: value for name, value in state.items() if not name.startswith(prefix)}
         | {prefix + name: value for name, value in carried.items()},
         prefix=prefix,
-        bare=bare,
+        key=key,
     )
+
+
+def _backbone_of(table: Format, names: Collection[str]) -> tuple[str, Format]:
+    """What stands before the query backbone of a training checkpoint, and a table of nothing else."""
+    pairs = table.names["backbone_q"]
+    before = pairs.get("", "backbone.")  # lightly's may have a name for every child instead
+    if not any(name.startswith(before) for name in names):
+        return "", TABLES["backbone"]
+    below = {mine: theirs.removeprefix(before) for mine, theirs in pairs.items()}
+    return before, replace(TABLES["backbone"], names={"backbone_q": below})
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> State:
+    """The entries under a prefix, without it and without the names of wrappers."""
+    below = [name for name in state if name.startswith(prefix)]
+    inside = {without_wrappers(name.removeprefix(prefix)): state[name] for name in below}
+    if len(inside) != len(below):
+        raise ValueError("checkpoint: got entries with and without the names of wrappers, expected each of them once")
+    return inside
 
 
 def take_apart(state: Mapping[str, Tensor], table: Format) -> tuple[dict[str, State], State, list[str]]:
@@ -109,45 +142,65 @@ def take_apart(state: Mapping[str, Tensor], table: Format) -> tuple[dict[str, St
             parts.setdefault(place[0], {})[place[1]] = value
         elif table.repeats is not None and name.startswith(table.repeats):
             copies[name.removeprefix(table.repeats)] = value
-        elif table.carries(name):
+        elif table.ours or table.carries(name):
             carried[name] = value
         else:
             problems.append(f"{name}: got shape {_checks.shape_of(value)}, expected no entry of this name")
     problems += [
         f"{part}: got no entry, expected {_example(part, table)}" for part in table.required if part not in parts
     ]
-    for part in [part for part in table.heads if part in parts]:
-        problems += _complete_head(parts[part], part, table)
+    if table.ours:
+        return parts, carried, problems  # load_into compares them with the modules, entry by entry
+    for part in [part for part in parts if part.startswith("head")]:
+        if table.name == "lightly":
+            parts[part] = _as_our_head(parts[part], table.normed)
+        problems += _unlike_a_head(parts[part], part, table)
     for part in ("backbone", "head"):
         problems += _differences(parts.get(f"{part}_q"), parts.get(f"{part}_k"), f"{part}_k", table)
     if table.repeats is not None:
         problems += _unequal_copies(parts.get("backbone_q", {}), copies, table.repeats, table)
-    last = parts.get("head_q", {}).get(LAST_LAYER[table.normed])
+    last = parts.get("head_q", {}).get(_last_layer(table))
     dim = last.shape[0] if last is not None and last.ndim == 2 else None
-    for part in [part for part in table.queues if part in parts]:
+    for part in [part for part in parts if part.endswith("queue")]:
         rows, wrong = _queue(parts[part], part, dim, table)
         problems += wrong
         parts[part] = rows
     return parts, carried, problems
 
 
-def _complete_head(state: State, part: str, table: Format) -> list[str]:
-    """Compares a head with what DenseProjectionHead has, after the two exact conversions that lightly's heads need."""
-    if table.name == "lightly":
-        for name, value in list(state.items()):
-            if name.startswith("dense_mlp.") and name.endswith(".weight") and value.ndim == 2:
-                state[name] = value[:, :, None, None]  # a Linear over the positions is a 1x1 conv
-            elif table.normed and name in ("image_mlp.0.weight", "dense_mlp.0.weight") and value.ndim >= 1:
-                bias = name.replace("weight", "bias")  # lightly has none before a norm; ours starts at 0, the same map
-                state.setdefault(bias, value.new_zeros(value.shape[0]))
-    first, last = (state.get(name) for name in ("image_mlp.0.weight", LAST_LAYER[table.normed]))
-    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
-        names = [table.name_of(part, name) for name in ("image_mlp.0.weight", LAST_LAYER[table.normed])]
-        return [f"{' and '.join(names)}: got {_shape(first)} and {_shape(last)}, expected (hidden, C) and (D, hidden)"]
-    sizes = (first.shape[1], first.shape[0], last.shape[0])
-    expected: dict[str, tuple[int, ...]] = {}
-    for layer in table.heads[part]:
-        expected |= _layer_shapes(layer, *sizes, list(table.heads[part]), table.normed)
+def head_shapes(in_channels: int, hidden_channels: int, out_channels: int, normed: bool) -> dict[str, tuple[int, ...]]:
+    """Entries of a DenseProjectionHead and their shapes."""
+    with torch.device("meta"):
+        norm_layer = nn.BatchNorm2d if normed else None
+        head = DenseProjectionHead(in_channels, hidden_channels, out_channels, norm_layer=norm_layer)
+    return {name: tuple(x.shape) for name, x in head.state_dict().items()}
+
+
+def _last_layer(table: Format) -> str:
+    return "image_mlp.5.weight" if table.normed else "image_mlp.2.weight"
+
+
+def _as_our_head(state: State, normed: bool) -> State:
+    """The two exact conversions that lightly's heads need."""
+    ours = dict(state)
+    for name, value in state.items():
+        if name.startswith("dense_mlp.") and name.endswith(".weight") and value.ndim == 2:
+            ours[name] = value[:, :, None, None]  # a Linear over the positions is a 1x1 conv
+        elif normed and name in ("image_mlp.0.weight", "dense_mlp.0.weight") and value.ndim >= 1:
+            bias = name.replace("weight", "bias")  # lightly has none before a norm; ours starts at 0, the same map
+            ours.setdefault(bias, value.new_zeros(value.shape[0]))
+    return ours
+
+
+def _unlike_a_head(state: State, part: str, table: Format) -> list[str]:
+    """Compares names and shapes with those of a DenseProjectionHead of the same sizes."""
+    ends = "image_mlp.0.weight", _last_layer(table)
+    first, last = (state.get(name) for name in ends)
+    if first is None or last is None or first.ndim != 2 or last.ndim != 2 or 0 in (*first.shape, *last.shape):
+        names = " and ".join(table.name_of(part, name) for name in ends)
+        return [f"{names}: got {_shape(first)} and {_shape(last)}, expected (hidden, C) and (D, hidden)"]
+    layout = head_shapes(first.shape[1], first.shape[0], last.shape[0], table.normed)
+    expected = {name: shape for name, shape in layout.items() if table.holds(part, name)}
     problems = [
         f"{table.name_of(part, name)}: got {_shape(state.get(name))}, expected {shape}"
         for name, shape in expected.items()
@@ -158,19 +211,6 @@ def _complete_head(state: State, part: str, table: Format) -> list[str]:
         for name, value in state.items()
         if name not in expected
     ]
-
-
-def _layer_shapes(
-    layer: str, channels: int, hidden: int, dim: int, layers: list[str], normed: bool
-) -> dict[str, tuple[int, ...]]:
-    same_branch = [other for other in layers if other.partition(".")[0] == layer.partition(".")[0]]
-    spatial = (1, 1) if layer.startswith("dense_mlp") else ()
-    if layer == same_branch[0]:
-        shapes: tuple[tuple[int, ...], ...] = ((hidden, channels, *spatial), (hidden,))
-        return dict(zip((f"{layer}.{leaf}" for leaf in LINEAR), shapes, strict=True))
-    if layer == same_branch[-1]:
-        return dict(zip((f"{layer}.{leaf}" for leaf in LINEAR), ((dim, hidden, *spatial), (dim,)), strict=True))
-    return {f"{layer}.{leaf}": () if leaf == "num_batches_tracked" else (hidden,) for leaf in NORM}
 
 
 def _differences(query: State | None, key: State | None, part: str, table: Format) -> list[str]:
@@ -186,7 +226,7 @@ def _differences(query: State | None, key: State | None, part: str, table: Forma
 
 
 def _unequal_copies(query: State, copies: State, repeats: str, table: Format) -> list[str]:
-    source = table.backbones["backbone_q"]
+    source = table.name_of("backbone_q", "")
     problems = []
     for name in {**query, **copies}:
         one, other = query.get(name), copies.get(name)
@@ -199,7 +239,7 @@ def _unequal_copies(query: State, copies: State, repeats: str, table: Format) ->
 
 def _queue(state: State, part: str, dim: int | None, table: Format) -> tuple[State, list[str]]:
     """The (D, K) rows and the position of another project as the state of a MomentumQueue."""
-    names = table.queues[part]
+    names = table.name_of(part, "rows"), table.name_of(part, "position")
     rows, position = state.get("rows"), state.get("position")
     problems = []
     if rows is None or rows.ndim != 2 or not rows.is_floating_point() or dim not in (None, *rows.shape):
@@ -218,7 +258,7 @@ def _queue(state: State, part: str, dim: int | None, table: Format) -> tuple[Sta
     if problems or rows is None or position is None:
         return state, problems
     rows = rows.t().contiguous()
-    return {"rows": rows, "position": position.reshape(()).clone(), "count": torch.tensor(len(rows))}, []
+    return {"rows": rows, "position": position.reshape(()).clone(), "count": position.new_tensor(len(rows))}, []
 
 
 def _load(source: object) -> Mapping[str, Any]:
@@ -254,11 +294,10 @@ def _shape(value: Tensor | None) -> str:
 
 
 def _example(part: str, table: Format) -> str:
-    if part in table.queues:
-        return " and ".join(table.queues[part])
-    if part in table.heads:
-        return f"{next(iter(table.heads[part].values()))}.weight and so on"
-    return f"{table.backbones[part]}conv1.weight and so on"
+    if part.endswith("queue"):
+        return f"{table.name_of(part, 'rows')} and {table.name_of(part, 'position')}"
+    first = "image_mlp.0.weight" if part.startswith("head") else "conv1.weight"
+    return f"{table.name_of(part, first)} and so on"
 
 
 def _not_recognised(state: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from densecl_ops import _checks
 from densecl_ops.interop.checkpoint import Checkpoint, State, raise_all
 from densecl_ops.interop.formats import ALL_PARTS, TABLES, Format
-from densecl_ops.interop.reading import take_apart
+from densecl_ops.interop.reading import head_shapes, take_apart
 
 SAME_PARAMETER_ORDER = ("densecl", "mmpretrain", "densecl_ops")  # so that an optimizer's numbers mean the same
 
@@ -19,7 +19,7 @@ SAME_PARAMETER_ORDER = ("densecl", "mmpretrain", "densecl_ops")  # so that an op
 def write_checkpoint(
     checkpoint: Checkpoint,
     path: str | PathLike[str] | None = None,
-    format: str = "densecl",  # noqa: A002
+    format: str | None = None,  # noqa: A002
     *,
     prefix: str | None = None,
 ) -> dict[str, Any]:
@@ -27,19 +27,20 @@ def write_checkpoint(
 
     Two exceptions: "backbone" is for handing the query backbone on, and leaves the rest out; encoder_k.steps and
     data_preprocessor.* exist in "mmpretrain" only. There, encoder_k.steps is 1 where the source has none: at 0 the
-    first step would overwrite the key encoder with the query encoder.
+    first step would overwrite the key encoder with the query encoder. So is encoder_k.n_averaged in "pretrain".
 
     Args:
         checkpoint: From read_checkpoint or Checkpoint.from_modules.
         path: Where to save. Default None: nowhere.
-        format: "densecl" (default; the official code, mmselfsup 0.x), "mmpretrain" (mmselfsup 1.x too), "moco" (v2)
-            or "backbone".
+        format: "densecl" (the official code, mmselfsup 0.x), "mmpretrain" (mmselfsup 1.x too), "moco" (v2),
+            "backbone", or one of our recipes by the name of its file: "with_moco", "moco_loop", ... Default: the one
+            that was read; "densecl" for the state of live modules.
         prefix: Put before all names. Default None: the source's where the format is the same; else "module." for
-            "moco", which trains under DistributedDataParallel only, and none for the others.
+            "moco" and "with_moco", which train under DistributedDataParallel only, and none for the others.
 
     Returns:
-        What was saved: checkpoint.extra and "state_dict", or a state dict alone for "backbone" and bare sources. Its
-        tensors are the checkpoint's own, but for the queues.
+        What was saved: checkpoint.extra and "state_dict", or a state dict alone for "backbone" and for sources that
+        were one. Its tensors are the checkpoint's own, but for the queues.
 
     Raises:
         TypeError: checkpoint or prefix has the wrong type.
@@ -60,6 +61,8 @@ def write_checkpoint(
     """
     if not isinstance(checkpoint, Checkpoint):
         raise TypeError(f"checkpoint: got {type(checkpoint).__name__}, expected a Checkpoint")
+    if format is None:
+        format = "densecl" if checkpoint.format == "densecl_ops" else checkpoint.format  # noqa: A001
     _checks.require_choice("format", format, tuple(TABLES))
     if prefix is not None and not isinstance(prefix, str):
         raise TypeError(f"prefix: got {type(prefix).__name__}, expected a str or None")
@@ -77,15 +80,16 @@ def write_checkpoint(
 
     state = _rename(parts, table)
     raise_all(f"checkpoint as {format!r}", take_apart(state, table)[2])  # what is written must be readable
-    if format == "mmpretrain" and not same:
-        state["encoder_k.steps"] = torch.tensor(1)
+    if table.counter is not None and not same:
+        state[table.counter] = torch.tensor(1, device="cpu")
     written: dict[str, Any] = {prefix + name: value for name, value in state.items()}
     if same:
         inside = _inside(checkpoint)
         outside = {name: x for name, x in checkpoint.unmapped.items() if not name.startswith(checkpoint.prefix)}
         written |= {prefix + name: value for name, value in inside.items()} | outside
-    if not (checkpoint.bare if same else format == "backbone"):
-        written = {**checkpoint.extra, "state_dict": written}
+    key = checkpoint.key if same else None if format == "backbone" else "state_dict"
+    if key is not None:
+        written = {**checkpoint.extra, key: written}
     if path is not None:
         torch.save(written, fspath(path))
     return written
@@ -99,18 +103,20 @@ def _inside(checkpoint: Checkpoint) -> State:
 
 def _unholdable(parts: dict[str, State], table: Format) -> list[str]:
     """What this format has no entry for."""
+    if table.ours:
+        return []
     problems = []
     for part, state in parts.items():
-        if part not in table.parts:
+        if part not in table.names:
             problems.append(f"{part}: got {len(state)} entries, expected None, for the format has no place for them")
-        elif part in table.heads:
-            layers = table.heads[part]
+        elif part.startswith("head"):
+            known = [name for name in head_shapes(1, 1, 1, normed=False) if table.holds(part, name)]
             problems += [
-                f"{part}.{name}: got an entry, expected none but {', '.join(layers)}: the format has no place for it"
+                f"{part}.{name}: got an entry, expected none but {', '.join(known)}: the format has no place for it"
                 for name in state
-                if name.rpartition(".")[0] not in layers
+                if name not in known
             ]
-        elif part in table.queues:
+        elif part.endswith("queue"):
             problems += _unholdable_queue(part, state)
         else:
             problems += [
@@ -135,15 +141,19 @@ def _unholdable_queue(part: str, state: State) -> list[str]:
 
 def _of_the_source(checkpoint: Checkpoint, format: str) -> list[str]:  # noqa: A002
     """What only the project that wrote it understands."""
+
+    def drop(field: str) -> str:
+        how = f"dataclasses.replace(checkpoint, {field}={{}}) drops them"
+        return f"of a {checkpoint.format} run, expected none: {how}"
+
     problems = []
-    drop = f"of a {checkpoint.format} run, expected none: dataclasses.replace(checkpoint, {{}}={{{{}}}}) drops them"
     same_order = {checkpoint.format, format} <= {*SAME_PARAMETER_ORDER}
     if checkpoint.extra and not same_order and checkpoint.format != "densecl_ops":
-        problems.append(f"extra: got {', '.join(map(str, checkpoint.extra))} {drop.format('extra')}")
+        problems.append(f"extra: got {', '.join(map(str, checkpoint.extra))} {drop('extra')}")
     table = TABLES.get(checkpoint.format)
     left = [name for name in checkpoint.unmapped if not (table and table.carries(name.removeprefix(checkpoint.prefix)))]
     if left:
-        problems.append(f"unmapped: got {', '.join(left[:3])} {drop.format('unmapped')}")
+        problems.append(f"unmapped: got {', '.join(left[:3])} {drop('unmapped')}")
     return problems
 
 
@@ -151,9 +161,9 @@ def _rename(parts: dict[str, State], table: Format) -> State:
     """Their names and layouts; our queue rows are (K, D), theirs (D, K)."""
     state: State = {}
     for part, entries in sorted(parts.items(), key=lambda item: _place(item[0])):
-        if part in table.queues:
-            rows, position = table.queues[part]
-            state |= {rows: entries["rows"].t().contiguous(), position: entries["position"].reshape(1).clone()}
+        if part.endswith("queue") and not table.ours:
+            state[table.name_of(part, "rows")] = entries["rows"].t().contiguous()
+            state[table.name_of(part, "position")] = entries["position"].reshape(1).clone()
         else:
             state |= {table.name_of(part, name): value for name, value in entries.items()}
     if table.repeats is not None:
