@@ -28,14 +28,13 @@ from densecl_ops.info_nce.problem import (
     unit_vectors,
 )
 
-# torch's CPU flash-attention operator: 0.83 of the tile loop's time in float32 at N = 1,568, K = 65,536, D = 128,
-# because its tiles never leave the cache. In bfloat16 it takes 0.6 of the loop's time where the processor has matrix
-# units (AMX) and 1.3 where it has none.
+# torch's CPU flash-attention operator, whose tiles never leave the cache: faster than the tile loop in float32, and in
+# bfloat16 where the processor has matrix units (AMX). docs/design-notes.md says what was tried.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _capabilities = getattr(torch.cpu, "get_capabilities", None)
 _HAS_AMX = _capabilities is not None and bool(_capabilities().get("amx_bf16"))
-# bfloat16 rows per call of it: it packs them into a buffer of its own, whose page faults cost as much as the
-# arithmetic if that is all of the queue (52 against 108 ms; 1,024 to 8,192 rows differ by less than their noise).
+# bfloat16 rows per call of it: it packs them into a buffer of its own, whose page faults cost more than the products
+# if that is all of the queue.
 _FLASH_ROWS = 4096
 
 

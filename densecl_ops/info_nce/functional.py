@@ -207,7 +207,7 @@ def _normal_form(
         query=_checks.outside_inference(q),
         key=_checks.outside_inference(k),
         negatives=rows,
-        scale=_inverse_temperature(temperature, q, dtype),
+        scale=_scale(temperature, q, dtype),
         index=index,
         exclude=exclude,
         count=count,
@@ -256,7 +256,7 @@ def _correspondence_contents(
     return index, _checks.require_mask("correspondence.valid", valid, shape, "query", query)
 
 
-def _inverse_temperature(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> float | Tensor:
+def _scale(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> float | Tensor:
     if isinstance(temperature, Tensor):
         _checks.require_float("temperature", temperature)
         if temperature.ndim != 0:
