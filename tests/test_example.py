@@ -21,9 +21,8 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import pretrain  # noqa: E402
-import stereo  # noqa: E402
-import views  # noqa: E402
 from PIL import Image  # noqa: E402
+from pretraining import stereo, views  # noqa: E402
 
 TINY = ["--steps", "4", "--batch-size", "4", "--lambda-warmup", "2", "--lr", "0.02", "--no-amp"]
 CHECKPOINT = "image-and-dense.pt"

@@ -24,14 +24,14 @@ import kornia
 import skimage
 import torch
 import torch.distributed as dist
-from backbone import STRIDE, small_resnet
-from pictures import draw
-from stereo import Matches, evaluate, load_pair
+from pretraining.backbones import STRIDE, small_resnet
+from pretraining.pictures import draw
+from pretraining.stereo import Matches, evaluate, load_pair
+from pretraining.views import TwoViews, load_photographs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
-from views import TwoViews, load_photographs
 
 import densecl_ops
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue, Projection

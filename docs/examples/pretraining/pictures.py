@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
-from stereo import CLOSE, Matches, Pair
 from torch import Tensor
 
 from densecl_ops import Correspondence
 from densecl_ops.visualize import plot_correspondence
+from pretraining.stereo import CLOSE, Matches, Pair
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#666666"  # told apart by every kind of colour vision
 
