@@ -1,6 +1,6 @@
 """docs/examples/pretrain.py for test_torchrun.py: distributed_pretrain.py STALL_AT ARGUMENT...
 
-Writes a checkpoint every second step, and its process id beside it. The last rank hangs at step STALL_AT.
+Writes its process id beside the checkpoint. The last rank hangs at step STALL_AT.
 """
 
 from __future__ import annotations
@@ -28,5 +28,5 @@ if __name__ == "__main__":
     out = Path(arguments[arguments.index("--out") + 1])
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
-    pretrain.SAVE_EVERY, pretrain.lambda_at = 2, stalling
+    pretrain.lambda_at = stalling
     pretrain.main(arguments)

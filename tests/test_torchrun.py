@@ -1,4 +1,4 @@
-"""docs/distributed.md and docs/examples/pretrain.py under torchrun; test_example.py compares two processes with one."""
+"""docs/distributed.md and docs/examples/pretrain.py under torchrun; test_pretrain.py compares two ranks with one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,19 @@ sys.path.insert(0, str(TESTS.parent / "docs" / "examples"))
 
 import pretrain  # noqa: E402
 
-SETTINGS = ["--steps", "7", "--batch-size", "4", "--lambda-warmup", "2", "--lr", "0.02", "--no-amp"]
+SETTINGS = [
+    "--steps",
+    "7",
+    "--batch-size",
+    "4",
+    "--lambda-warmup",
+    "2",
+    "--no-amp",
+    "--backbone",
+    "small_gn",
+    "--save-every",
+    "2",
+]
 STALL_AT = 5  # one step after the checkpoint of step 4
 NEVER = 10**6
 

@@ -24,12 +24,12 @@ import numpy as np
 import pretrain
 import skimage
 import torch
+from backbone import STRIDE
 from matplotlib.figure import Figure
 from PIL import Image
-from pretraining.backbones import STRIDE
-from pretraining.stereo import evaluate, load_pair
-from pretraining.views import TwoViews, load_photographs
+from stereo import evaluate, load_pair
 from torch import Tensor
+from views import TwoViews, load_photographs
 
 import densecl_ops
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share

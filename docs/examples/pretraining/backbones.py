@@ -1,77 +1,90 @@
-"""The demo's backbone, and the batch norm that makes it the same network on any number of CPU processes."""
+"""A small residual network, or a ResNet of torchvision or timm; all with a ResNet's names and no classifier."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-STRIDE = 8  # pixels per cell of the backbone's map
+
+class Backbone(NamedTuple):
+    """A network and the shape of its last map: (B, 3, H, W) gives (B, channels, H / stride, W / stride)."""
+
+    network: nn.Module
+    channels: int
+    stride: int
 
 
-def small_resnet() -> nn.Sequential:
-    """Four residual blocks; (B, 3, H, W) to (B, 256, H / STRIDE, W / STRIDE)."""
-    stem = (nn.Conv2d(3, 32, 3, 2, 1, bias=False), BatchNorm2d(32), nn.ReLU(inplace=True))
-    return nn.Sequential(*stem, Block(32, 32, 1), Block(32, 64, 2), Block(64, 128, 2), Block(128, 256, 1))
+def build(name: str) -> Backbone:
+    """ "small", "small_gn", or a name that torchvision or, where it has none of it, timm knows; random weights."""
+    if name in ("small", "small_gn"):
+        network: nn.Module | None = small_resnet(nn.BatchNorm2d if name == "small" else group_norm)
+    else:
+        network = _of_torchvision(name) or _of_timm(name)
+    if network is None:
+        raise SystemExit(f"--backbone: got {name!r}, expected small, small_gn, or a ResNet of torchvision or timm")
+    network.eval()  # its statistics stay at their start
+    with torch.no_grad():
+        features = network(torch.zeros(1, 3, 64, 64))
+    network.train()
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        raise SystemExit(f"--backbone: {name} gives no (B, C, H, W) map")
+    return Backbone(network, features.shape[1], 64 // features.shape[3])
+
+
+def small_resnet(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    """Four residual blocks; (B, 3, H, W) to (B, 256, H / 8, W / 8)."""
+    stem = {"conv1": nn.Conv2d(3, 32, 3, 2, 1, bias=False), "bn1": norm(32), "relu": nn.ReLU()}
+    blocks = ((32, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 1))
+    layers = {f"layer{number}": nn.Sequential(Block(*block, norm)) for number, block in enumerate(blocks, 1)}
+    return nn.Sequential(OrderedDict(stem | layers))
+
+
+def group_norm(channels: int) -> nn.Module:
+    """No statistics of the batch: one process and many, a batch whole or in parts, train the same network."""
+    return nn.GroupNorm(8, channels)
 
 
 class Block(nn.Module):
     """A basic residual block."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
-            BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels, channels, 3, 1, 1, bias=False),
-            BatchNorm2d(channels),
-        )
-        self.skip: nn.Module = nn.Identity()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = norm(channels)
+        self.downsample: nn.Module = nn.Identity()
         if channels_in != channels:
-            self.skip = nn.Conv2d(channels_in, channels, 1, stride)
+            self.downsample = nn.Conv2d(channels_in, channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.skip(x))
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.downsample(x))
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d; in a group of CPU processes, what nn.SyncBatchNorm is on GPUs (torch has none for CPUs).
+def _of_torchvision(name: str) -> nn.Module | None:
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    from torchvision import models
 
-    With it, any number of processes that share a batch train the network that one process would. On GPUs
-    nn.SyncBatchNorm.convert_sync_batchnorm replaces it, as it replaces every batch norm.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
-        if not (self.training and dist.is_initialized()):
-            return super().forward(input)
-        x = input.float()
-        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, square = _MeanOverProcesses.apply(moments)  # type: ignore[no-untyped-call]
-        variance = square - mean.square()
-        count = x.numel() / x.shape[1] * dist.get_world_size()
-        assert self.running_mean is not None  # the default options, which mypy cannot know
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(input.dtype)
+    if name not in models.list_models():
+        return None
+    network = models.get_model(name, weights=None)
+    children = OrderedDict((key, child) for key, child in network.named_children() if key not in ("avgpool", "fc"))
+    return nn.Sequential(children)  # runs them in order, which is right for a ResNet
 
 
-class _MeanOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        mean = x / dist.get_world_size()
-        dist.all_reduce(mean)
-        return mean
+def _of_timm(name: str) -> nn.Module | None:
+    if importlib.util.find_spec("timm") is None:
+        return None
+    import timm  # type: ignore[import-not-found, unused-ignore]
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _MeanOverProcesses.forward(ctx, grad)  # the mean is its own adjoint
+    if not timm.is_model(name):
+        return None
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
+    return network
