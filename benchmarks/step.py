@@ -34,7 +34,7 @@ def backbone(name: str) -> tuple[nn.Module, int]:
 
         return nn.Sequential(*list(resnet50().children())[:-2]), 2048
     sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
-    from pretraining.backbones import small_resnet
+    from backbone import small_resnet
 
     return small_resnet(), 256
 
