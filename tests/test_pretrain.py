@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_bad_arguments(
 
 
 def test_same_result_with_other_workers(folder: Path, finished: Path, tmp_path: Path) -> None:
-    pretrain.main([*TINY, "--images", str(folder), "--out", str(tmp_path), "--workers", "3"])
+    pretrain.main([*TINY, "--images", str(folder), "--out", str(tmp_path), "--workers", "2"])
     assert_same(load(tmp_path), load(finished))
     assert (tmp_path / "result.json").read_text() == (finished / "result.json").read_text()
 
@@ -248,6 +249,22 @@ def test_backbones_of_other_packages(package: str, monkeypatch: pytest.MonkeyPat
     assert (missing, unexpected) == (ends, [])
     whole.eval(), network.eval()
     torch.testing.assert_close(whole(x), whole.fc(network(x).mean((2, 3))), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_page_on_weights(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's block of docs/use-the-weights.md, on a file that pretrain.py could have written."""
+    pytest.importorskip(package)
+    page = (EXAMPLES.parent / "use-the-weights.md").read_text()
+    network = backbones.build("resnet50").network
+    torch.save(network.state_dict(), tmp_path / "backbone.pth")
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    exec(
+        next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"import {package}" in block),
+        space,
+    )
+    assert_same({name: space["model"].state_dict()[name] for name in network.state_dict()}, network.state_dict())
 
 
 def test_decoded_pixels(folder: Path) -> None:
@@ -417,15 +434,14 @@ def test_epochs(folder: Path, tmp_path: Path) -> None:
 
 
 def test_options_of_the_paper() -> None:
-    """The documented commands are understood."""
+    """The documented commands are understood, and are MoCo-v2's."""
     page = (EXAMPLES.parent / "pretraining.md").read_text().replace("\\\n", " ")
-    commands = [
-        line.split("pretrain.py")[1].split() for line in page.splitlines() if "examples/pretrain.py --images" in line
-    ]
-    assert len(commands) >= 2
+    commands = re.findall(r"^torchrun .* docs/examples/pretrain.py (.*)", page, re.MULTILINE)
+    assert len(commands) == 2
     for command in commands:
-        command[command.index("--images") + 1] = str(EXAMPLES)
-        assert options.parse(command).view == 224
+        args = options.parse(re.sub(r"--images \S+", f"--images {EXAMPLES}", command).split())
+        assert (args.view, args.window, args.batch_size, args.queue_size) == (224, 0, 256, 65536)
+        assert (args.momentum, args.lambda_, args.lambda_warmup) == (0.999, 0.5, 1000)
 
 
 def test_lambda_warms_up() -> None:

@@ -215,17 +215,17 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
     skipped = processes.union(samples.skipped)
     if processes.rank() == 0:
+        draw(pair, matches, history.cpu(), args.lambda_warmup, args.out / "matches.png")
         report(args, matches, seconds, skipped)
         checkpoints.export(model, args.out, args.densecl)
-        draw(pair, matches, history.cpu(), args.lambda_warmup, args.out / "matches.png")
 
 
-def make_model(args: argparse.Namespace, kind: type[DenseCL] = DenseCL) -> tuple[DenseCL, int]:
+def make_model(args: argparse.Namespace) -> tuple[DenseCL, int]:
     """The model of these options, at the start that their seed gives it, and its stride in pixels."""
     torch.manual_seed(args.seed)
     backbone = build(args.backbone)
     wanted = {name: getattr(args, name) for name in ("queue_size", "momentum", "queue_init", "matching")}
-    return kind(Encoder(backbone), **wanted), backbone.stride
+    return DenseCL(Encoder(backbone), **wanted), backbone.stride
 
 
 def report(

@@ -72,9 +72,9 @@ def _of_torchvision(name: str) -> nn.Module | None:
         return None
     from torchvision import models
 
-    if name not in models.list_models():
+    network = models.get_model(name, weights=None) if name in models.list_models() else None
+    if not isinstance(network, models.ResNet):
         return None
-    network = models.get_model(name, weights=None)
     children = OrderedDict((key, child) for key, child in network.named_children() if key not in ("avgpool", "fc"))
     return nn.Sequential(children)  # runs them in order, which is right for a ResNet
 
