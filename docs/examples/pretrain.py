@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pretraining import checkpoints, options, processes
@@ -75,7 +75,7 @@ class DenseCL(nn.Module):
         queue_size: int = 65536,
         momentum: float = 0.999,
         temperature: float = 0.2,
-        queue_init: str = "random",
+        queue_init: Literal["random", "empty"] = "random",
         matching: str = "nearest",
     ) -> None:
         super().__init__()
