@@ -196,10 +196,12 @@ def test_queue_init(finished: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one(folder: Path, finished: Path, tmp_path: Path) -> None:
+    """Each runs its share in two parts."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--images", str(folder), "--out", str(tmp_path), "--accumulate", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parents[1])}
     ended = subprocess.run(
-        [*command, str(EXAMPLES / "pretrain.py"), *TINY, "--images", str(folder), "--out", str(tmp_path)],
+        [*command, str(EXAMPLES / "pretrain.py"), *TINY, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -410,12 +412,17 @@ def test_nothing_changes_before_the_step_ends() -> None:
     with torch.no_grad():
         for parameter in model.encoder_q.parameters():
             parameter.add_(1)
-    model.update(torch.eye(128)[:3], torch.eye(128)[5:8])
+    outputs = [
+        model(*views, *boxes)._replace(image_key=torch.eye(128)[i:][:3], dense_key=torch.eye(128)[i + 9 :][:3])
+        for i in (0, 3)
+    ]
+    model.update(outputs)
     after = model.state_dict()
     key = "head.image_mlp.0.weight"
     torch.testing.assert_close(after[f"encoder_k.{key}"], before[f"encoder_k.{key}"] + 0.1)
-    assert torch.equal(after["image_queue.rows"][:4], torch.cat([torch.eye(128)[:3], before["image_queue.rows"][3:4]]))
-    assert torch.equal(after["dense_queue.rows"][:3], torch.eye(128)[5:8])
+    for queue, first in (("image_queue", 0), ("dense_queue", 9)):
+        rows = torch.cat([torch.eye(128)[first : first + 6], before[f"{queue}.rows"][6:]])
+        assert torch.equal(after[f"{queue}.rows"], rows)
 
 
 def test_matching_by_place() -> None:

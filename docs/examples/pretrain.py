@@ -103,7 +103,7 @@ class DenseCL(nn.Module):
         return Output(image_loss, dense_loss, accuracy, key.image, key.pooled, match, (maps_q.detach(), maps_k))
 
     @torch.no_grad()
-    def update(self, image_keys: Tensor, dense_keys: Tensor) -> None:
+    def update(self, outputs: list[Output]) -> None:
         """Ends a step: the key encoder follows the query encoder, and the batch's keys become negatives.
 
         Not part of forward(). A batch must not be among its own negatives, nor enter the queue before its backward
@@ -112,8 +112,9 @@ class DenseCL(nn.Module):
         """
         for key, query in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
             key.lerp_(query, 1 - self.momentum)
-        self.image_queue.enqueue(image_keys)
-        self.dense_queue.enqueue(dense_keys)  # (dense)
+        for output in outputs:
+            self.image_queue.enqueue(output.image_key)
+            self.dense_queue.enqueue(output.dense_key)  # (dense)
 
 
 def lambda_at(step: int, value: float, warmup: int) -> float:
@@ -153,7 +154,7 @@ def train(model: DenseCL, samples: Samples, lambda_: float, checkpoint: Path, ar
             rate = learning_rate_at(step, args.lr, args.steps)
             optimizer.param_groups[0]["lr"] = rate
             weight = lambda_at(step, lambda_, args.lambda_warmup)
-            keys, measured = [], torch.zeros(3, device=device)
+            outputs, measured = [], torch.zeros(3, device=device)
             for part in range(args.accumulate):
                 views = next(batches)
                 progress.skip(views.skipped)
@@ -165,11 +166,11 @@ def train(model: DenseCL, samples: Samples, lambda_: float, checkpoint: Path, ar
                         output = forward(images_q, images_k, boxes_q, boxes_k)
                     loss = (1 - weight) * output.image_loss + weight * output.dense_loss
                     (loss / args.accumulate).backward()
-                keys.append((output.image_key, output.dense_key))
+                outputs.append(output)
                 measured += torch.stack(output[:3]).detach() / args.accumulate
             optimizer.step()
             optimizer.zero_grad()
-            model.update(*(torch.cat(parts) for parts in zip(*keys, strict=True)))
+            model.update(outputs)
 
             history[step] = processes.mean(measured)
             progress.step(step, history[step], rate, output, (images_q, images_k))
