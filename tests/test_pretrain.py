@@ -152,6 +152,7 @@ def test_same_result_with_other_workers(folder: Path, finished: Path, tmp_path: 
     assert (tmp_path / "result.json").read_text() == (finished / "result.json").read_text()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to catch")
 def test_resume_after_sigterm_is_exact(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -343,6 +344,7 @@ def test_every_image_once_per_epoch_on_any_number_of_processes() -> None:
         assert [s for part in range(3) for share in shares for s in share[3 * step + part]] == batch
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="unit of ru_maxrss")
 def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
     """Peak memory of the stream over 50 and over 1,500 files, which decoded would take 390 MB more."""
     program = """

@@ -23,8 +23,8 @@ COLOURS = ListedColormap(["#08519c", "#6baed6", "#fdbe85", "#fd8d3c", "#a63603"]
 def draw(pair: Pair, matches: dict[str, Matches], history: Tensor, warmup: int, path: Path) -> None:
     """The left image as every kind of weights matches it, above the image itself and the curves of the training."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 7.2), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.4, 1])[:, 0]
+        figure = Figure(figsize=(12, 6.9), layout="constrained")
+        upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.25, 1])[:, 0]
         panels = upper.subplots(1, len(matches), squeeze=False).ravel()
         for axes, (name, result) in zip(panels, matches.items(), strict=True):
             draw_errors(axes, pair, result, name)
@@ -35,7 +35,7 @@ def draw(pair: Pair, matches: dict[str, Matches], history: Tensor, warmup: int, 
         photo, losses, accuracy = lower.subplots(1, 3)
         photo.imshow(pair.left[0].permute(1, 2, 0).cpu().numpy())
         photo.set_axis_off()
-        photo.set_title("left image, to be matched with the right one", fontsize=10)
+        photo.set_title("the left image,\nto be matched with the right one", fontsize=10)
         draw_history(losses, accuracy, history, warmup)
         figure.savefig(path, dpi=100)
     with Image.open(path) as picture:  # 256 colours: a third of the bytes
@@ -70,9 +70,9 @@ def draw_history(losses: Axes, accuracy: Axes, history: Tensor, warmup: int) -> 
         axes.set_xlabel("step")
         if 0 < warmup < len(values):
             axes.axvline(warmup, color=GREY, linewidth=0.8, linestyle=":")
-    losses.set_title("loss (dotted: the dense term joins in)", fontsize=10)
+    losses.set_title("image and dense: loss\n(dotted: the dense term joins in)", fontsize=10)
     losses.set_ylabel("nats")
     losses.legend(frameon=False)
-    accuracy.set_title("positions whose match beats every negative", fontsize=10)
+    accuracy.set_title("image and dense: positions\nwhose match beats every negative", fontsize=10)
     accuracy.set_ylabel("share")
     accuracy.set_ylim(0, 1.02)
