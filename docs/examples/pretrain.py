@@ -217,7 +217,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     skipped = processes.union(samples.skipped)
     if processes.rank() == 0:
         draw(pair, matches, history.cpu(), args.lambda_warmup, args.out / "matches.png")
-        report(args, matches, seconds, skipped)
+        checkpoints.report(args, matches, seconds, skipped)
         checkpoints.export(model, args.out, args.densecl)
 
 
@@ -227,25 +227,6 @@ def make_model(args: argparse.Namespace) -> tuple[DenseCL, int]:
     backbone = build(args.backbone)
     wanted = {name: getattr(args, name) for name in ("queue_size", "momentum", "queue_init", "matching")}
     return DenseCL(Encoder(backbone), **wanted), backbone.stride
-
-
-def report(
-    args: argparse.Namespace, matches: dict[str, Matches], seconds: dict[str, float], skipped: dict[str, str]
-) -> None:
-    """Prints the table and writes it as JSON."""
-    print(f"\n{'matches on the stereo pair':28}{'within 1.5 cells':>18}{'median error':>16}{'training':>12}")
-    for name, row in matches.items():
-        time_taken = f"{seconds[name]:.0f} s" if name in seconds else ""
-        print(f"{name:28}{row.close:18.3f}{row.median:10.2f} cells{time_taken:>12}")
-    margin = matches["image and dense"].close - matches["random weights"].close
-    print(f"trained over random: {margin:+.3f}")
-    rows = {name: {"close": round(row.close, 4), "median": round(row.median, 4)} for name, row in matches.items()}
-    path = args.json or args.out / "result.json"
-    settings = checkpoints.settings_of(args, args.lambda_)
-    checkpoints.write_result(path, {"settings": settings, "skipped": len(skipped), "rows": rows})
-    if skipped:
-        print(f"files skipped: {len(skipped)}, named above or in earlier parts of the run")
-    print(f"written: {path}, and in {args.out}: matches.png, backbone.pth")
 
 
 if __name__ == "__main__":

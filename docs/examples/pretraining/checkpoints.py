@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from densecl_ops.interop import Checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from pretrain import DenseCL
+
+    from pretraining.stereo import Matches
 
 # What decides the weights: a resumed run must agree with it, and results are stored beside it.
 SETTINGS = (
@@ -52,18 +55,34 @@ def resume(
     return state["step"], state["history"], state["skipped"]
 
 
-def export(model: DenseCL, folder: Path, densecl: bool) -> list[Path]:
+def export(model: DenseCL, folder: Path, densecl: bool) -> None:
     """The backbone in plain ResNet names; and, if asked for, everything in the official DenseCL code's names."""
     encoders = {"q": model.encoder_q, "k": model.encoder_k}
     parts: dict[str, Any] = {f"backbone_{side}": encoder.backbone for side, encoder in encoders.items()}
     parts |= {f"head_{side}": encoder.head for side, encoder in encoders.items()}
     checkpoint = Checkpoint.from_modules(**parts, image_queue=model.image_queue, dense_queue=model.dense_queue)
-    paths = [folder / "backbone.pth"]
-    write_checkpoint(checkpoint, paths[0], format="backbone")
+    write_checkpoint(checkpoint, folder / "backbone.pth", format="backbone")
     if densecl:
-        paths.append(folder / "densecl.pth")
-        write_checkpoint(checkpoint, paths[1], format="densecl")
-    return paths
+        write_checkpoint(checkpoint, folder / "densecl.pth", format="densecl")
+
+
+def report(
+    args: argparse.Namespace, matches: dict[str, Matches], seconds: dict[str, float], skipped: dict[str, str]
+) -> None:
+    """Prints the table and writes it as JSON."""
+    print(f"\n{'matches on the stereo pair':28}{'within 1.5 cells':>18}{'median error':>16}{'training':>12}")
+    for name, row in matches.items():
+        time_taken = f"{seconds[name]:.0f} s" if name in seconds else ""
+        print(f"{name:28}{row.close:18.3f}{row.median:10.2f} cells{time_taken:>12}")
+    margin = matches["image and dense"].close - matches["random weights"].close
+    print(f"trained over random: {margin:+.3f}")
+    rows = {name: {"close": round(row.close, 4), "median": round(row.median, 4)} for name, row in matches.items()}
+    path = args.json or args.out / "result.json"
+    settings = settings_of(args, args.lambda_)
+    write_result(path, {"settings": settings, "skipped": len(skipped), "rows": rows})
+    if skipped:
+        print(f"files skipped: {len(skipped)}, named above or in earlier parts of the run")
+    print(f"written: {path}, and in {args.out}: matches.png, backbone.pth")
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
@@ -73,7 +92,9 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
         "threads": torch.get_num_threads(),
         "versions": {m.__name__: m.__version__ for m in (densecl_ops, torch, kornia, skimage)}
         | {"python": platform.python_version()},
-        "commit": subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": "",
     }
+    if shutil.which("git"):
+        result["commit"] = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")

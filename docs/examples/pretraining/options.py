@@ -15,7 +15,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names defaults, but neither None nor the False of a switch."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
