@@ -1,6 +1,6 @@
 """docs/examples/pretrain.py for test_torchrun.py: distributed_pretrain.py STALL_AT ARGUMENT...
 
-Writes a checkpoint every second step, and its process id beside it. The last rank hangs at step STALL_AT.
+Writes its process id beside the checkpoint. At step STALL_AT the last rank makes a file "waiting", and waits for "go".
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ schedule = pretrain.lambda_at
 
 def stalling(step: int, value: float, warmup: int) -> float:
     if step == int(sys.argv[1]) and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-        time.sleep(600)
+        (out / "waiting").touch()
+        while not (out / "go").exists():
+            time.sleep(0.1)
     return schedule(step, value, warmup)
 
 
@@ -28,5 +30,5 @@ if __name__ == "__main__":
     out = Path(arguments[arguments.index("--out") + 1])
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
-    pretrain.SAVE_EVERY, pretrain.lambda_at = 2, stalling
+    pretrain.lambda_at = stalling
     pretrain.main(arguments)

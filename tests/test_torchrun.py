@@ -1,4 +1,4 @@
-"""docs/examples/pretrain.py under torchrun; test_example.py compares two processes with one."""
+"""docs/examples/pretrain.py under torchrun; test_pretrain.py compares two ranks with one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,19 @@ sys.path.insert(0, str(TESTS.parent / "docs" / "examples"))
 
 import pretrain  # noqa: E402
 
-SETTINGS = ["--steps", "7", "--batch-size", "4", "--lambda-warmup", "2", "--lr", "0.02", "--no-amp"]
+SETTINGS = [
+    "--steps",
+    "7",
+    "--batch-size",
+    "4",
+    "--lambda-warmup",
+    "2",
+    "--no-amp",
+    "--backbone",
+    "small_gn",
+    "--save-every",
+    "2",
+]
 STALL_AT = 5  # one step after the checkpoint of step 4
 NEVER = 10**6
 
@@ -36,6 +49,7 @@ def torchrun(out: Path, stall_at: int, *arguments: str) -> subprocess.Popen:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
         stdout=subprocess.DEVNULL,
         stderr=(out / "errors").open("w"),
+        start_new_session=True,
     )
 
 
@@ -62,11 +76,11 @@ def load(out: Path) -> dict:
     return torch.load(out / "image-and-dense.pt", weights_only=True)
 
 
-def wait_for_step(step: int, launcher: subprocess.Popen, out: Path) -> None:
+def wait_until(reached: Callable[[], bool], launcher: subprocess.Popen, out: Path) -> None:
     deadline = time.monotonic() + 240
-    while not (out / "image-and-dense.pt").exists() or load(out)["step"] < step:
+    while not reached():
         assert launcher.poll() is None, (out / "errors").read_text()
-        assert time.monotonic() < deadline, "no checkpoint"
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.1)
 
 
@@ -78,15 +92,21 @@ def assert_same_run(seen: dict, expected: dict, atol: float) -> None:
         torch.testing.assert_close(seen["model"][key], value, rtol=0, atol=atol, msg=key)
 
 
-def test_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
-    """Losses, weights and queues; on the same two processes to the bit, on one process to rounding."""
-    whole, killed, alone = (tmp_path / name for name in ("whole", "killed", "alone"))
-    whole.mkdir(), killed.mkdir()
-    finish(whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run without interruption."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(out)
+    return out
 
+
+def test_killed_run_resumes_to_the_same_end(whole: Path, tmp_path: Path) -> None:
+    """Losses, weights and queues; on the same two processes to the bit, on one process to rounding."""
+    killed, alone = tmp_path / "killed", tmp_path / "alone"
+    killed.mkdir()
     launcher = torchrun(killed, STALL_AT)
     try:
-        wait_for_step(4, launcher, killed)
+        wait_until(lambda: (killed / "image-and-dense.pt").exists() and load(killed)["step"] == 4, launcher, killed)
     finally:
         kill(launcher, killed)
     assert load(killed)["step"] == 4
@@ -97,3 +117,20 @@ def test_killed_run_resumes_to_the_same_end(tmp_path: Path) -> None:
 
     pretrain.main([*SETTINGS, "--out", str(alone), "--resume"])
     assert_same_run(load(alone), load(whole), atol=3e-4)
+
+
+def test_sigterm_on_one_rank_stops_all_after_the_same_step(whole: Path, tmp_path: Path) -> None:
+    """Signalled are one rank and its workers, while the rank is in the middle of a step."""
+    launcher = torchrun(tmp_path, STALL_AT, "--workers", "1")
+    try:
+        wait_until((tmp_path / "waiting").exists, launcher, tmp_path)
+        os.killpg(os.getpgid(int((tmp_path / "1.pid").read_text())), signal.SIGTERM)
+        (tmp_path / "go").touch()
+        assert launcher.wait(timeout=120) != 0
+    finally:
+        kill(launcher, tmp_path)
+    assert "stopped by SIGTERM after step 6" in (tmp_path / "errors").read_text()
+    assert load(tmp_path)["step"] == 6
+
+    finish(tmp_path, "--resume")
+    assert_same_run(load(tmp_path), load(whole), atol=0)

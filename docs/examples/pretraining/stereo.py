@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from densecl_ops import DenseCorrespondence
+from pretraining.augment import normalize
 
 CLOSE = 1.5  # cells
 
@@ -66,7 +67,7 @@ def evaluate(backbone: nn.Module, pair: Pair) -> Matches:
     """Matches each cell of the left image with the whole right image, by nothing but the backbone's features."""
     training = backbone.training
     backbone.eval()
-    index = DenseCorrespondence()(backbone(pair.left), backbone(pair.right)).index
+    index = DenseCorrespondence()(backbone(normalize(pair.left)), backbone(normalize(pair.right))).index
     backbone.train(training)
     column = true_columns(pair.disparity, pair.stride)
     height, width = column.shape

@@ -1,0 +1,1 @@
+"""What docs/examples/pretrain.py needs around the algorithm."""

@@ -1,0 +1,518 @@
+"""docs/examples/pretrain.py, end to end at tiny settings, and its parts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+for module in ("kornia", "matplotlib", "PIL", "skimage", "tqdm"):
+    pytest.importorskip(module)
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import pretrain  # noqa: E402
+from PIL import Image  # noqa: E402
+from pretraining import augment, backbones, images, options, stereo  # noqa: E402
+
+from densecl_ops.interop import read_checkpoint  # noqa: E402
+
+TINY = ["--steps", "4", "--batch-size", "4", "--lambda-warmup", "2", "--no-amp", "--backbone", "small_gn"]
+CHECKPOINT = "image-and-dense.pt"
+
+
+def load(folder: Path, name: str = CHECKPOINT) -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def flat(state: object, prefix: str = "") -> dict[str, object]:
+    """Every leaf of nested dicts and lists by its path."""
+    if isinstance(state, dict | list):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        return {key: leaf for name, value in pairs for key, leaf in flat(value, f"{prefix}/{name}").items()}
+    return {prefix: state}
+
+
+def assert_same(actual: dict, expected: dict, atol: float = 0.0) -> None:
+    actual, expected = flat(actual), flat(expected)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(
+                actual[key], value, rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
+            )
+        else:
+            assert actual[key] == value, key
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven usable images of seven kinds, and three files that are none."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "deeper").mkdir()
+    Image.fromarray(noise(150, 90, 3)).save(folder / "colour.jpg")
+    Image.fromarray(noise(130, 140)).save(folder / "deeper" / "grey.PNG")
+    Image.fromarray(noise(40, 600, 4)).save(folder / "alpha.png")
+    Image.fromarray(noise(200, 200)).convert("P").save(folder / "palette.gif", transparency=3)
+    Image.fromarray(noise(60, 50, 4), "CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(noise(70, 64).astype(np.uint16) << 8).save(folder / "sixteen.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(noise(80, 120, 3)).save(folder / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    Image.fromarray(noise(16, 200, 3)).save(folder / "tiny.png")
+    (folder / "broken.jpg").write_bytes(b"not an image")
+    (folder / "cut.jpg").write_bytes((folder / "colour.jpg").read_bytes()[:900])
+    (folder / "notes.txt").write_text("not an image either")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one uninterrupted run; its four steps end in the second epoch."""
+    out = tmp_path_factory.mktemp("finished")
+    pretrain.main([*TINY, "--images", str(folder), "--out", str(out), "--densecl", "--workers", "0"])
+    return out
+
+
+def test_a_folder_of_images(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, arguments = tmp_path / "out", [*TINY[:-2], "--images", str(folder), "--json", str(tmp_path / "r.json")]
+    pretrain.main([*arguments, "--out", str(out), "--compare", "--tensorboard"])
+
+    printed, errors = capfd.readouterr()
+    assert "skipped tiny.png: 200 x 16 pixels, smaller than 32" in errors
+    assert [errors.count(f"skipped {name}") for name in ("broken.jpg", "cut.jpg", "notes.txt")] == [1, 1, 0]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert list(result["rows"]) == ["random weights", "image term alone", "image and dense"]
+    assert result["settings"]["images"] == "folder, 10"
+    assert result["skipped"] == 3
+    assert str(tmp_path) not in (tmp_path / "r.json").read_text()
+    for name, row in result["rows"].items():
+        assert 0 < row["close"] < 1
+        line = next(line for line in printed.splitlines() if line.startswith(name))
+        assert float(line.removeprefix(name).split()[0]) == pytest.approx(row["close"], abs=1e-3)
+    assert Image.open(out / "matches.png").width > 800
+    image_only, both = load(out, "image-term-alone.pt"), load(out)
+    torch.testing.assert_close(image_only["history"][:2], both["history"][:2], rtol=0, atol=0)  # lambda is still 0
+    assert bool((both["history"][:, :2] > 0).all())
+    dense_head = "encoder_q.head.dense_mlp.0.weight"  # only the dense term trains it
+    assert float((image_only["model"][dense_head] - both["model"][dense_head]).abs().max()) > 1e-4
+
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(out / "image-and-dense")).Reload()
+    assert events.Tags()["images"] == ["matches"]
+    names = {"loss/image": 0, "loss/dense": 1, "dense/top-1": 2}
+    for name, column in names.items():
+        assert events.Scalars(name)[-1].value == pytest.approx(float(both["history"][-1, column]), rel=1e-5)
+    assert {"dense/match score", "dense/mutual share", "learning rate"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "empty"], "no image found"),
+        (["--images", "missing"], "is not a folder"),
+        (["--images", "broken", "--steps", "1"], "no usable image"),
+        (["--steps", "0"], "--steps: got 0"),
+        (["--lambda", "1.5"], "--lambda: got 1.5"),
+        (["--accumulate", "5"], "expected a multiple of 5"),
+        (["--backbone", "no_such_net"], "'no_such_net'"),
+    ],
+)
+def test_bad_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "one.jpg").write_bytes(b"")
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main([*arguments, "--workers", "0"])
+    assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_same_result_with_other_workers(folder: Path, finished: Path, tmp_path: Path) -> None:
+    pretrain.main([*TINY, "--images", str(folder), "--out", str(tmp_path), "--workers", "2"])
+    assert_same(load(tmp_path), load(finished))
+    assert (tmp_path / "result.json").read_text() == (finished / "result.json").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to catch")
+def test_resume_after_sigterm_is_exact(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Signalled in the second step, in the middle of an epoch: that step is finished and saved."""
+
+    def interrupt(step: int, value: float, warmup: int) -> float:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return schedule(step, value, warmup)
+
+    schedule = pretrain.lambda_at
+    arguments = [*TINY, "--images", str(folder), "--out", str(tmp_path), "--workers", "2"]
+    monkeypatch.setattr(pretrain, "lambda_at", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        pretrain.main(arguments)
+    monkeypatch.setattr(pretrain, "lambda_at", schedule)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert "after step 2" in capfd.readouterr().err
+    assert load(tmp_path)["step"] == 2
+    pretrain.main([*arguments, "--resume"])
+    assert_same(load(tmp_path), load(finished))
+
+    with pytest.raises(SystemExit, match="was made with seed 0, not 1"):
+        pretrain.main([*arguments, "--resume", "--seed", "1"])
+
+
+def test_accumulation_equals_the_whole_batch(folder: Path, finished: Path, tmp_path: Path) -> None:
+    pretrain.main([*TINY, "--images", str(folder), "--out", str(tmp_path), "--accumulate", "2"])
+    parts, whole = load(tmp_path), load(finished)
+    assert_same(parts["model"], whole["model"], atol=3e-4)  # rounding may flip a match, see below
+    torch.testing.assert_close(parts["history"], whole["history"], rtol=0, atol=5e-3)
+
+
+def test_queue_init(finished: Path, tmp_path: Path) -> None:
+    """An empty queue: no negatives at the first step."""
+    pretrain.main([*TINY, "--out", str(tmp_path), "--queue-init", "empty", "--matching", "mutual"])
+    assert json.loads((tmp_path / "result.json").read_text())["settings"]["queue_init"] == "empty"
+    assert load(tmp_path)["history"][0].tolist() == [0, 0, 1]
+    assert int(load(tmp_path)["model"]["dense_queue.count"]) == 4 * 4  # steps, batch
+    with pytest.raises(SystemExit, match="was made with queue_init empty, not random"):
+        pretrain.main([*TINY, "--out", str(tmp_path), "--resume", "--matching", "mutual"])
+
+
+def test_two_processes_equal_one(folder: Path, finished: Path, tmp_path: Path) -> None:
+    """Each runs its share in two parts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--images", str(folder), "--out", str(tmp_path), "--accumulate", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parents[1])}
+    ended = subprocess.run(
+        [*command, str(EXAMPLES / "pretrain.py"), *TINY, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "warn" not in ended.stderr.lower(), ended.stderr
+    assert ended.stdout.count("random weights") == 1
+    # Rounding may flip the match of a position whose two best candidates are as good as equal: hence not closer.
+    two, one = load(tmp_path), load(finished)
+    assert_same(two["model"], one["model"], atol=3e-4)
+    torch.testing.assert_close(two["history"], one["history"], rtol=0, atol=5e-3)
+    assert (tmp_path / "matches.png").exists()
+    assert json.loads((tmp_path / "result.json").read_text())["skipped"] == 3
+
+
+def test_weights_are_written_in_plain_names(finished: Path) -> None:
+    model = load(finished)["model"]
+    weights = torch.load(finished / "backbone.pth", weights_only=True)
+    assert {name.split(".")[0] for name in weights} == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    assert_same(weights, {name: model[f"encoder_q.backbone.{name}"] for name in weights})
+    official = read_checkpoint(finished / "densecl.pth")
+    assert official.format == "densecl"
+    assert_same(official.head_k, {name: model[f"encoder_k.head.{name}"] for name in official.head_k})
+    assert_same(official.dense_queue, {name: model[f"dense_queue.{name}"] for name in official.dense_queue})
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_backbones_of_other_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole maps, and weights that the package's own model loads."""
+    pytest.importorskip(package)
+    if package == "timm":
+        monkeypatch.setattr(backbones, "_of_torchvision", lambda name: None)
+    network, channels, stride = backbones.build("resnet18")
+    assert (channels, stride) == (512, 32)
+    x = torch.randn(2, 3, 64, 96)
+    assert network(x).shape == (2, 512, 2, 3)
+    if package == "torchvision":
+        from torchvision.models import resnet18
+
+        whole, ends = resnet18(), ["fc.weight", "fc.bias"]
+    else:
+        import timm
+
+        whole, ends = timm.create_model("resnet18"), ["fc.weight", "fc.bias"]
+    missing, unexpected = whole.load_state_dict(network.state_dict(), strict=False)
+    assert (missing, unexpected) == (ends, [])
+    whole.eval(), network.eval()
+    torch.testing.assert_close(whole(x), whole.fc(network(x).mean((2, 3))), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_page_on_weights(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's block of docs/use-the-weights.md, on a file that pretrain.py could have written."""
+    pytest.importorskip(package)
+    page = (EXAMPLES.parent / "use-the-weights.md").read_text()
+    network = backbones.build("resnet50").network
+    torch.save(network.state_dict(), tmp_path / "backbone.pth")
+    monkeypatch.chdir(tmp_path)
+    space: dict = {}
+    exec(
+        next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"import {package}" in block),
+        space,
+    )
+    assert_same({name: space["model"].state_dict()[name] for name in network.state_dict()}, network.state_dict())
+
+
+def test_decoded_pixels(folder: Path) -> None:
+    """Upright RGB of 8 bits, whatever the file holds."""
+
+    def decoded(name: str) -> np.ndarray:
+        image = images.decode(folder / name)
+        assert image.mode == "RGB"
+        return np.asarray(image).astype(int)
+
+    for name, grey in (("deeper/grey.PNG", noise(130, 140)), ("sixteen.png", noise(70, 64))):
+        np.testing.assert_array_equal(decoded(name), grey[..., None].repeat(3, 2))
+    np.testing.assert_array_equal(decoded("alpha.png"), noise(40, 600, 4)[..., :3])
+    stored = np.asarray(Image.open(folder / "turned.jpg"))
+    np.testing.assert_array_equal(decoded("turned.jpg"), np.rot90(stored, -1))
+    with Image.open(folder / "cmyk.jpg") as image:
+        c, m, y, k = np.moveaxis(255 - np.asarray(image).astype(int), 2, 0)
+    np.testing.assert_allclose(decoded("cmyk.jpg"), np.stack([c, m, y], 2) * k[..., None] / 255, atol=1.01)
+
+
+def samples_of(width: int, height: int, window: int = 0) -> images.Samples:
+    """Of one image whose red is x and whose green is y."""
+
+    class Ramps:
+        def __len__(self) -> int:
+            return 1
+
+        def open(self, _: int) -> Image.Image:
+            y, x = np.mgrid[:height, :width]
+            return Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
+
+    return images.Samples(Ramps(), seed=3, view=32, window=window)
+
+
+@pytest.mark.parametrize("window", [0, 60])
+def test_boxes_say_where_the_views_come_from(window: int) -> None:
+    """Each pixel of a view against the place that its box gives it, mirrored views too."""
+    samples, mirrored = samples_of(200, 120, window), 0
+    for number in range(40):
+        sample = samples[number, 0]
+        low, high = np.full(2, np.inf), np.full(2, -np.inf)
+        for view, (x0, y0, x1, y1) in zip(sample.images.double(), sample.boxes.tolist(), strict=True):
+            mirrored += x0 > x1
+            at = (torch.arange(32) + 0.5) / 32
+            inner = slice(2, -2)  # the outermost pixels are averages over less
+            x, y = (x0 + at * (x1 - x0) - 0.5)[inner], (y0 + at * (y1 - y0) - 0.5)[inner]
+            torch.testing.assert_close(view[0, inner, inner], x.expand(28, -1).double(), rtol=0, atol=1)
+            torch.testing.assert_close(view[1, inner, inner], y[:, None].expand(-1, 28).double(), rtol=0, atol=1)
+            low, high = np.minimum(low, (min(x0, x1), y0)), np.maximum(high, (max(x0, x1), y1))
+            area, ratio = abs(x1 - x0) * (y1 - y0), abs(x1 - x0) / (y1 - y0)
+            assert 0.19 < area / (window**2 or 200 * 120) < 1.01
+            assert 0.74 < ratio < 1.34
+        assert (low >= 0).all()
+        assert (high <= (200, 120)).all()
+        if window:
+            assert (high - low <= window + 1e-3).all()
+    assert 20 < mirrored < 60
+
+
+def test_every_image_once_per_epoch_on_any_number_of_processes() -> None:
+    def order(**options: int) -> list[list[tuple[int, int]]]:
+        start = options.pop("start", 0)
+        return list(images.Order(7, seed=1, batch=6, steps=range(start, 7), **options))
+
+    whole = order()
+    numbers, indices = zip(*(sample for batch in whole for sample in batch), strict=True)
+    assert numbers == tuple(range(42))
+    epochs = [indices[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) == 6
+    assert order(start=3) == whole[3:]
+    shares = [order(parts=3, rank=rank, processes=2) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        assert [s for part in range(3) for share in shares for s in share[3 * step + part]] == batch
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="unit of ru_maxrss")
+def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
+    """Peak memory of the stream over 50 and over 1,500 files, which decoded would take 390 MB more."""
+    program = """
+import resource, sys
+from pathlib import Path
+from pretraining.images import Folder, Order, Samples, stream
+source = Folder(Path(sys.argv[1]))
+with stream(Samples(source, 0, 32, 0), Order(len(source), 0, 50, range(len(source) // 50)), 0, False) as batches:
+    for views in batches:
+        pass
+print(len(source), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    first = tmp_path / "image.jpg"
+    Image.fromarray(noise(300, 300, 3)).save(first)
+    peaks = []
+    for count in (50, 1500):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number}.jpg").hardlink_to(first)
+        environment = os.environ | {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", program, str(folder)]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert int(printed.split()[0]) == count
+        peaks.append(int(printed.split()[1]))
+    assert peaks[1] - peaks[0] < 40, peaks
+
+
+def test_augmentation() -> None:
+    """Jitter without hue, as written down in torchvision's documentation, on the image that is to have it alone."""
+    pixels = torch.from_numpy(noise(2, 3, 16, 16))
+    uniform = torch.tensor([[0.1, 0.7, 0.3, 0.5, 0.0, 0.9, 0.5, 0.9], [0.5] * 4 + [0.9] * 4])
+    seen = augment.denormalize(augment.augment(pixels, uniform))
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)[:, None, None]
+    x = (pixels[0].double() / 255 * 0.68).clamp(0, 1)
+    x = (1.16 * x + (1 - 1.16) * (weights * x).sum(0).mean()).clamp(0, 1)
+    x = (0.84 * x + (1 - 0.84) * (weights * x).sum(0)).clamp(0, 1)
+    torch.testing.assert_close(seen[0].double(), x, rtol=0, atol=2e-3)
+    torch.testing.assert_close(seen[1], pixels[1].float() / 255, rtol=0, atol=1e-6)
+    grey = augment.denormalize(augment.augment(pixels[:1], torch.tensor([[0.5] * 4 + [0.9, 0.1, 0.5, 0.9]])))
+    torch.testing.assert_close(grey, grey[:, :1].expand_as(grey), rtol=0, atol=1e-6)
+    normal = augment.normalize(torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) + 0.1).flatten()
+    torch.testing.assert_close(normal, 0.1 / torch.tensor([0.229, 0.224, 0.225]))
+
+
+def tiny_model(**options: object) -> pretrain.DenseCL:
+    torch.manual_seed(0)
+    return pretrain.DenseCL(pretrain.Encoder(backbones.build("small_gn")), queue_size=64, **options)
+
+
+def test_nothing_changes_before_the_step_ends() -> None:
+    """So that a forward pass repeated by activation checkpointing, after or in backward, gives the same gradients."""
+    model, views, boxes = tiny_model(momentum=0.9), torch.randn(2, 4, 3, 32, 32), torch.rand(2, 4, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        output = checkpoint(model, *views, *boxes, use_reentrant=False) if recompute else model(*views, *boxes)
+        (output.image_loss + output.dense_loss).backward()
+        gradients = [parameter.grad.clone() for parameter in model.encoder_q.parameters()]
+        model.zero_grad()
+        return gradients
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
+    assert_same(model.state_dict(), before)
+
+    with torch.no_grad():
+        for parameter in model.encoder_q.parameters():
+            parameter.add_(1)
+    outputs = [
+        model(*views, *boxes)._replace(image_key=torch.eye(128)[i:][:3], dense_key=torch.eye(128)[i + 9 :][:3])
+        for i in (0, 3)
+    ]
+    model.update(outputs)
+    after = model.state_dict()
+    key = "head.image_mlp.0.weight"
+    torch.testing.assert_close(after[f"encoder_k.{key}"], before[f"encoder_k.{key}"] + 0.1)
+    for queue, first in (("image_queue", 0), ("dense_queue", 9)):
+        rows = torch.cat([torch.eye(128)[first : first + 6], before[f"{queue}.rows"][6:]])
+        assert torch.equal(after[f"{queue}.rows"], rows)
+
+
+def test_matching_by_place() -> None:
+    """The same crop: cell by cell; mirrored: the columns in reverse."""
+    model, view = tiny_model(matching="place"), torch.randn(2, 3, 32, 32)
+    box, mirrored = torch.tensor([[0.0, 0, 40, 40]]), torch.tensor([[40.0, 0, 0, 40]])
+    index = model(view, view, box.expand(2, 4), torch.cat([box, mirrored])).match.index.view(2, 4, 4)
+    assert torch.equal(index[0].flatten(), torch.arange(16))
+    assert torch.equal(index[1], index[0].flip(1))
+
+
+def test_epochs(folder: Path, tmp_path: Path) -> None:
+    arguments = [*TINY[2:], "--epochs", "0.5", "--images", str(folder), "--out", str(tmp_path), "--workers", "0"]
+    pretrain.main(arguments)
+    assert load(tmp_path)["step"] == 2  # half of 10 files, 4 a step
+
+
+def test_options_of_the_paper() -> None:
+    """The documented commands are understood, and are MoCo-v2's."""
+    page = (EXAMPLES.parent / "pretraining.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^torchrun .* docs/examples/pretrain.py (.*)", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        args = options.parse(re.sub(r"--images \S+", f"--images {EXAMPLES}", command).split())
+        assert (args.view, args.window, args.batch_size, args.queue_size) == (224, 0, 256, 65536)
+        assert (args.momentum, args.lambda_, args.lambda_warmup) == (0.999, 0.5, 1000)
+
+
+def test_lambda_warms_up() -> None:
+    assert [pretrain.lambda_at(step, 0.5, 3) for step in range(5)] == [0, 0, 0, 0.5, 0.5]
+    assert pretrain.lambda_at(0, 0.5, 0) == 0.5
+
+
+def test_learning_rate() -> None:
+    rates = [pretrain.learning_rate_at(step, 2.0, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.4)
+    assert max(rates) == rates[4]
+    assert rates[50] == pytest.approx(1.0)
+    assert 0 < rates[99] < 0.001
+
+
+def test_true_columns() -> None:
+    """Against a loop over pixels: left[y, x] is right[y, x - disparity], inf is unknown."""
+    stride, rows, columns = 8, 6, 9
+    rng = np.random.default_rng(0)
+    disparity = rng.uniform(0, 30, (rows * stride, columns * stride)).astype(np.float32)
+    disparity[rng.random(disparity.shape) < 0.2] = np.inf
+    disparity[4, 4] = 4.0  # just inside the right image
+    disparity[4, 12] = 12.5  # just outside
+    actual = stereo.true_columns(torch.from_numpy(disparity), stride)
+    assert actual.shape == (rows, columns)
+    unknown = 0
+    for row in range(rows):
+        for column in range(columns):
+            y, x = row * stride + stride // 2, column * stride + stride // 2
+            pixel = x - float(disparity[y, x])
+            if math.isinf(pixel) or pixel < 0:
+                unknown += 1
+                assert actual[row, column].isnan()
+            else:
+                assert float(actual[row, column]) == pytest.approx((pixel - stride // 2) / stride, abs=1e-5)
+    assert 0 < unknown < rows * columns / 2
+    assert not actual[0, 0].isnan()
+    assert actual[0, 1].isnan()
+
+
+def test_evaluation_of_a_perfect_backbone() -> None:
+    """Raw 8 x 8 patches of noise find an exact shift; against the opposite shift they are all two cells off."""
+    image = torch.rand(1, 3, 48, 80)
+    shifted = torch.cat([image[..., 8:], torch.rand(1, 3, 48, 8)], 3)  # left[x] is right[x - 8]
+    backbone = nn.PixelUnshuffle(8)
+
+    def measure(disparity: float) -> stereo.Matches:
+        known = torch.full((48, 80), disparity)
+        known[:, 40:48] = torch.inf
+        return stereo.evaluate(backbone, stereo.Pair(image, shifted, known, 8))
+
+    matches = measure(8.0)
+    assert matches.close == 1
+    assert matches.median == 0
+    assert int(matches.error.isnan().sum()) == 6 + 6  # the first column's match lies outside, the sixth is unknown
+    wrong = measure(-8.0)
+    assert wrong.median == 2
+    assert wrong.close < 0.05  # the first column, which has no match in the right image, may land anywhere
+
+
+def test_the_stereo_pair_is_not_trained_on() -> None:
+    assert not [name for name in images.BUILT_IN if "stereo" in name or "motorcycle" in name]
+    source = images.BuiltIn()
+    assert len(source) == 13
+    assert max(min(source.open(index).size) for index in range(13)) == images.SHORT_SIDE
