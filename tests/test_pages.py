@@ -118,6 +118,7 @@ def run_on_two_processes(page: Path, directory: Path) -> None:
 
 RUNS = {
     "README.md": run_readme,
+    "docs/faq.md": run_in_order(),
     "docs/matching.md": run_in_order("kornia"),
     "docs/training.md": run_in_order("matplotlib"),
     "docs/distributed.md": run_on_two_processes,

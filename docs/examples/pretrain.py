@@ -79,7 +79,8 @@ class DenseCL(nn.Module):
         match = self.match(features_q, features_k)  # (dense)
         dense_loss, rank = self.criterion(query.dense, key.dense, self.dense_queue, match, return_rank=True)  # (dense)
 
-        self.image_queue.enqueue(key.image)  # after the loss: a batch is not among its own negatives
+        # After the loss: a batch is not among its own negatives. After backward() if a checkpoint recomputes the loss.
+        self.image_queue.enqueue(key.image)
         self.dense_queue.enqueue(key.pooled)  # (dense)
         return image_loss, dense_loss, contrastive_accuracy(rank)
 
