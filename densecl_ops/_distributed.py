@@ -82,8 +82,9 @@ def announce(prepare: Callable[[], Tensor], group: dist.ProcessGroup, **said: in
 
     Raises:
         ValueError: The process group does not serve the keys' device, another rank failed, or the ranks do not agree;
-            then on every rank.
+            then on every rank. Or DistributedDataParallel.join() is on.
     """
+    _require_no_join()
     try:
         keys = prepare()
         devices = _devices_of(group)
@@ -118,6 +119,20 @@ def announce(prepare: Callable[[], Tensor], group: dist.ProcessGroup, **said: in
         )
         raise ValueError(f"keys: got {', '.join(seen)}, expected the same on every rank of the process group")
     return keys, headers
+
+
+def _require_no_join() -> None:
+    """In join(), ranks that have run out of batches answer DistributedDataParallel alone: the others would wait here.
+
+    With throw_on_early_termination it raises on all of them before they come here.
+    """
+    parallel = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)  # whose forward runs
+    config = getattr(parallel, "_join_config", None)
+    if config is not None and config.enable and not config.throw_on_early_termination:
+        raise ValueError(
+            "keys: got a gather inside DistributedDataParallel.join(), in which ranks without a batch take no part, "
+            "expected equal numbers of batches and no join(), or gather_distributed=False"
+        )
 
 
 def gather(keys: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:

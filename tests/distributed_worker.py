@@ -62,7 +62,7 @@ def error_of(function: Callable[[], object]) -> str:
     began = time.perf_counter()
     try:
         function()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         assert time.perf_counter() - began < 20, "waited for the time limit of the process group"
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -147,6 +147,38 @@ def bad_keys(queue: MomentumQueue, rank: int) -> dict[str, str]:
     return errors
 
 
+class InForward(nn.Module):
+    """Enqueues inside the forward pass that DistributedDataParallel sees."""
+
+    def __init__(self, store: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.scale, self.store = nn.Parameter(torch.ones((), dtype=torch.float64)), store
+
+    def forward(self, keys: Tensor) -> Tensor:
+        self.store(keys)
+        return self.scale * keys.sum()
+
+
+def under_join(rank: int) -> dict[str, Any]:
+    """DistributedDataParallel.join(): this rank takes the batches of "uneven" from the `rank % 2`-th on."""
+
+    def run(store: Callable[[Tensor], object], **options: bool) -> None:
+        parallel = DistributedDataParallel(InForward(store), broadcast_buffers=False)
+        with parallel.join(**options):
+            for step in range(rank % 2, len(ROUNDS["uneven"])):
+                parallel(keys_of("uneven", step, rank)).backward()
+
+    local, gathering = new_queue(rank, "empty", gather_distributed=False), new_queue(rank, "empty")
+    run(local.enqueue)
+    return {
+        "local": local.state_dict(),
+        "queue": error_of(lambda: run(new_queue(rank).enqueue)),
+        "batch": error_of(lambda: run(in_batch_negatives)),
+        "throws": error_of(lambda: run(gathering.enqueue, throw_on_early_termination=True)),
+        "gathered": gathering.state_dict(),
+    }
+
+
 def pairs(rank: int, world: int) -> dict[str, Any]:
     """Ranks 0 and 1 have a queue of their own, and so have 2 and 3; each pair calls at its own time."""
     groups = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
@@ -222,6 +254,7 @@ def main(rank: int, world: int, directory: Path) -> None:
     results["default device"] = under_a_default_device(rank)
     results["copied"] = copied(rank)
     results["pairs"] = pairs(rank, world)
+    results["under join"] = under_join(rank)
     for name in training.RUNS:
         results[name] = training.train(name, rank, world, DistributedDataParallel)
     if world == 2:

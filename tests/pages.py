@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "docs" / "examples"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-RECIPES = [page for page in PAGES if page.parent.name == "recipes"]
+RECIPES = [page for page in PAGES if page.parent == DOCS / "recipes"]
 
 
 def name_of(page: Path) -> str:

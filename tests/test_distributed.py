@@ -196,6 +196,34 @@ def test_a_caught_mistake_spoils_nothing(ranks: Results) -> None:
     same_on_all([results["queue after errors"] for results in ranks], one_process("uneven", range(len(ranks))))
 
 
+@pytest.mark.parametrize("what", ["queue", "batch"])
+def test_gathering_under_join_raises(ranks: Results, what: str) -> None:
+    """A rank that has run out of batches would never answer."""
+    for results in ranks:
+        assert results["under join"][what].startswith("ValueError: keys: got a gather inside DistributedDataParallel.")
+
+
+def test_join_that_throws_may_gather(ranks: Results) -> None:
+    """torch raises on all ranks before the first enqueue that one of them would miss."""
+    steps = len(UNEVEN) - 1
+    batches = [[worker.keys_of("uneven", step + rank % 2, rank) for rank in range(len(ranks))] for step in range(steps)]
+    model = oracle.Queue(worker.SIZE, np.zeros((0, worker.DIM)))
+    for keys in batches:
+        model.enqueue(torch.cat(keys).numpy())
+    same_on_all([results["under join"]["gathered"] for results in ranks], model)
+    for results in ranks:
+        assert "exhausted" in results["under join"]["throws"]
+
+
+def test_join_without_gathering(ranks: Results) -> None:
+    """Each rank keeps the keys of its own batches, of which the ranks have unequal numbers."""
+    for rank, results in enumerate(ranks):
+        model = oracle.Queue(worker.SIZE, np.zeros((0, worker.DIM)))
+        for step in UNEVEN[rank % 2 :]:
+            model.enqueue(worker.keys_of("uneven", step, rank).numpy())
+        same(results["under join"]["local"], model, 1e-14)
+
+
 # ---- whole steps ---------------------------------------------------------------------------------------------------
 
 

@@ -3,63 +3,29 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import sys
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+from pathlib import Path
 from unittest import mock
 
+import byol_worker as worker
 import pytest
 import recipes
 import torch
-from helpers import assert_close, flat64
-from torch import Tensor, nn
+from helpers import assert_close, flat64, run_ranks
+from torch import Tensor
 
 HOSTS = recipes.hosts("byol_pytorch")
 
 
-def byol_class(host: str) -> Any:
-    if host == "stand-in":
-        return recipes.load(recipes.STANDINS / "byol_learner.py").BYOL
-    modules: dict[str, Any] = {}
-    if find_spec("torchvision") is None:  # only its default augmentation, not used here, needs it
-        torchvision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
-        flips_and_crops = ("RandomHorizontalFlip", "RandomResizedCrop")
-        for name in ("ColorJitter", "GaussianBlur", "Normalize", "RandomGrayscale", *flips_and_crops):
-            setattr(transforms, name, nn.Identity)
-        torchvision.transforms = transforms
-        modules |= {"torchvision": torchvision, "torchvision.transforms": transforms}
-    if find_spec("accelerate") is None or find_spec("beartype") is None:
-        trainer = ModuleType("byol_pytorch.trainer")  # the package's own loop
-        trainer.BYOLTrainer = trainer.MockDataset = None
-        modules["byol_pytorch.trainer"] = trainer
-    with mock.patch.dict(sys.modules, modules):
-        return importlib.import_module("byol_pytorch").BYOL
-
-
-def flip(images: Tensor) -> Tensor:
-    return images.flip(3)
-
-
-def dense_byol(host: str) -> Any:
-    module = recipes.example("with_byol_pytorch")
-    options = {"augment_fn": nn.Identity(), "augment_fn2": flip, "projection_hidden_size": 32}
-    learner = byol_class(host)(module.TinyResNet(), 64, hidden_layer="avgpool", moving_average_decay=0.9, **options)
-    model = module.DenseBYOL(learner, in_channels=64, hidden_channels=16, out_channels=8)
-    recipes.disturb(learner.target_encoder, model.target_head)
-    return model.double()
-
-
 @pytest.mark.parametrize("host", HOSTS)
 def test_step(host: str) -> None:
-    model = dense_byol(host)
+    model = worker.dense_byol(host)
     alone = copy.deepcopy(model.learner)
     heads = copy.deepcopy((model.head.dense_mlp, model.target_head.dense_mlp))
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
     maps = []
     for net in copy.deepcopy((model.learner.net, model.learner.target_encoder.net)):
-        both = torch.cat([images, flip(images)])
+        both = torch.cat([images, worker.flip(images)])
         maps.append(flat64(net.layer4(net.relu(net.bn1(net.conv1(both))))))
     byol_loss, dense_loss = model(images)
     dense_loss.backward()
@@ -82,7 +48,7 @@ def test_step(host: str) -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_moving_average(host: str) -> None:
-    model = dense_byol(host)
+    model = worker.dense_byol(host)
     pairs = ((model.learner.online_encoder, model.learner.target_encoder), (model.head, model.target_head))
     before = [recipes.parameters_of(target) for _, target in pairs]
     model.update_moving_average()
@@ -90,14 +56,31 @@ def test_moving_average(host: str) -> None:
         recipes.check_momentum(*pair, start)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("host", HOSTS)
+def test_two_ranks_equal_one_process(tmp_path: Path, host: str) -> None:
+    """DistributedDataParallel, which at step 2 refuses a trained parameter without a gradient, such as fc's."""
+    model = worker.dense_byol(host)
+    alone, ranks = worker.run(model, model, slice(None)), run_ranks(worker.__file__, 2, tmp_path, host)
+    for step, expected in enumerate(alone):
+        losses = sum(results[step]["losses"] for results in ranks) / 2
+        assert_close(losses, expected["losses"], recipes.TOLERANCE, "losses")
+        for results in ranks:
+            assert results[step]["grad"].keys() == expected["grad"].keys()
+            for name, value in expected["grad"].items():
+                assert_close(results[step]["grad"][name], value, recipes.TOLERANCE, name)
+            for name, value in expected["state"].items():
+                assert_close(results[step]["state"][name], value, recipes.TOLERANCE, name)
+
+
 def test_views_in_two_calls() -> None:
     """Releases that send each view through the encoders by itself give the same dense term, batch norm aside."""
-    model = dense_byol("stand-in").eval()
+    model = worker.dense_byol("stand-in").eval()
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
     together = model(images)[1]
 
     def apart(x: Tensor) -> Tensor:
-        for view in (x, flip(x)):
+        for view in (x, worker.flip(x)):
             model.learner.net(view)
             with torch.no_grad():
                 model.learner.target_encoder.net(view)
@@ -109,7 +92,7 @@ def test_views_in_two_calls() -> None:
 
 def test_without_momentum() -> None:
     module = recipes.example("with_byol_pytorch")
-    learner = byol_class("stand-in")(module.TinyResNet(), 64, projection_hidden_size=32, use_momentum=False)
+    learner = worker.byol_class("stand-in")(module.TinyResNet(), 64, projection_hidden_size=32, use_momentum=False)
     with pytest.raises(ValueError, match=r"^learner: got a BYOL without target_encoder, expected one with"):
         module.DenseBYOL(learner, in_channels=64)
 

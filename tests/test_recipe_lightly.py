@@ -33,19 +33,33 @@ def _host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def moco() -> tuple[ModuleType, Any]:
+def moco(**options: float) -> tuple[ModuleType, Any]:
     recipe = recipes.example("with_lightly_moco")
-    return recipe, recipe.DenseMoCo(recipe.tiny_backbone(), 64, queue_size=10).double()
+    return recipe, recipe.DenseMoCo(recipe.tiny_backbone(), 64, queue_size=10, **options).double()
 
 
 def test_moco_step() -> None:
-    recipe, model = moco()
+    recipe, model = moco(temperature=0.2)
     recipes.check_moco_step(
         model,
         lambda *images: recipe.training_step(model, *images, momentum=0.9),
         recipes.Network.of(model.backbone, model.projection_head),
         recipes.Network.of(model.backbone_momentum, model.projection_head_momentum),
     )
+
+
+def test_image_term_is_lightlys() -> None:
+    """With the defaults of lightly's example, the temperature among them."""
+    from lightly.loss import NTXentLoss
+
+    recipe, model = moco()
+    recipes.disturb(model.backbone, model.projection_head)
+    criterion = NTXentLoss(memory_bank_size=(10, 128))
+    criterion.memory_bank.bank = model.image_queue.rows.clone()
+    images = recipes.views()
+    expected = criterion(model(images[0])[1].image, model.forward_momentum(images[1])[1].image)
+    image_loss, _ = recipe.training_step(model, *images, momentum=1.0)
+    assert_close(image_loss, expected, recipes.TOLERANCE)
 
 
 def test_image_branch_is_lightlys_projection_head() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 from helpers import assert_close, numpy64
 from recipes import check_maps, check_momentum, check_queue, disturb, example, info_nce, inputs_of, parameters_of
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("lightning.pytorch")
 
@@ -30,8 +33,11 @@ def loader_of(recipe: ModuleType) -> Any:
     return torch.utils.data.DataLoader(recipe.RandomViews(8), batch_size=4)
 
 
-def test_first_step(recipe: ModuleType) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_first_step(recipe: ModuleType, checkpointed: bool) -> None:
     model = recipe.DenseCL(momentum=0.9, queue_size=10)
+    if checkpointed:
+        model.criterion.forward = partial(checkpoint, model.criterion.forward, use_reentrant=False)
     disturb(model.backbone, model.head)
     rows = tuple(numpy64(queue.rows).copy() for queue in (model.image_queue, model.dense_queue))
     weights = parameters_of(model.head), parameters_of(model.head_k)
@@ -68,6 +74,37 @@ def test_keys_move_once_per_accumulated_step(recipe: ModuleType) -> None:
     trainer.fit(model, loader_of(recipe))
     check_momentum(model.head, model.head_k, before)
     assert int(model.dense_queue.position) == 8
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_averaging_weights_leaves_the_queues(recipe: ModuleType, every: int) -> None:
+    """The run ends with the averaged weights, and with the queues of the last update."""
+    callbacks, decay = recipe.pl.callbacks, 0.75
+    states: list[dict[str, Tensor]] = []  # after every step of a run that averages nothing
+
+    def keep(trainer: Any, module: Any, *args: Any) -> None:
+        states.append({name: value.clone() for name, value in module.state_dict().items()})
+
+    def fit(callback: Any) -> Any:
+        torch.manual_seed(0)
+        model = recipe.DenseCL(momentum=0.9, queue_size=10).double()  # as the callback copies it at once
+        trainer_for(recipe, max_epochs=3, precision="64-true", callbacks=[callback]).fit(model, loader_of(recipe))
+        return model
+
+    fit(callbacks.LambdaCallback(on_train_batch_end=keep))
+    model = fit(callbacks.EMAWeightAveraging(decay=decay, update_every_n_steps=every, use_buffers=False))
+    assert len(states) == 6
+    first, *updates = states[::every]
+    for name, parameter in model.named_parameters():
+        average = first[name]
+        for update in updates:
+            average = decay * average + (1 - decay) * update[name]
+        assert_close(parameter, average, 1e-12, name)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, updates[-1][name]), name
+    for queue in (model.image_queue, model.dense_queue):
+        assert_close(queue.rows.norm(dim=1), torch.ones(10), 1e-12, "length of the rows")
+        assert (int(queue.position), int(queue.count)) == ({1: 24, 3: 16}[every] % 10, 10)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -48,6 +48,8 @@ class DenseBYOL(nn.Module):
         if learner.target_encoder is None:
             raise ValueError("learner: got a BYOL without target_encoder, expected one with use_momentum=True")
         self.learner, self.layer = learner, layer
+        if hasattr(learner.net, "fc") and learner.online_encoder.layer in ("avgpool", -2):
+            learner.net.fc.requires_grad_(False)  # no loss reads it, and DDP would wait for its gradient
         self.head = DenseProjectionHead(in_channels, hidden_channels, out_channels, norm_layer=nn.BatchNorm2d)
         self.head.image_mlp.requires_grad_(False)  # the learner has its own: DDP need not wait for gradients here
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)

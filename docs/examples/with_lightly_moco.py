@@ -25,10 +25,10 @@ class DenseMoCo(nn.Module):
             nn.Sequential(*list(resnet.children())[:-2]).
         channels: Of that map: 512 for a ResNet-18, 2048 for a ResNet-50.
         queue_size: Rows of each queue. Default 4,096, the size of lightly's memory bank.
-        temperature: Of both terms. Default 0.2.
+        temperature: Of both terms. Default 0.5, that of lightly's NTXentLoss.
     """
 
-    def __init__(self, backbone: nn.Module, channels: int, queue_size: int = 4096, temperature: float = 0.2) -> None:
+    def __init__(self, backbone: nn.Module, channels: int, queue_size: int = 4096, temperature: float = 0.5) -> None:
         super().__init__()
         self.backbone = backbone
         self.projection_head = DenseProjectionHead(channels, channels, 128)  # (dense)

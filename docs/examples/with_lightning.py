@@ -49,14 +49,19 @@ class DenseCL(pl.LightningModule):  # type: ignore[misc]  # whether or not light
             key = self.head_k(map_k)
         image_loss, rank = self.criterion(query.image, key.image, self.image_queue, return_rank=True)
         dense_loss = self.criterion(query.dense, key.dense, self.dense_queue, self.match(map_q, map_k))
-        self.image_queue.enqueue(key.image)  # gathers over the ranks by itself
-        self.dense_queue.enqueue(key.pooled)
+        self.new_keys = key.image, key.pooled
 
         top1 = (rank < 1).float().mean()
         self.log_dict({"image_loss": image_loss, "dense_loss": dense_loss, "top1": top1}, prog_bar=True)
         weight = self.hparams["dense_weight"]
         loss: Tensor = (1 - weight) * image_loss + weight * dense_loss
         return loss
+
+    def on_after_backward(self) -> None:
+        """Enqueues for every batch, where no checkpoint computes a loss again; gathers over the ranks by itself."""
+        image, pooled = self.new_keys
+        self.image_queue.enqueue(image)
+        self.dense_queue.enqueue(pooled)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Moves the key networks once per optimizer step, so also under gradient accumulation."""

@@ -63,3 +63,17 @@ class NegativeCosineSimilarity(nn.Module):
 
     def forward(self, x0: Tensor, x1: Tensor) -> Tensor:
         return -torch.cosine_similarity(x0, x1, self.dim, self.eps).mean()
+
+
+class NTXentLoss(nn.Module):
+    """MoCo's loss on the rows of a memory bank."""
+
+    def __init__(self, temperature: float = 0.5, memory_bank_size: tuple[int, int] = (0, 0)) -> None:
+        super().__init__()
+        self.temperature, self.memory_bank = temperature, nn.Module()
+        self.memory_bank.register_buffer("bank", torch.zeros(memory_bank_size), persistent=False)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        query, key = nn.functional.normalize(out0, dim=1), nn.functional.normalize(out1, dim=1)
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.memory_bank.bank.T], 1)
+        return nn.functional.cross_entropy(logits / self.temperature, torch.zeros(len(query), dtype=torch.int64))
