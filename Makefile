@@ -15,7 +15,7 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make package  build wheel and sdist, import the wheel in a clean environment"
 	@echo "make test-gpu run the tests that need a GPU (PYTHON: an interpreter with torch for it)"
-	@echo "make kernels  compile every Triton kernel for seven GPUs: registers, spills, shared memory, instructions"
+	@echo "make kernels  compile every Triton kernel for eleven GPUs: registers, spills, shared memory, instructions"
 	@echo "make bench    measure loss, matching, queue and step on this machine (runs/bench/)"
 
 $(VENV)/installed: pyproject.toml Makefile
