@@ -19,7 +19,7 @@ help:
 	@echo "make docs     build the site, warnings are errors (build/docs/index.html)"
 	@echo "make package  build sdist and wheel, check both, run the sdist's tests on the wheel in a clean environment"
 	@echo "make test-gpu run the tests that need a GPU (PYTHON: an interpreter with torch for it)"
-	@echo "make kernels  compile every Triton kernel for seven GPUs: registers, spills, shared memory, instructions"
+	@echo "make kernels  compile every Triton kernel for eleven GPUs: registers, spills, shared memory, instructions"
 	@echo "make bench    measure loss, matching, queue and step on this machine (runs/bench/)"
 
 $(VENV)/installed: pyproject.toml Makefile

@@ -7,6 +7,8 @@ and compiled ahead of time with the specialisation that Triton's just-in-time co
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
 import re
 import subprocess
@@ -27,8 +29,12 @@ TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
     "sm_89": (128, 101_376),
     "sm_90": (132, 232_448),
     "sm_100": (148, 232_448),
+    "sm_103": (148, 232_448),
     "sm_120": (170, 101_376),
+    "sm_121": (48, 101_376),
+    "gfx90a": (104, 65_536),
     "gfx942": (304, 65_536),
+    "gfx950": (256, 163_840),
 }
 MATRIX_INSTRUCTIONS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "v_mfma": "mfma", "UTCQMMA": "tcgen05"}
 
@@ -65,7 +71,7 @@ def compile_case(case: Case) -> Compiled:
     try:
         kernel, arguments = _catch_launch(case)
         options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
-        signature, constants, attributes = _specialise(kernel.arg_names, arguments)
+        signature, constants, attributes = _specialise(kernel.arg_names, arguments, "unaligned" in case.variant)
         if case.target.startswith("gfx"):
             target = GPUTarget("hip", case.target, 64)
         else:
@@ -81,6 +87,27 @@ def compile_case(case: Case) -> Compiled:
     return Compiled(case, config, *read(case.target, compiled))
 
 
+Read = Callable[[str, Any], tuple[int, int, int, str, bool, bool]]
+
+
+def _remembered(read: Read) -> Read:
+    """Kept in build/kernels by the hash of source, arguments, options and compiler, as Triton keeps the binary."""
+
+    @functools.wraps(read)
+    def call(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
+        path = Path(__file__).parent.parent / "build" / "kernels" / f"{compiled.hash}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+                json.dump(read(target, compiled), file)
+            Path(file.name).replace(path)
+        registers, spills, shared, matrix, asynchronous, serialised = json.loads(path.read_text())
+        return registers, spills, shared, matrix, asynchronous, serialised
+
+    return call
+
+
+@_remembered
 def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
     import triton
 
@@ -101,6 +128,7 @@ def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, bool, 
     return registers, spills, compiled.metadata.shared, found[0] if found else "none", asynchronous, "C751" in report
 
 
+@_remembered
 def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
     assembly = compiled.asm["amdgcn"]
 
@@ -112,8 +140,13 @@ def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, bool, boo
     return field("vgpr_count"), spills, compiled.metadata.shared, matrix, False, False
 
 
-def _specialise(names: list[str], arguments: dict[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Types, constants and divisibility of a launch, by the rules of triton.jit."""
+def _specialise(
+    names: list[str], arguments: dict[str, Any], unaligned: bool
+) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and divisibility of a launch, by the rules of triton.jit.
+
+    Tensors that the package makes start at multiples of 16 bytes; with `unaligned`, those of the user do not.
+    """
     pointers = {
         torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
         torch.int32: "*i32", torch.bool: "*i1",
@@ -125,7 +158,8 @@ def _specialise(names: list[str], arguments: dict[str, Any]) -> tuple[dict[str, 
         value = arguments[name]
         if isinstance(value, torch.Tensor):
             signature[name] = pointers[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            if not (unaligned and name in ("query_ptr", "key_ptr", "negatives_ptr")):
+                attributes[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif name.isupper() or value is None or value == 1:
@@ -176,22 +210,32 @@ def _info_nce() -> Any:
 def _problem(case: Case) -> Any:
     from densecl_ops.info_nce.problem import Problem
 
-    dtype = getattr(torch, case.dtype)
-    tokens = "tokens" in case.variant
+    dtype, channels = getattr(torch, case.dtype), case.channels
+    batch, positions, size = (1, 1, 1) if "size 1" in case.variant else (32, 49, 65536)
+    if "vectors" in case.variant:
+        positions = 1
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def projections() -> torch.Tensor:
-        if tokens:  # channels_last maps and token sequences
-            return torch.empty(32, 49, case.channels, dtype=dtype, device="meta").transpose(1, 2)
-        return torch.empty(32, case.channels, 49, dtype=dtype, device="meta")
+        if "tokens" in case.variant:  # channels_last maps and token sequences
+            return empty(batch, positions, channels).transpose(1, 2)
+        return empty(batch, channels, positions)
 
+    negatives = empty(size, channels, dtype=torch.float32 if "autocast" in case.variant else dtype)
+    if "columns" in case.variant:
+        negatives = empty(channels, size).t()
+    elif "slice" in case.variant:
+        negatives = empty(size, channels + 8)[:, 8:]
     return Problem(
         query=projections(),
         key=projections(),
-        negatives=torch.empty(65536, case.channels, dtype=dtype, device="meta"),
-        scale=5.0,
-        index=torch.empty(32, 49, dtype=torch.int64, device="meta"),
-        exclude=torch.empty(32, dtype=torch.int64, device="meta") if "exclude" in case.variant else None,
-        count=torch.empty((), dtype=torch.int64, device="meta"),
+        negatives=negatives,
+        scale=empty(dtype=torch.float32) if "learned" in case.variant else 5.0,
+        index=empty(batch, positions, dtype=torch.int64),
+        exclude=empty(batch, dtype=torch.int64) if "exclude" in case.variant else None,
+        count=empty(dtype=torch.int64),
         unit_negatives="running" not in case.variant,
         dtype=torch.float32,
         matmul_dtype=dtype,
@@ -248,11 +292,14 @@ def cases(targets: list[str]) -> Iterator[Case]:
                 yield Case(target, "attend_kernel", dtype, channels, "no shift")
                 yield Case(target, "attend_kernel", dtype, channels, "running max, rank, exclude")
                 yield Case(target, "grad_negatives_kernel", dtype, channels, "exclude")
-        for variant in ("forward only", "running max", "rank"):
+        for variant in ("forward only", "running max", "rank", "unaligned", "vectors, exclude", "size 1"):
             yield Case(target, "attend_kernel", "bfloat16", 128, variant)
+        for variant in ("autocast", "columns", "slice"):  # a copy that is as good as a queue of its own
+            for channels in (128, 512):
+                yield Case(target, "attend_kernel", "bfloat16", channels, variant)
         yield Case(target, "attend_kernel", "float16", 128, "running max")
         yield Case(target, "attend_kernel", "bfloat16", 100, "no shift")
-        for variant in ("", "tokens"):
+        for variant in ("", "tokens", "learned", "unaligned", "vectors", "size 1"):
             yield Case(target, "prepare_kernel", "bfloat16", 128, variant)
             yield Case(target, "combine_kernel", "bfloat16", 128, f"running max, rank, {variant}")
         yield Case(target, "combine_kernel", "float32", 512, "running max, rank")

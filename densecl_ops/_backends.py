@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import get_args
+from collections.abc import Callable
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from densecl_ops import _launch
-from densecl_ops._checks import require_choice
+from densecl_ops._checks import is_plain, require_choice
 from densecl_ops._types import BackendName
+
+Module = TypeVar("Module")
+Answer = TypeVar("Answer")
 
 BACKENDS = get_args(BackendName)
 WIDEST = 512
@@ -33,7 +37,7 @@ def _dotted(numbers: tuple[int, int]) -> str:
 
 
 def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str:
-    """Turns a `backend` argument into "eager", "blockwise" or "triton".
+    """Turns a `backend` argument into what `run` takes: "eager", "blockwise", "triton", or "auto" for triton if it can.
 
     Args:
         requested: As the user gave it.
@@ -47,7 +51,7 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 
     require_choice("backend", requested, BACKENDS)
     if requested in ("eager", "blockwise"):
         return requested
-    obstacle = _triton_obstacle(tensor.device.type, dtype, channels)
+    obstacle = _triton_obstacle(tensor, dtype, channels)
     if requested == "triton":
         if obstacle is not None:
             raise ValueError(f"backend: got 'triton', which cannot serve this call: {obstacle}")
@@ -55,13 +59,14 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 
     if tensor.device.type != "cuda":  # torch calls ROCm devices cuda too
         return "blockwise"
     if obstacle is None:
-        return "triton"
+        return "auto"
     if not torch.compiler.is_compiling():
         _warn_slow(obstacle)
     return "blockwise"
 
 
-def _triton_obstacle(device_type: str, dtype: torch.dtype, channels: int) -> str | None:
+def _triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int) -> str | None:
+    device_type = tensor.device.type
     version = triton_version()
     if version is None:
         return "the triton package is not installed (pip install 'densecl-ops[triton]')"
@@ -69,11 +74,54 @@ def _triton_obstacle(device_type: str, dtype: torch.dtype, channels: int) -> str
         return f"it needs triton {_dotted(OLDEST_TRITON)}, and {_dotted(version)} is installed"
     if device_type != "cuda" and not (device_type == "cpu" and _launch.interpreting()):
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
+    # Code being traced cannot ask the device: there the launchers refuse it, with the same words.
+    if device_type == "cuda" and not torch.compiler.is_compiling() and is_plain(tensor):
+        architecture = _launch.describe(tensor.device).architecture
+        if architecture not in _launch.FAMILIES:
+            return _launch.unknown(architecture)
     if dtype == torch.float64:
         return "it has no float64 kernels"
     if channels > WIDEST:
         return f"its kernels hold rows of up to {WIDEST} channels, not {channels}"
     return None
+
+
+def run(backend: str, load: Callable[[str], Module], compute: Callable[[Module], Answer], *kind: object) -> Answer:
+    """Calls an operation of the backend that `resolve` chose.
+
+    Under "auto", kernels that do not compile or launch are a warning with the reason, and the blockwise backend serves
+    this call and, without another try, every later one of its kind. Under "triton" the error is raised. Called inside
+    the operators, so that compiled code does the same.
+
+    Args:
+        backend: "blockwise", "triton" or "auto".
+        load: Returns the module of the backend of that name.
+        compute: Does the operation with that module.
+        kind: The operation and what its kernels are compiled for, such as its dtype.
+    """
+    if backend != "auto":
+        return compute(load(backend))
+    if kind not in _failed:
+        try:
+            return compute(load("triton"))
+        except torch.OutOfMemoryError:  # nothing is wrong with the kernels
+            raise
+        except Exception as error:  # the compiler, its assembler, the driver: each has its own
+            _failed.add(kind)
+            _warn_slow(
+                f"its kernels failed ({', '.join(map(str, kind))}): {_short(error)}; "
+                "backend='triton' raises this error, and python -m densecl_ops.selftest tries every kernel"
+            )
+    return compute(load("blockwise"))
+
+
+_failed: set[tuple[object, ...]] = set()
+
+
+def _short(error: Exception) -> str:
+    """Type and message in one line; a compiler's message can be a whole program."""
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line if len(line) <= 300 else line[:100] + ' ... ' + line[-200:]}"
 
 
 @functools.cache  # once per process and reason

@@ -218,7 +218,7 @@ def require_index(
     """An integer tensor of the given shape on the device of the reference, as int64.
 
     Values outside [0, size) raise where looking waits for no device. Elsewhere torch's own gather traps, and the Triton
-    kernels give the row NaN.
+    kernels give the row NaN; an `exclude` out of range excludes nothing.
     """
     index = require_integer(name, value)
     require_shape(name, index, shape)

@@ -9,6 +9,22 @@ from typing import NamedTuple
 
 import torch
 
+# Architectures the kernels are compiled for in the tests, by the instructions they share, and with them their tiles.
+FAMILIES = {
+    "sm_80": "mma",
+    "sm_86": "mma",
+    "sm_89": "mma",
+    "sm_90": "wgmma",
+    "sm_100": "tcgen05",
+    "sm_103": "tcgen05",
+    "sm_120": "mma",
+    "sm_121": "mma",
+    "gfx90a": "mfma",
+    "gfx942": "mfma",
+    "gfx950": "mfma",
+    "interpreter": "interpreter",
+}
+
 
 class Device(NamedTuple):
     """A compilation target.
@@ -37,15 +53,31 @@ def describe(device: torch.device) -> Device:
     return Device(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
+def family(architecture: str) -> str:
+    """The family of an architecture.
+
+    Raises:
+        ValueError: No kernel was ever compiled for it.
+    """
+    if architecture not in FAMILIES:
+        raise ValueError(f"backend: {unknown(architecture)}")
+    return FAMILIES[architecture]
+
+
+def unknown(architecture: str) -> str:
+    known = ", ".join(name for name in FAMILIES if name != "interpreter")
+    return f"its kernels were never compiled for {architecture}, only for {known}"
+
+
 def launching_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def strides(prefix: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
+def strides(prefix: str, stride: tuple[int, ...], dims: str) -> dict[str, int]:
     """Keyword arguments of a kernel: `{prefix}_stride_{dim}`."""
     start = f"{prefix}_stride_" if prefix else "stride_"
-    return {start + dim: stride for dim, stride in zip(dims, tensor.stride(), strict=True)}
+    return {start + dim: step for dim, step in zip(dims, stride, strict=True)}
 
 
 def exact_precision(dtype: torch.dtype, architecture: str) -> str:

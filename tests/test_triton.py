@@ -6,7 +6,12 @@ every layout, every gradient, one tile and many. tests/test_kernels.py shows how
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +23,11 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from densecl_ops import _launch  # noqa: E402
-from densecl_ops.functional import dense_info_nce  # noqa: E402
+from densecl_ops import _backends, _launch  # noqa: E402
+from densecl_ops.correspondence import triton_launch as fused_matching  # noqa: E402
+from densecl_ops.functional import dense_correspondence, dense_info_nce  # noqa: E402
 from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
+from densecl_ops.info_nce.problem import Problem  # noqa: E402
 
 FLOAT32 = 5e-6  # relative error norm; eager float32 stays below 2e-6 on the same cases
 LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "swapped")
@@ -102,6 +109,61 @@ def test_low_precision(dtype: torch.dtype, temperature: float) -> None:
     for name in ("loss", "query", "key", "negatives"):
         wish = getattr(truth, name)
         assert error(getattr(seen, name), wish) <= 2 * error(getattr(eager, name), wish) + 1e-6, name
+
+
+def test_float32_queue_under_autocast() -> None:
+    """What MomentumQueue() is in mixed precision; the products run in bfloat16, and so does the eager form's error."""
+    case = replace(case_of(count=150), reduction="none")
+    halves = replace(case, query=case.query.bfloat16(), key=case.key.bfloat16())
+    truth = expected(halves)
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
+        eager, seen = (run(name, halves, wanted=("query", "negatives")) for name in ("eager", "triton"))
+    for name in ("loss", "query", "negatives"):
+        wish = getattr(truth, name)
+        assert error(getattr(seen, name), wish) <= 2 * error(getattr(eager, name), wish) + 1e-6, name
+
+
+def test_an_index_out_of_range_gives_the_row_nan() -> None:
+    """Only where the host cannot look, hence straight to the backend: nothing is read there, no other row changes."""
+    case, device = case_of(), "cuda" if torch.cuda.is_available() else "cpu"
+    query, key = (x.flatten(2).to(device) for x in (case.query, case.key))
+    index = case.index.to(device)
+    problem = Problem(query, key, case.negatives.to(device), 5.0, index, None, None, True, torch.float32, torch.float32)
+    whole = fused.forward(problem, True, False)
+    for wrong in (-1, 16, 2**40):
+        broken = index.clone()
+        broken[1, 3] = wrong
+        result = fused.forward(problem._replace(index=broken), True, False)
+        for name in ("loss", "log_sum_exp", "pull", "grad_query", "grad_scale"):
+            seen, wish = getattr(result, name), getattr(whole, name).clone()
+            if name != "log_sum_exp":  # of the negatives alone
+                wish[1, 3] = float("nan")
+            torch.testing.assert_close(seen, wish, rtol=0, atol=0, equal_nan=True, msg=name)
+        grad = fused.grad_key(query, key, broken, result.pull, torch.float32)
+        assert grad[1].isnan().any()
+        assert torch.equal(grad[0], fused.grad_key(query, key, index, whole.pull, torch.float32)[0])
+
+
+def test_grids_end_at_65535_programs_but_for_the_first_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, grids = 65536, []
+
+    class Seen:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda **_: None
+
+    for kernels in (fused.kernels, fused_matching.kernels):
+        for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+            monkeypatch.setattr(kernels, name, Seen())
+    for positions in (1, 65):  # one tile, and several
+        maps = torch.zeros(1, 1, 1).expand(images, 1, positions)
+        fused_matching.match(maps, maps, False)
+        fused.grad_key(
+            maps, maps, torch.zeros(1, 1, dtype=torch.int64).expand(images, positions), maps[:, 0], torch.float32
+        )
+    assert all(grid[0] >= images for grid in grids)
+    assert all(size <= 65535 for grid in grids for size in grid[1:])
+    assert len(grids) == 6
 
 
 def test_zero_vectors_and_nan() -> None:
@@ -211,6 +273,112 @@ def test_what_it_cannot_serve_is_refused_with_the_reason() -> None:
         run("triton", case_of(channels=513, negatives=2, query_grid=(1, 1)))
     with pytest.raises(ValueError, match=r"backend: got 'triton'.*float64"):
         run("triton", make_case())
+
+
+class OnGpu(Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "chosen"), [("sm_75", "blockwise"), ("gfx1100", "blockwise"), ("sm_90", "auto")]
+)
+def test_an_architecture_that_was_never_compiled_for(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, chosen: str
+) -> None:
+    monkeypatch.setattr(_launch, "describe", lambda device: _launch.Device(architecture, 40))
+    tensor = torch.zeros(1).as_subclass(OnGpu)
+    _backends._warn_slow.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert [_backends.resolve("auto", tensor, torch.float32, 128) for _ in range(2)] == [chosen] * 2
+    assert [architecture in str(warning.message) for warning in seen] == [True] * (chosen == "blockwise")
+    if chosen == "blockwise":
+        with pytest.raises(ValueError, match=rf"backend: got 'triton'.*never compiled for {architecture}"):
+            _backends.resolve("triton", tensor, torch.float32, 128)
+        with pytest.raises(ValueError, match=rf"never compiled for {architecture}"):  # from compiled code
+            fused_matching.choose(architecture, torch.float32, 49)
+
+
+def test_kernels_that_fail_are_a_warning_under_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning and one try for each kind of call; then blockwise serves, forward and backward."""
+    monkeypatch.setattr(_backends, "_failed", set())
+    monkeypatch.setattr(_backends, "resolve", lambda requested, *_: "auto" if requested == "auto" else requested)
+    _backends._warn_slow.cache_clear()
+    tried: list[str] = []
+
+    def fails(name: str) -> Callable[..., Any]:
+        def launch(*_: Any) -> Any:
+            tried.append(name)
+            raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+
+        return launch
+
+    for module, name in ((fused, "forward"), (fused, "grad_key"), (fused, "grad_negatives"), (fused_matching, "match")):
+        monkeypatch.setattr(module, name, fails(name))
+    case = case_of()
+
+    def everything(backend: str) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (case.query, case.key, case.negatives)]
+        loss = dense_info_nce(*leaves, case.index, backend=backend)
+        return [
+            loss.detach(),
+            *torch.autograd.grad(loss, leaves),
+            dense_correspondence(*leaves[:2], backend=backend).index,
+        ]
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        results = [everything("auto") for _ in range(3)]
+    assert sorted(tried) == ["forward", "grad_key", "grad_negatives", "match"]
+    messages = [str(warning.message) for warning in seen if "slower 'blockwise'" in str(warning.message)]
+    assert len(messages) == 4
+    assert all("OutOfResources: out of resource: shared memory" in message for message in messages)
+    for result in results:
+        for ours, theirs in zip(result, everything("blockwise"), strict=True):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(triton.runtime.errors.OutOfResources):
+        everything("triton")
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_failed", set())
+
+    def match(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        _backends.run("auto", lambda name: SimpleNamespace(match=match), lambda module: module.match(), "matching")
+    assert not _backends._failed
+
+
+def test_products_follow_the_float32_setting_of_torch() -> None:
+    """Both interfaces of torch; in a process of its own, since torch refuses to mix them."""
+    program = """
+import torch
+from densecl_ops import _launch
+from densecl_ops.info_nce import triton_launch
+from densecl_ops.info_nce.problem import Problem
+_launch.describe = lambda device: _launch.Device("sm_90", 132)
+query, negatives = torch.zeros(1, 16, 4), torch.zeros(8, 16)
+problem = Problem(query, query, negatives, 5.0, None, None, None, False, torch.float32, torch.float32)
+found = [triton_launch._precision(problem)]
+for setting in ("high", "medium", "highest"):
+    torch.set_float32_matmul_precision(setting)
+    found.append(triton_launch._precision(problem))
+torch.backends.cuda.matmul.allow_tf32 = True
+found.append(triton_launch._precision(problem))
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    for owner, setting in ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cuda.matmul, "tf32")):
+        owner.fp32_precision = setting
+        found.append(triton_launch._precision(problem))
+found.append(triton_launch._precision(problem._replace(matmul_dtype=torch.bfloat16)))
+print(*found)
+"""
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    new = ["tf32x3", "tf32"] if hasattr(torch.backends.cuda.matmul, "fp32_precision") else []
+    assert printed == ["tf32x3", "tf32", "tf32", "tf32x3", "tf32", *new, "ieee"]
 
 
 def test_too_old_a_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,4 +113,7 @@ def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple
 
 @operator("match", "(Tensor query, Tensor key, bool mutual, str backend) -> (Tensor, Tensor, Tensor)", _fake_match)
 def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(backend).match(query, key, mutual)
+    def compute(module: Backend) -> tuple[Tensor, Tensor, Tensor]:
+        return module.match(query, key, mutual)
+
+    return _backends.run(backend, _backend, compute, "matching", query.dtype, key.dtype)

@@ -21,7 +21,7 @@ def _inverse(squares):
 
 @triton.jit
 def _load(pointers, channel, channels, position_exists, EVEN_C: tl.constexpr):
-    """(BLOCK_C, positions) of a map, zero outside it."""
+    """(BLOCK_C, positions) of a map, zero outside it. EVEN_C: tiles of channels make up C."""
     mask = position_exists[None, :]
     if not EVEN_C:
         mask = mask & (channel < channels)[:, None]
@@ -37,9 +37,10 @@ def inverse_norm_kernel(
     stride_b, stride_c, stride_p,
     EVEN_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, b): 1 / |feature| of BLOCK_P positions of image b."""
-    image = tl.program_id(1).to(tl.int64)
-    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """Program b * tiles + i: 1 / |feature| of the i-th BLOCK_P positions of image b."""
+    tiles = tl.cdiv(positions, BLOCK_P)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    position = (tl.program_id(0) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
     squares = tl.zeros([BLOCK_P], tl.float32)
     for first in tl.range(0, channels, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
@@ -61,24 +62,27 @@ def _best(score, exists, AXIS: tl.constexpr):
 def match_kernel(
     query_ptr,  # (B, C, P_q)
     key_ptr,  # (B, C, P_k)
-    query_inverse_ptr,  # (B, P_q) float32; not read with ONE_TILE, which finds the norms on the way
-    key_inverse_ptr,  # (B, P_k) float32; likewise
+    query_inverse_ptr,  # (B, P_q) float32; None: the whole image is one tile, and the norms are found on the way
+    key_inverse_ptr,  # (B, P_k) float32; None likewise
     index_ptr,  # out (B, P_q) int64
     score_ptr,  # out (B, P_q) float32, cosine similarity
-    back_ptr,  # out (B, P_k) int64, nearest query of every key; only with BOTH_WAYS
+    back_ptr,  # out (B, P_k) int64, nearest query of every key; or None, as it must be unless one tile is the image
     query_positions,  # P_q
     key_positions,  # P_k
     channels,  # C
     query_stride_b, query_stride_c, query_stride_p,
     key_stride_b, key_stride_c, key_stride_p,
-    ONE_TILE: tl.constexpr,  # the whole image is one tile
-    BOTH_WAYS: tl.constexpr,  # needs ONE_TILE
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,  # input_precision of the products
+    UPCAST: tl.constexpr,  # for the interpreter, which miscomputes bfloat16
     EVEN_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, b): BLOCK_Q query positions of image b against all its key positions."""
-    image = tl.program_id(1).to(tl.int64)
-    query_position = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    """Program b * tiles + i: the i-th BLOCK_Q query positions of image b against all its key positions."""
+    image = tl.program_id(0).to(tl.int64)
+    query_position = tl.arange(0, BLOCK_Q)
+    if query_inverse_ptr is not None:  # one axis for tiles and images: the other axes end at 65,535 programs
+        tiles = tl.cdiv(query_positions, BLOCK_Q)
+        image = (tl.program_id(0) // tiles).to(tl.int64)
+        query_position += (tl.program_id(0) % tiles) * BLOCK_Q
     query_exists = query_position < query_positions
     query_base = query_ptr + image * query_stride_b + query_position[None, :].to(tl.int64) * query_stride_p
 
@@ -99,12 +103,12 @@ def match_kernel(
             if UPCAST:
                 query, key = query.to(tl.float32), key.to(tl.float32)
             products = tl.dot(tl.trans(query), key, products, input_precision=PRECISION)
-            if ONE_TILE:
+            if key_inverse_ptr is None:
                 query_squares += tl.sum(query.to(tl.float32) * query.to(tl.float32), 0)
                 key_squares += tl.sum(key.to(tl.float32) * key.to(tl.float32), 0)
-        if ONE_TILE:
+        if key_inverse_ptr is None:
             key_inverse = _inverse(key_squares)
-            if BOTH_WAYS:
+            if back_ptr is not None:
                 # The key norm cannot change an argmax over queries, nor the query norm one over keys.
                 _, back = _best(products * _inverse(query_squares)[:, None], query_exists[:, None], 0)
                 tl.store(back_ptr + image * key_positions + key_position, back.to(tl.int64), mask=key_exists)
@@ -117,7 +121,7 @@ def match_kernel(
         index = tl.where(better, first_key + tile_index, index)
 
     out = image * query_positions + query_position
-    if ONE_TILE:
+    if query_inverse_ptr is None:
         query_inverse = _inverse(query_squares)
     else:
         query_inverse = tl.load(query_inverse_ptr + out, mask=query_exists, other=0.0)

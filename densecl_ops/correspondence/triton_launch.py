@@ -32,18 +32,17 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     config = choose(architecture, query.dtype, max(queries, keys))
     one_tile = queries <= config.block_q and keys <= config.block_k
     inverse_norms = (None, None) if one_tile else (_inverse_norm(query), _inverse_norm(key))
-    index, score, back = _search(query, key, inverse_norms, config, one_tile, mutual and one_tile)
-    agreed = torch.ones_like(index, dtype=torch.bool)
-    if mutual:
-        if not one_tile:  # the other direction is the same search with the roles exchanged
-            back, _, _ = _search(key, query, inverse_norms[::-1], config, one_tile, False)
-        agreed = back.gather(1, index) == torch.arange(queries, device=index.device)
-    return index, score, agreed
+    index, score, back = _search(query, key, inverse_norms, config, both_ways=mutual and one_tile)
+    if not mutual:
+        return index, score, torch.ones_like(index, dtype=torch.bool)
+    if back is None:  # the other direction is the same search with the roles exchanged
+        back, _, _ = _search(key, query, inverse_norms[::-1], config, both_ways=False)
+    return index, score, back.gather(1, index) == torch.arange(queries, device=index.device)
 
 
 def choose(architecture: str, dtype: torch.dtype, positions: int) -> Config:
     """The tile for a grid of so many positions; a whole image in one tile where it fits, which saves the norms."""
-    if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
+    if _launch.family(architecture) == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(64, 64, 128, 4, 1)
     if positions <= 64:  # 7x7: bound by reading the maps; few registers, so that several programs share a processor
         return Config(64, 64, 16, 4, 4) if dtype == torch.float32 else Config(64, 64, 32, 4, 4)
@@ -57,16 +56,15 @@ def _search(
     key: Tensor,
     inverse_norms: tuple[Tensor | None, ...],
     config: Config,
-    one_tile: bool,
     both_ways: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     images, channels, queries = query.shape
     keys = key.shape[2]
-    index = torch.empty(images, queries, dtype=torch.int64, device=query.device)
-    score = torch.empty(images, queries, dtype=torch.float32, device=query.device)
-    back = torch.empty(images, keys if both_ways else 0, dtype=torch.int64, device=query.device)
+    index = query.new_empty((images, queries), dtype=torch.int64)
+    score = query.new_empty((images, queries), dtype=torch.float32)
+    back = query.new_empty((images, keys), dtype=torch.int64) if both_ways else None
     with _launch.launching_on(query):
-        kernels.match_kernel[(triton.cdiv(queries, config.block_q), images)](
+        kernels.match_kernel[(images * triton.cdiv(queries, config.block_q),)](
             query_ptr=query,
             key_ptr=key,
             query_inverse_ptr=inverse_norms[0],
@@ -77,10 +75,8 @@ def _search(
             query_positions=queries,
             key_positions=keys,
             channels=channels,
-            **_launch.strides("query", query, "bcp"),
-            **_launch.strides("key", key, "bcp"),
-            ONE_TILE=one_tile,
-            BOTH_WAYS=both_ways,
+            **_launch.strides("query", query.stride(), "bcp"),
+            **_launch.strides("key", key.stride(), "bcp"),
             PRECISION=_launch.exact_precision(query.dtype, _launch.describe(query.device).architecture),
             UPCAST=query.device.type == "cpu",
             EVEN_C=channels % config.block_c == 0,
@@ -95,14 +91,14 @@ def _search(
 
 def _inverse_norm(features: Tensor) -> Tensor:
     images, channels, positions = features.shape
-    out = torch.empty(images, positions, dtype=torch.float32, device=features.device)
+    out = features.new_empty((images, positions), dtype=torch.float32)
     with _launch.launching_on(features):
-        kernels.inverse_norm_kernel[(triton.cdiv(positions, 64), images)](
+        kernels.inverse_norm_kernel[(images * triton.cdiv(positions, 64),)](
             features_ptr=features,
             out_ptr=out,
             positions=positions,
             channels=channels,
-            **_launch.strides("", features, "bcp"),
+            **_launch.strides("", features.stride(), "bcp"),
             EVEN_C=channels % 64 == 0,
             BLOCK_P=64,
             BLOCK_C=64,

@@ -7,18 +7,22 @@ again.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
+from densecl_ops import _backends
 from densecl_ops._numerics import no_autocast
 from densecl_ops._operators import operator
 from densecl_ops._recomputation import note_run
 from densecl_ops.info_nce import blockwise
 from densecl_ops.info_nce.problem import Backend, Problem, Result
+
+Answer = TypeVar("Answer")
 
 
 def row_loss(problem: Problem, want_rank: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -132,6 +136,13 @@ def _backend(name: str) -> Backend:
     return triton_launch
 
 
+def _run(
+    backend: str, compute: Callable[[Backend], Answer], operation: str, query: Tensor, dtype: torch.dtype
+) -> Answer:
+    with no_autocast(query):
+        return _backends.run(backend, _backend, compute, operation, dtype, f"D = {query.shape[1]}")
+
+
 def _flatten(problem: Problem) -> tuple[Any, ...]:
     """An operator's schema has no "number or tensor": the scale takes two places."""
     query, key, negatives, scale, *rest = problem
@@ -176,8 +187,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, want_grad, want_rank, backend = arguments
     problem = _unflatten(fields)
     note_run(problem.negatives)
-    with no_autocast(problem.query):
-        return _backend(backend).forward(problem, want_grad, want_rank)
+
+    def compute(module: Backend) -> Result:
+        return module.forward(problem, want_grad, want_rank)
+
+    return _run(backend, compute, "loss", problem.query, problem.matmul_dtype)
 
 
 def _fake_grad_negatives(*arguments: Any) -> Tensor:
@@ -193,8 +207,11 @@ def _fake_grad_negatives(*arguments: Any) -> Tensor:
 def _grad_negatives(*arguments: Any) -> Tensor:
     *fields, log_sum_exp, row_weight, backend = arguments
     problem = _unflatten(fields)
-    with no_autocast(problem.query):
-        return _backend(backend).grad_negatives(problem, log_sum_exp, row_weight)
+
+    def compute(module: Backend) -> Tensor:
+        return module.grad_negatives(problem, log_sum_exp, row_weight)
+
+    return _run(backend, compute, "gradient to the negatives", problem.query, problem.matmul_dtype)
 
 
 def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtype: torch.dtype, backend: str) -> Tensor:
@@ -210,5 +227,7 @@ def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtyp
 def _grad_key(
     query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    with no_autocast(query):
-        return _backend(backend).grad_key(query, key, index, row_weight, dtype)
+    def compute(module: Backend) -> Tensor:
+        return module.grad_key(query, key, index, row_weight, dtype)
+
+    return _run(backend, compute, "gradient to the keys", query, query.dtype)

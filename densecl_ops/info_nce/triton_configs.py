@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from densecl_ops import _launch
+
 
 class Config(NamedTuple):
     """One row of the table.
@@ -30,21 +32,6 @@ class Config(NamedTuple):
     programs: int = 1
     chunk_d: int | None = None
 
-
-# Architectures that run the same instructions and so take the same rows.
-FAMILIES = {
-    "sm_80": "mma",
-    "sm_86": "mma",
-    "sm_89": "mma",
-    "sm_120": "mma",
-    "sm_90": "wgmma",
-    "sm_100": "tcgen05",
-    "sm_103": "tcgen05",
-    "gfx90a": "mfma",
-    "gfx942": "mfma",
-    "gfx950": "mfma",
-    "interpreter": "interpreter",
-}
 
 # Exact float32 is three tf32 products of split operands. Held in place, the split queries spill: 10 KB
 # per thread at D = 128 (64 x 32 on sm_80), 35 KB at D = 512 (16 x 32). In steps of 32 channels nothing does.
@@ -91,14 +78,14 @@ def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = Tr
     """The row for attend_kernel.
 
     Args:
-        architecture: As in densecl_ops._launch.Device; an unknown one takes the row of the smallest memory.
+        architecture: One of densecl_ops._launch.FAMILIES.
         dtype: Of the products.
         channels: D.
         lean: Whether neither rank nor exclude is asked for and D is a power of two; masks and counts take registers.
     """
     if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(32, 64, 4, 1, chunk_d=32 if channels > 64 else None)
-    config = ATTEND[FAMILIES.get(architecture, "mma"), dtype.itemsize][_width(channels)]
+    config = ATTEND[_launch.family(architecture), dtype.itemsize][_width(channels)]
     return config if lean or config.block_k <= 32 else config._replace(block_k=config.block_k // 2)
 
 
@@ -114,9 +101,9 @@ def block_d(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def row_block(channels: int) -> int:
-    """Rows per program of the kernels that do no products: 4,096 elements of each matrix fit 4 warps' registers."""
-    return max(1, 4096 // block_d(channels))
+def row_block(width: int) -> int:
+    """Rows of block_d(D) channels per program that does no products: 4,096 elements fit 4 warps' registers."""
+    return max(1, 4096 // width)
 
 
 def _width(channels: int) -> int:

@@ -2,7 +2,11 @@
 
 Shared vocabulary: N = B * P query rows; row n is position n % P of image n // P. Logits are kept in units of log 2
 (queries are scaled by log2(e) / t), so that the exponential is the hardware's exp2. Raw projections come as (B, D, P)
-with their three strides; everything that kernels hand to each other is contiguous.
+with their three strides; the negatives and everything that kernels hand to each other are contiguous. A pointer that
+is None stands for something not asked for: code that needs it is not compiled.
+
+Nothing here relies on the compiler fusing a * b + c, nor on its leaving the two apart: either rounding is within the
+tolerances of the tests (Triton fuses by default up to 3.9, and no longer from 3.10 on).
 """
 
 from __future__ import annotations
@@ -16,25 +20,30 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _row_mask(row_exists, channel, CHANNELS: tl.constexpr):
-    """(rows, BLOCK_D) bool; without the channel test where D is a power of two."""
-    mask = row_exists[:, None]
-    if channel.shape[0] != CHANNELS:
+def _mask(exists, channel, CHANNELS: tl.constexpr):
+    """(len(exists), len(channel)) bool; without the channel test where whole tiles of channels make up D."""
+    mask = exists[:, None]
+    if CHANNELS // channel.shape[0] * channel.shape[0] != CHANNELS:
         mask = mask & (channel < CHANNELS)[None, :]
     return mask
 
 
 @triton.jit
-def _load_rows(
-    base, offset, channel, channel_stride, row_exists, CHANNELS: tl.constexpr, POSITION_FASTEST: tl.constexpr
-):
-    """(rows, BLOCK_D) float32 from `base`, one row per element of `offset`; zero outside the tensor.
+def _load_tile(pointer, row, channel, exists, CHANNELS: tl.constexpr):
+    """(len(row), len(channel)) of a contiguous matrix of CHANNELS columns, zero where nothing exists."""
+    pointers = pointer + row[:, None] * CHANNELS + channel[None, :]
+    return tl.load(pointers, mask=_mask(exists, channel, CHANNELS), other=0.0)
+
+
+@triton.jit
+def _load_rows(base, offset, channel, channel_stride, exists, CHANNELS: tl.constexpr, POSITION_FASTEST: tl.constexpr):
+    """(rows, BLOCK_D) float32 from `base`, one row per element of `offset`; zero where nothing exists.
 
     In an NCHW map neighbouring rows, not neighbouring channels, lie side by side: such a tile is read transposed, so
     that a warp reads 64 bytes in one piece instead of 32 pieces of 2.
     """
     step = channel.to(tl.int64) * channel_stride
-    mask = _row_mask(row_exists, channel, CHANNELS)
+    mask = _mask(exists, channel, CHANNELS)
     if POSITION_FASTEST:
         rows = tl.trans(tl.load(base + offset[None, :] + step[:, None], mask=tl.trans(mask), other=0.0))
     else:
@@ -51,19 +60,34 @@ def _inverse_norm(rows):
 
 
 @triton.jit
-def _load_unit_rows(
-    base, index_ptr, row, rows, positions, channel, stride_b, stride_d, stride_p,
+def _load_queries(
+    base, row, rows, positions, channel, stride_b, stride_d, stride_p,
     CHANNELS: tl.constexpr, POSITION_FASTEST: tl.constexpr,
 ):  # fmt: skip
-    """Normalised rows of a raw map and their inverse norms, at position n % P or where `index` sends it."""
-    row_exists = row < rows
-    position = row % positions
-    if index_ptr is not None:
-        position = tl.load(index_ptr + row, mask=row_exists, other=0)
-    offset = (row // positions) * stride_b + position * stride_p
-    found = _load_rows(base, offset, channel, stride_d, row_exists, CHANNELS, POSITION_FASTEST)
+    """Unit rows of the query map and their inverse norms."""
+    offset = (row // positions) * stride_b + (row % positions) * stride_p
+    found = _load_rows(base, offset, channel, stride_d, row < rows, CHANNELS, POSITION_FASTEST)
     inverse_norm = _inverse_norm(found)
     return found * inverse_norm[:, None], inverse_norm
+
+
+@triton.jit
+def _load_matches(
+    base, index_ptr, row, rows, positions, key_positions, channel, stride_b, stride_d, stride_p,
+    CHANNELS: tl.constexpr, POSITION_FASTEST: tl.constexpr,
+):  # fmt: skip
+    """Unit rows of the key map, each at the position that its query row matches; NaN where the index has no such."""
+    position = row % positions
+    if index_ptr is not None:
+        index = tl.load(index_ptr + row, mask=row < rows, other=0)
+        inside = (index >= 0) & (index < key_positions)
+        position = tl.where(inside, index, 0)
+    offset = (row // positions) * stride_b + position * stride_p
+    found = _load_rows(base, offset, channel, stride_d, row < rows, CHANNELS, POSITION_FASTEST)
+    inverse_norm = _inverse_norm(found)
+    if index_ptr is not None:
+        inverse_norm = tl.where(inside, inverse_norm, float("nan"))
+    return found * inverse_norm[:, None]
 
 
 @triton.jit
@@ -85,6 +109,7 @@ def prepare_kernel(
     scale,  # 1 / t when constant
     rows,  # N
     positions,  # P
+    key_positions,  # P_k
     query_stride_b, query_stride_d, query_stride_p,
     key_stride_b, key_stride_d, key_stride_p,
     QUERY_POSITION_FASTEST: tl.constexpr, KEY_POSITION_FASTEST: tl.constexpr,
@@ -93,105 +118,35 @@ def prepare_kernel(
     """Program i: BLOCK_N rows, read once in the layout the user has, so that every split of the queue reads fast."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, BLOCK_D)
-    query, _ = _load_unit_rows(
-        query_ptr, None, row, rows, positions, channel, query_stride_b, query_stride_d, query_stride_p,
+    query, _ = _load_queries(
+        query_ptr, row, rows, positions, channel, query_stride_b, query_stride_d, query_stride_p,
         CHANNELS, QUERY_POSITION_FASTEST,
     )  # fmt: skip
-    key, _ = _load_unit_rows(
-        key_ptr, index_ptr, row, rows, positions, channel, key_stride_b, key_stride_d, key_stride_p,
+    key = _load_matches(
+        key_ptr, index_ptr, row, rows, positions, key_positions, channel, key_stride_b, key_stride_d, key_stride_p,
         CHANNELS, KEY_POSITION_FASTEST,
     )  # fmt: skip
     query *= _inverse_temperature(scale, scale_ptr) * LOG2_E
-    mask = _row_mask(row < rows, channel, CHANNELS)
+    mask = _mask(row < rows, channel, CHANNELS)
     tl.store(scaled_ptr + row[:, None] * CHANNELS + channel[None, :], query, mask=mask)
     tl.store(positive_ptr + row, tl.sum(query * key, 1), mask=row < rows)
 
 
 @triton.jit
-def _load_negatives(
-    negatives_ptr, column, stop, channel, stride_k, stride_d,
-    CHANNELS: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_K, width of `channel`) of the queue, zero past `stop` and past D."""
-    pointers = negatives_ptr + column[:, None].to(tl.int64) * stride_k + channel[None, :] * stride_d
-    if MASKED:
-        negatives = tl.load(pointers, mask=(column < stop)[:, None] & (channel < CHANNELS)[None, :], other=0.0)
-    elif EVEN_D:
-        negatives = tl.load(pointers)
-    else:
-        negatives = tl.load(pointers, mask=(channel < CHANNELS)[None, :], other=0.0)
-    return negatives
-
-
-@triton.jit
-def _attend_tile(
-    total, top, mean, above, query, query_ptr, row, rows, positive, excluded, negatives_ptr, start, stop, channel,
-    stride_k, stride_d,
-    CHUNK_D: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    MASKED: tl.constexpr, RUNNING_MAX: tl.constexpr,
-    WANT_MEAN: tl.constexpr, WANT_RANK: tl.constexpr, EXCLUDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Takes queue rows [start, start + BLOCK_K) into the running state of a block of query rows."""
-    column = start + tl.arange(0, BLOCK_K)
-    EVEN_D: tl.constexpr = BLOCK_D == CHANNELS
-    EVEN_CHUNK: tl.constexpr = CHANNELS % CHUNK_D == 0
-    if CHUNK_D == BLOCK_D:
-        negatives = _load_negatives(negatives_ptr, column, stop, channel, stride_k, stride_d, CHANNELS, EVEN_D, MASKED)
-        negatives = negatives.to(query.dtype)  # one load feeds both products
-        logits = tl.dot(query, tl.trans(negatives), input_precision=PRECISION)
-    else:
-        logits = tl.zeros([row.shape[0], BLOCK_K], tl.float32)
-        for first in tl.range(0, CHANNELS, CHUNK_D):
-            part = first + tl.arange(0, CHUNK_D)
-            mask = (row < rows)[:, None] & (part < CHANNELS)[None, :]
-            left = tl.load(query_ptr + row[:, None] * CHANNELS + part[None, :], mask=mask, other=0.0)
-            right = _load_negatives(negatives_ptr, column, stop, part, stride_k, stride_d, CHANNELS, EVEN_CHUNK, MASKED)
-            logits = tl.dot(left, tl.trans(right.to(left.dtype)), logits, input_precision=PRECISION)
-        if WANT_MEAN:
-            negatives = _load_negatives(
-                negatives_ptr, column, stop, channel, stride_k, stride_d, CHANNELS, EVEN_D, MASKED
-            )
-            negatives = negatives.to(query_ptr.dtype.element_ty)
-    if MASKED:
-        logits = tl.where((column < stop)[None, :], logits, float("-inf"))
-    if EXCLUDE:
-        logits = tl.where(column[None, :] == excluded[:, None], float("-inf"), logits)
-    if WANT_RANK:
-        above += tl.sum((logits > positive[:, None]).to(tl.int32), 1)
-    if RUNNING_MAX:
-        higher = tl.maximum(top, tl.max(logits, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        rescale = tl.exp2(top - shift)
-        logits -= shift[:, None]
-        total *= rescale
-        if WANT_MEAN:
-            mean *= rescale[:, None]
-        top = higher
-    # Without a running maximum there is no shift at all: |logit| <= 70 / ln 2 keeps exp2 and its sum in float32.
-    weight = tl.exp2(logits)
-    total += tl.sum(weight, 1)
-    if WANT_MEAN:
-        mean = tl.dot(weight.to(negatives.dtype), negatives, mean, input_precision=PRECISION)
-    return total, top, mean, above
-
-
-@triton.jit
 def attend_kernel(
-    query_ptr,  # (N, D) as prepare_kernel left it
+    scaled_ptr,  # (N, D) as prepare_kernel left it
     positive_ptr,  # (N,) likewise; read only for the rank
-    negatives_ptr,  # (K, D)
+    negatives_ptr,  # (K, D) in the product dtype
     exclude_ptr,  # (B,) int64 or None
     count_ptr,  # 0-d int64 or None: how many of the K rows exist
-    total_ptr,  # out (S, N): sum of 2^(logit - shift)
-    top_ptr,  # out (S, N): largest logit, the shift; untouched without RUNNING_MAX
-    mean_ptr,  # out (S, N, D): sum of 2^(logit - shift) * negative; untouched without WANT_MEAN
-    above_ptr,  # out (S, N) int32: logits above the positive's; untouched without WANT_RANK
+    denominator_ptr,  # out (S, N): sum of 2^(logit - shift)
+    shift_ptr,  # out (S, N): the shift, the largest logit; None: there is no shift
+    numerator_ptr,  # out (S, N, D): sum of 2^(logit - shift) * negative; or None
+    above_ptr,  # out (S, N) int32: logits above the positive's; or None
     rows,  # N
     positions,  # P
     size,  # K
     per_split,  # queue rows per split, a multiple of BLOCK_K
-    negatives_stride_k, negatives_stride_d,
-    RUNNING_MAX: tl.constexpr, WANT_MEAN: tl.constexpr, WANT_RANK: tl.constexpr,
     PRECISION: tl.constexpr,  # input_precision of the products
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK_D: tl.constexpr,  # channels per step of the first product; BLOCK_D keeps the queries in place instead
@@ -200,21 +155,19 @@ def attend_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_exists = row < rows
     channel = tl.arange(0, BLOCK_D)
-    mask = _row_mask(row_exists, channel, CHANNELS)
-    query = mask
     if CHUNK_D == BLOCK_D:
-        query = tl.load(query_ptr + row[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
-
-    total = tl.zeros([BLOCK_N], tl.float32)
-    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    above = tl.zeros([BLOCK_N], tl.int32)
-    positive = total
-    if WANT_RANK:
-        positive = tl.load(positive_ptr + row, mask=row_exists, other=0.0)
-    excluded = above
+        scaled = _load_tile(scaled_ptr, row, channel, row_exists, CHANNELS)
     if exclude_ptr is not None:
         excluded = tl.load(exclude_ptr + row // positions, mask=row_exists, other=-1).to(tl.int32)
+
+    denominator = tl.zeros([BLOCK_N], tl.float32)
+    if shift_ptr is not None:
+        shift = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    if numerator_ptr is not None:
+        numerator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    if above_ptr is not None:
+        above = tl.zeros([BLOCK_N], tl.int32)
+        positive = tl.load(positive_ptr + row, mask=row_exists, other=0.0)
 
     existing = size
     if count_ptr is not None:
@@ -222,29 +175,61 @@ def attend_kernel(
     start = tl.program_id(1) * per_split
     stop = tl.minimum(start + per_split, existing)
     whole = start + (tl.maximum(stop - start, 0) // BLOCK_K) * BLOCK_K
-    for k in tl.range(start, whole, BLOCK_K):
-        total, top, mean, above = _attend_tile(
-            total, top, mean, above, query, query_ptr, row, rows, positive, excluded, negatives_ptr, k, stop, channel,
-            negatives_stride_k, negatives_stride_d,
-            CHUNK_D, CHANNELS, BLOCK_D, BLOCK_K, False, RUNNING_MAX,
-            WANT_MEAN, WANT_RANK, exclude_ptr is not None, PRECISION,
-        )  # fmt: skip
-    if whole < stop:  # peeled: masking every tile would cost two instructions per logit
-        total, top, mean, above = _attend_tile(
-            total, top, mean, above, query, query_ptr, row, rows, positive, excluded, negatives_ptr, whole, stop,
-            channel, negatives_stride_k, negatives_stride_d,
-            CHUNK_D, CHANNELS, BLOCK_D, BLOCK_K, True, RUNNING_MAX,
-            WANT_MEAN, WANT_RANK, exclude_ptr is not None, PRECISION,
-        )  # fmt: skip
+    # Whole tiles, then what is left: masking every tile would cost two instructions per logit. The second loop runs at
+    # most once; pipelined and with its pointers hoisted it would take 254 registers (sm_90, 128 x 128) instead of 186.
+    for MASKED in tl.static_range(2):
+        for first in tl.range(
+            whole if MASKED else start,
+            stop if MASKED else whole,
+            BLOCK_K,
+            num_stages=1 if MASKED else None,
+            disable_licm=MASKED == 1,
+        ):
+            column = first + tl.arange(0, BLOCK_K)
+            exists = column < stop if MASKED else tl.full([BLOCK_K], True, tl.int1)
+            place = column.to(tl.int64)
+            if CHUNK_D == BLOCK_D:
+                negatives = _load_tile(negatives_ptr, place, channel, exists, CHANNELS)  # feeds both products
+                logits = tl.dot(scaled, tl.trans(negatives), input_precision=PRECISION)
+            else:
+                logits = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+                for first_channel in tl.range(0, CHANNELS, CHUNK_D):
+                    part = first_channel + tl.arange(0, CHUNK_D)
+                    left = _load_tile(scaled_ptr, row, part, row_exists, CHANNELS)
+                    right = _load_tile(negatives_ptr, place, part, exists, CHANNELS)
+                    logits = tl.dot(left, tl.trans(right), logits, input_precision=PRECISION)
+                if numerator_ptr is not None:
+                    negatives = _load_tile(negatives_ptr, place, channel, exists, CHANNELS)
+            if MASKED:
+                logits = tl.where(exists[None, :], logits, float("-inf"))
+            if exclude_ptr is not None:
+                logits = tl.where(column[None, :] == excluded[:, None], float("-inf"), logits)
+            if above_ptr is not None:
+                above += tl.sum((logits > positive[:, None]).to(tl.int32), 1)
+            # Without a shift |logit| <= 70 / ln 2 keeps exp2 and its sum in float32.
+            if shift_ptr is not None:
+                higher = tl.maximum(shift, tl.max(logits, 1))
+                finite = tl.where(higher == float("-inf"), 0.0, higher)
+                rescale = tl.exp2(shift - finite)
+                shift = higher
+                logits -= finite[:, None]
+                denominator *= rescale
+                if numerator_ptr is not None:
+                    numerator *= rescale[:, None]
+            weight = tl.exp2(logits)
+            denominator += tl.sum(weight, 1)
+            if numerator_ptr is not None:
+                numerator = tl.dot(weight.to(negatives.dtype), negatives, numerator, input_precision=PRECISION)
 
     out = tl.program_id(1).to(tl.int64) * rows + row
-    tl.store(total_ptr + out, total, mask=row_exists)
-    if RUNNING_MAX:
-        tl.store(top_ptr + out, top, mask=row_exists)
-    if WANT_RANK:
+    tl.store(denominator_ptr + out, denominator, mask=row_exists)
+    if shift_ptr is not None:
+        tl.store(shift_ptr + out, shift, mask=row_exists)
+    if above_ptr is not None:
         tl.store(above_ptr + out, above, mask=row_exists)
-    if WANT_MEAN:
-        tl.store(mean_ptr + out[:, None] * CHANNELS + channel[None, :], mean, mask=mask)
+    if numerator_ptr is not None:
+        pointers = numerator_ptr + out[:, None] * CHANNELS + channel[None, :]
+        tl.store(pointers, numerator, mask=_mask(row_exists, channel, CHANNELS))
 
 
 @triton.jit
@@ -254,53 +239,49 @@ def combine_kernel(
     index_ptr,  # (B, P) int64 or None
     scale_ptr,  # 0-d or None: 1 / t when learned
     positive_ptr,  # as prepare_kernel left it
-    total_ptr, top_ptr, mean_ptr, above_ptr,  # as attend_kernel left them
+    denominator_ptr, shift_ptr, numerator_ptr, above_ptr,  # as attend_kernel left them, or None
     loss_ptr,  # out (N,)
-    rank_ptr,  # out (N,) int64; untouched without WANT_RANK
+    rank_ptr,  # out (N,) int64; or None, as above_ptr
     log_sum_exp_ptr,  # out (N,): natural log, over the negatives alone
     pull_ptr,  # out (N,): 1 - p+
-    grad_query_ptr,  # out (N, D); untouched without WANT_GRAD
-    grad_scale_ptr,  # out (N,); untouched without WANT_GRAD
-    scale, rows, positions,
+    grad_query_ptr,  # out (N, D); or None, as numerator_ptr
+    grad_scale_ptr,  # out (N,); or None, as numerator_ptr
+    scale, rows, positions, key_positions,
     splits,  # S
     query_stride_b, query_stride_d, query_stride_p,
     key_stride_b, key_stride_d, key_stride_p,
     QUERY_POSITION_FASTEST: tl.constexpr, KEY_POSITION_FASTEST: tl.constexpr,
-    RUNNING_MAX: tl.constexpr, WANT_GRAD: tl.constexpr, WANT_RANK: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program i: adds the splits of BLOCK_N rows in a fixed order, then loss and gradient as in blockwise.py."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_exists = row < rows
     channel = tl.arange(0, BLOCK_D)
-    mask = _row_mask(row_exists, channel, CHANNELS)
-    flat = row[:, None] * CHANNELS + channel[None, :]
 
-    top = tl.zeros([BLOCK_N], tl.float32)
-    if RUNNING_MAX:
-        top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    shift = tl.zeros([BLOCK_N], tl.float32)
+    if shift_ptr is not None:
+        shift = tl.full([BLOCK_N], float("-inf"), tl.float32)
         part = row
         for _ in tl.range(0, splits):
-            top = tl.maximum(top, tl.load(top_ptr + part, mask=row_exists, other=0.0))
+            shift = tl.maximum(shift, tl.load(shift_ptr + part, mask=row_exists, other=0.0))
             part += rows
-        top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    mean = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        shift = tl.where(shift == float("-inf"), 0.0, shift)
+    denominator = tl.zeros([BLOCK_N], tl.float32)
+    numerator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     above = tl.zeros([BLOCK_N], tl.int64)
     part = row
     for _ in tl.range(0, splits):
         rescale = tl.full([BLOCK_N], 1.0, tl.float32)
-        if RUNNING_MAX:
-            rescale = tl.exp2(tl.load(top_ptr + part, mask=row_exists, other=0.0) - top)
-        total += tl.load(total_ptr + part, mask=row_exists, other=0.0) * rescale
-        if WANT_RANK:
+        if shift_ptr is not None:
+            rescale = tl.exp2(tl.load(shift_ptr + part, mask=row_exists, other=0.0) - shift)
+        denominator += tl.load(denominator_ptr + part, mask=row_exists, other=0.0) * rescale
+        if above_ptr is not None:
             above += tl.load(above_ptr + part, mask=row_exists, other=0)
-        if WANT_GRAD:
-            pointers = mean_ptr + part[:, None] * CHANNELS + channel[None, :]
-            mean += tl.load(pointers, mask=mask, other=0.0) * rescale[:, None]
+        if numerator_ptr is not None:
+            numerator += _load_tile(numerator_ptr, part, channel, row_exists, CHANNELS) * rescale[:, None]
         part += rows
 
-    log_sum_exp = (top + tl.log2(total)) * LN_2
+    log_sum_exp = (shift + tl.log2(denominator)) * LN_2
     margin = log_sum_exp - tl.load(positive_ptr + row, mask=row_exists, other=0.0) * LN_2
     # softplus and sigmoid of the margin without overflow; log1p by its series where 1 + x would round x away.
     small = tl.exp(-tl.abs(margin))
@@ -310,58 +291,55 @@ def combine_kernel(
     tl.store(loss_ptr + row, loss, mask=row_exists)
     tl.store(log_sum_exp_ptr + row, log_sum_exp, mask=row_exists)
     tl.store(pull_ptr + row, pull, mask=row_exists)
-    if WANT_RANK:
+    if rank_ptr is not None:
         tl.store(rank_ptr + row, above, mask=row_exists)
-    if WANT_GRAD:
-        query, inverse_norm = _load_unit_rows(
-            query_ptr, None, row, rows, positions, channel, query_stride_b, query_stride_d, query_stride_p,
+    if grad_query_ptr is not None:
+        query, inverse_norm = _load_queries(
+            query_ptr, row, rows, positions, channel, query_stride_b, query_stride_d, query_stride_p,
             CHANNELS, QUERY_POSITION_FASTEST,
         )  # fmt: skip
-        key, _ = _load_unit_rows(
-            key_ptr, index_ptr, row, rows, positions, channel, key_stride_b, key_stride_d, key_stride_p,
+        key = _load_matches(
+            key_ptr, index_ptr, row, rows, positions, key_positions, channel, key_stride_b, key_stride_d, key_stride_p,
             CHANNELS, KEY_POSITION_FASTEST,
         )  # fmt: skip
-        grad = (mean / tl.where(total == 0, 1.0, total)[:, None] - key) * pull[:, None]
+        mean = numerator / tl.where(denominator == 0, 1.0, denominator)[:, None]
+        grad = (mean - key) * pull[:, None]
         along = tl.sum(grad * query, 1)
         grad_query = (grad - query * along[:, None]) * (inverse_norm * _inverse_temperature(scale, scale_ptr))[:, None]
-        tl.store(grad_query_ptr + flat, grad_query, mask=mask)
+        pointers = grad_query_ptr + row[:, None] * CHANNELS + channel[None, :]
+        tl.store(pointers, grad_query, mask=_mask(row_exists, channel, CHANNELS))
         tl.store(grad_scale_ptr + row, along, mask=row_exists)
 
 
 @triton.jit
 def grad_negatives_kernel(
-    query_ptr,  # (N, D) unit rows times log2(e) / t, in the product dtype
+    scaled_ptr,  # (N, D) unit rows times log2(e) / t, in the product dtype
     weighted_ptr,  # (N, D) unit rows times their weight, in the product dtype
-    negatives_ptr,  # (K, D)
+    negatives_ptr,  # (K, D) in the product dtype
     log_sum_exp_ptr,  # (N,) natural log, finite
     exclude_ptr,  # (B,) int64 or None
     count_ptr,  # 0-d int64 or None
     out_ptr,  # out (S, K, D) float32
     rows, positions, size,
     per_split,  # query rows per split, a multiple of BLOCK_N
-    negatives_stride_k, negatives_stride_d,
     PRECISION: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (j, s): BLOCK_K queue rows, each the sum over the s-th part of the query rows that it repels."""
     column = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    split = tl.program_id(1)
     channel = tl.arange(0, BLOCK_D)
-    mask = _row_mask(column < size, channel, CHANNELS)
-    pointers = negatives_ptr + column[:, None] * negatives_stride_k + channel[None, :] * negatives_stride_d
-    negatives = tl.load(pointers, mask=mask, other=0.0).to(query_ptr.dtype.element_ty)
+    negatives = _load_tile(negatives_ptr, column, channel, column < size, CHANNELS)
 
     grad = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    split = tl.program_id(1)
     start = split * per_split
-    for n in tl.range(start, tl.minimum(start + per_split, rows), BLOCK_N):
-        row = n + tl.arange(0, BLOCK_N).to(tl.int64)
+    for first in tl.range(start, tl.minimum(start + per_split, rows), BLOCK_N):
+        row = first + tl.arange(0, BLOCK_N).to(tl.int64)
         row_exists = row < rows
-        row_mask = _row_mask(row_exists, channel, CHANNELS)
-        flat = row[:, None] * CHANNELS + channel[None, :]
-        query = tl.load(query_ptr + flat, mask=row_mask, other=0.0)
-        weighted = tl.load(weighted_ptr + flat, mask=row_mask, other=0.0)
+        scaled = _load_tile(scaled_ptr, row, channel, row_exists, CHANNELS)
+        weighted = _load_tile(weighted_ptr, row, channel, row_exists, CHANNELS)
         shift = tl.load(log_sum_exp_ptr + row, mask=row_exists, other=0.0) * LOG2_E
-        logits = tl.dot(negatives, tl.trans(query), input_precision=PRECISION)
+        logits = tl.dot(negatives, tl.trans(scaled), input_precision=PRECISION)
         probability = tl.exp2(logits - shift[None, :])
         if exclude_ptr is not None:
             excluded = tl.load(exclude_ptr + row // positions, mask=row_exists, other=-1)
@@ -369,8 +347,8 @@ def grad_negatives_kernel(
         grad = tl.dot(probability.to(weighted.dtype), weighted, grad, input_precision=PRECISION)
     if count_ptr is not None:
         grad = tl.where((column < tl.load(count_ptr))[:, None], grad, 0.0)
-    out = (split.to(tl.int64) * size + column)[:, None] * CHANNELS + channel[None, :]
-    tl.store(out_ptr + out, grad, mask=mask)
+    pointers = out_ptr + (split.to(tl.int64) * size + column)[:, None] * CHANNELS + channel[None, :]
+    tl.store(pointers, grad, mask=_mask(column < size, channel, CHANNELS))
 
 
 @triton.jit
@@ -386,9 +364,9 @@ def grad_key_kernel(
     key_stride_b, key_stride_d, key_stride_p,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, b): key position j of image b, the sum over the queries that share it, in a fixed order."""
-    target = tl.program_id(0).to(tl.int64)
-    image = tl.program_id(1).to(tl.int64)
+    """Program b * P_k + j: key position j of image b, the sum over the queries that share it, in a fixed order."""
+    target = (tl.program_id(0) % key_positions).to(tl.int64)
+    image = (tl.program_id(0) // key_positions).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
     bound = bound_ptr + image * (key_positions + 1) + target
     start = tl.load(bound)

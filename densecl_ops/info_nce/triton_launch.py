@@ -24,126 +24,163 @@ _LOG2_E = 1.4426950408889634
 
 
 class Plan(NamedTuple):
-    """Tiles and splits of one pass over the queue.
+    """What the three launches of `forward` owe to shapes, dtypes and the device alone.
 
     Attributes:
-        config: Row of the table.
-        per_split: Queue rows of a split.
-        splits: How many splits there are.
-        running_max: Whether logits may overflow exp() without a running maximum.
+        splits: In how many parts the queue is read.
+        row_grid: Programs of prepare_kernel and combine_kernel.
+        attend_grid: Programs of attend_kernel.
+        row_arguments: Arguments of prepare_kernel and combine_kernel.
+        attend_arguments: Arguments of attend_kernel.
     """
 
-    config: triton_configs.Config
-    per_split: int
     splits: int
-    running_max: bool
+    row_grid: tuple[int]
+    attend_grid: tuple[int, int]
+    row_arguments: dict[str, Any]
+    attend_arguments: dict[str, Any]
 
 
 class Parts(NamedTuple):
     """What each split leaves, to be added up: the arguments of attend_kernel and combine_kernel that both have."""
 
-    total_ptr: Tensor
-    top_ptr: Tensor
-    mean_ptr: Tensor
-    above_ptr: Tensor
+    denominator_ptr: Tensor
+    shift_ptr: Tensor | None
+    numerator_ptr: Tensor | None
+    above_ptr: Tensor | None
 
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | None = None) -> Result:
     """As in Backend. `splits` overrides the plan, for tests and tuning."""
-    query = problem.query
     plan = _plan(problem, want_rank, splits)
-    with _launch.launching_on(query):
-        scaled, positive = _prepare(problem)
+    with _launch.launching_on(problem.query):
+        scaled, positive = _prepare(problem, plan)
         parts = _attend(problem, plan, scaled, positive, want_grad, want_rank)
-        return _combine(problem, plan, positive, parts, want_grad, want_rank)
+        return _combine(problem, plan, positive, parts)
 
 
 def _plan(problem: Problem, want_rank: bool, splits: int | None) -> Plan:
-    batch, channels, positions = problem.query.shape
-    size = problem.negatives.shape[0]
-    device = _launch.describe(problem.query.device)
+    query, key, negatives = problem.query, problem.key, problem.negatives
+    device = _launch.describe(query.device)
+    channels = query.shape[1]
     lean = not want_rank and problem.exclude is None and channels == triton_configs.block_d(channels)
     config = triton_configs.choose(device.architecture, problem.matmul_dtype, channels, lean)
+    layouts = (query.shape, query.stride(), key.shape, key.stride())
+    return _plan_for(*layouts, negatives.shape[0], device, config, _precision(problem), splits)
+
+
+@functools.lru_cache(maxsize=1024)  # 20 us of host time a call
+def _plan_for(
+    query_shape: tuple[int, int, int],
+    query_stride: tuple[int, int, int],
+    key_shape: tuple[int, int, int],
+    key_stride: tuple[int, int, int],
+    size: int,
+    device: _launch.Device,
+    config: triton_configs.Config,
+    precision: str,
+    splits: int | None,
+) -> Plan:
+    batch, channels, positions = query_shape
+    rows, block_d = batch * positions, triton_configs.block_d(channels)
     slots = device.multiprocessors * config.programs
-    per_split = plan_split(batch * positions, size, config.block_n, config.block_k, slots, splits)
-    return Plan(config, per_split, triton.cdiv(size, per_split), not is_bounded_by_contract(problem))
+    per_split = plan_split(rows, size, config.block_n, config.block_k, slots, splits)
+    splits = triton.cdiv(size, per_split)
+    row_block = triton_configs.row_block(block_d)
+    shape = {"rows": rows, "positions": positions, "CHANNELS": channels, "BLOCK_D": block_d}
+    return Plan(
+        splits=splits,
+        row_grid=(triton.cdiv(rows, row_block),),
+        attend_grid=(triton.cdiv(rows, config.block_n), splits),
+        row_arguments=shape
+        | {"key_positions": key_shape[2], "BLOCK_N": row_block}
+        | _launch.strides("query", query_stride, "bdp")
+        | _launch.strides("key", key_stride, "bdp")
+        | {
+            "QUERY_POSITION_FASTEST": _position_fastest(query_shape, query_stride),
+            "KEY_POSITION_FASTEST": _position_fastest(key_shape, key_stride),
+        },
+        attend_arguments=shape
+        | {
+            "size": size,
+            "per_split": per_split,
+            "PRECISION": precision,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "CHUNK_D": config.chunk_d or block_d,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
 
 
-def _prepare(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Scaled unit queries (N, D) in the product dtype, and the logits of the positives (N,)."""
+def _prepare(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Scaled unit queries (N, D) in the product dtype, and the logits of the positives (B, P)."""
     batch, channels, positions = problem.query.shape
-    scaled = _new(problem, batch * positions, channels, dtype=_product_dtype(problem))
-    positive = _new(problem, batch * positions)
-    kernels.prepare_kernel[_row_grid(problem)](
-        scaled_ptr=scaled,
-        positive_ptr=positive,
-        **_raw_arguments(problem),
-        **_shape_arguments(problem),
-        BLOCK_N=triton_configs.row_block(channels),
+    scaled = problem.query.new_empty((batch * positions, channels), dtype=_product_dtype(problem))
+    positive = problem.query.new_empty((batch, positions), dtype=torch.float32)
+    kernels.prepare_kernel[plan.row_grid](
+        scaled_ptr=scaled, positive_ptr=positive, **_maps(problem), **plan.row_arguments
     )
     return scaled, positive
 
 
-def _attend(problem: Problem, plan: Plan, scaled: Tensor, positive: Tensor, want_grad: bool, want_rank: bool) -> Parts:
+def _attend(
+    problem: Problem, plan: Plan, scaled: Tensor, positive: Tensor, want_numerator: bool, want_rank: bool
+) -> Parts:
     rows, channels = scaled.shape
-    config = plan.config
+    denominator = positive.new_empty((plan.splits, rows))
     parts = Parts(
-        total_ptr=_new(problem, plan.splits, rows),
-        top_ptr=_new(problem, plan.splits, rows, wanted=plan.running_max),
-        mean_ptr=_new(problem, plan.splits, rows, channels, wanted=want_grad),
-        above_ptr=_new(problem, plan.splits, rows, dtype=torch.int32, wanted=want_rank),
+        denominator_ptr=denominator,
+        shift_ptr=None if is_bounded_by_contract(problem) else torch.empty_like(denominator),
+        numerator_ptr=positive.new_empty((plan.splits, rows, channels)) if want_numerator else None,
+        above_ptr=torch.empty_like(denominator, dtype=torch.int32) if want_rank else None,
     )
-    kernels.attend_kernel[(triton.cdiv(rows, config.block_n), plan.splits)](
-        query_ptr=scaled,
+    kernels.attend_kernel[plan.attend_grid](
+        scaled_ptr=scaled,
         positive_ptr=positive,
-        negatives_ptr=problem.negatives,
+        negatives_ptr=_operand(problem),
         exclude_ptr=problem.exclude,
         count_ptr=problem.count,
-        size=problem.negatives.shape[0],
-        per_split=plan.per_split,
-        **_launch.strides("negatives", problem.negatives, "kd"),
         **parts._asdict(),
-        **_shape_arguments(problem),
-        RUNNING_MAX=plan.running_max,
-        WANT_MEAN=want_grad,
-        WANT_RANK=want_rank,
-        PRECISION=_precision(problem),
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        CHUNK_D=config.chunk_d or triton_configs.block_d(channels),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **plan.attend_arguments,
     )
     return parts
 
 
-def _combine(problem: Problem, plan: Plan, positive: Tensor, parts: Parts, want_grad: bool, want_rank: bool) -> Result:
+def _combine(problem: Problem, plan: Plan, positive: Tensor, parts: Parts) -> Result:
     batch, channels, positions = problem.query.shape
-    result = Result(
-        loss=_new(problem, batch, positions),
-        rank=_new(problem, batch, positions, dtype=torch.int64, wanted=want_rank),
-        log_sum_exp=_new(problem, batch, positions),
-        pull=_new(problem, batch, positions),
-        grad_query=_new(problem, batch, positions, channels, wanted=want_grad),
-        grad_scale=_new(problem, batch, positions, wanted=want_grad),
-    )
-    kernels.combine_kernel[_row_grid(problem)](
+    loss = torch.empty_like(positive)
+    rank = torch.empty_like(positive, dtype=torch.int64) if parts.above_ptr is not None else None
+    grad_query = grad_scale = None
+    if parts.numerator_ptr is not None:
+        grad_query, grad_scale = positive.new_empty((batch, positions, channels)), torch.empty_like(positive)
+    log_sum_exp, pull = torch.empty_like(positive), torch.empty_like(positive)
+    kernels.combine_kernel[plan.row_grid](
         positive_ptr=positive,
-        **{f"{name}_ptr": tensor for name, tensor in result._asdict().items()},
+        loss_ptr=loss,
+        rank_ptr=rank,
+        log_sum_exp_ptr=log_sum_exp,
+        pull_ptr=pull,
+        grad_query_ptr=grad_query,
+        grad_scale_ptr=grad_scale,
         splits=plan.splits,
         **parts._asdict(),
-        **_raw_arguments(problem),
-        **_shape_arguments(problem),
-        RUNNING_MAX=plan.running_max,
-        WANT_GRAD=want_grad,
-        WANT_RANK=want_rank,
-        BLOCK_N=triton_configs.row_block(channels),
+        **_maps(problem),
+        **plan.row_arguments,
     )
-    return result
+    return Result(
+        loss=loss,
+        rank=loss.new_empty(0, dtype=torch.int64) if rank is None else rank,
+        log_sum_exp=log_sum_exp,
+        pull=pull,
+        grad_query=loss.new_empty(0) if grad_query is None else grad_query,
+        grad_scale=loss.new_empty(0) if grad_scale is None else grad_scale,
+    )
 
 
-def _raw_arguments(problem: Problem) -> dict[str, Any]:
-    """Of the kernels that read the projections as the user has them."""
+def _maps(problem: Problem) -> dict[str, Any]:
+    """Arguments of the kernels that read the projections as the user has them."""
     learned = isinstance(problem.scale, Tensor)
     return {
         "query_ptr": problem.query,
@@ -151,26 +188,16 @@ def _raw_arguments(problem: Problem) -> dict[str, Any]:
         "index_ptr": problem.index,
         "scale_ptr": problem.scale if learned else None,
         "scale": 0.0 if learned else problem.scale,
-        **_launch.strides("query", problem.query, "bdp"),
-        **_launch.strides("key", problem.key, "bdp"),
-        "QUERY_POSITION_FASTEST": _position_fastest(problem.query),
-        "KEY_POSITION_FASTEST": _position_fastest(problem.key),
     }
 
 
-def _shape_arguments(problem: Problem) -> dict[str, int]:
-    batch, channels, positions = problem.query.shape
-    block_d = triton_configs.block_d(channels)
-    return {"rows": batch * positions, "positions": positions, "CHANNELS": channels, "BLOCK_D": block_d}
+def _operand(problem: Problem) -> Tensor:
+    """The negatives as the kernels read them: contiguous, in the product dtype.
 
-
-def _row_grid(problem: Problem) -> tuple[int]:
-    batch, channels, positions = problem.query.shape
-    return (triton.cdiv(batch * positions, triton_configs.row_block(channels)),)
-
-
-def _new(problem: Problem, *shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
-    return problem.query.new_empty(shape if wanted else (0,), dtype=dtype)
+    The queue itself where it is so, else a copy that lives as long as the call: a float32 queue under bfloat16 autocast
+    would be read at twice the bytes and converted once per block of query rows (docs/kernels.md).
+    """
+    return problem.negatives.to(_product_dtype(problem)).contiguous()
 
 
 def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, splits: int | None = None) -> Tensor:
@@ -193,9 +220,9 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
     parts = unit.new_empty(splits, size, channels)
     with _launch.launching_on(unit):
         kernels.grad_negatives_kernel[(triton.cdiv(size, config.block_k), splits)](
-            query_ptr=(unit * (problem.scale * _LOG2_E)).to(dtype),
+            scaled_ptr=(unit * (problem.scale * _LOG2_E)).to(dtype),
             weighted_ptr=weighted.to(dtype),
-            negatives_ptr=problem.negatives,
+            negatives_ptr=_operand(problem),
             log_sum_exp_ptr=shift,
             exclude_ptr=problem.exclude,
             count_ptr=problem.count,
@@ -204,12 +231,11 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
             positions=positions,
             size=size,
             per_split=per_split,
-            **_launch.strides("negatives", problem.negatives, "kd"),
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
+            PRECISION=_precision(problem),
             CHANNELS=channels,
             BLOCK_D=triton_configs.block_d(channels),
-            PRECISION=_precision(problem),
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -221,12 +247,13 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
     if index is None:
         return blockwise.grad_key(query, key, index, row_weight, dtype)
     batch, channels, positions = query.shape
-    key_positions = key.shape[2]
-    matched, order = index.sort(dim=1, stable=True)
+    key_positions, block_d = key.shape[2], triton_configs.block_d(channels)
+    # The weight of a row whose index is out of range is NaN, which then reaches the first or the last key of its image.
+    matched, order = index.clamp(0, key_positions - 1).sort(dim=1, stable=True)
     targets = torch.arange(key_positions + 1, device=index.device).expand(batch, -1).contiguous()
     grad = query.new_empty((batch, key_positions, channels), dtype=torch.float32)
     with _launch.launching_on(query):
-        kernels.grad_key_kernel[(key_positions, batch)](
+        kernels.grad_key_kernel[(batch * key_positions,)](
             query_ptr=query,
             key_ptr=key,
             weight_ptr=row_weight.neg(),
@@ -235,12 +262,12 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
             out_ptr=grad,
             positions=positions,
             key_positions=key_positions,
-            **_launch.strides("query", query, "bdp"),
-            **_launch.strides("key", key, "bdp"),
-            BLOCK_P=8,
+            **_launch.strides("query", query.stride(), "bdp"),
+            **_launch.strides("key", key.stride(), "bdp"),
             CHANNELS=channels,
-            BLOCK_D=triton_configs.block_d(channels),
-            num_warps=max(1, triton_configs.block_d(channels) // 128),
+            BLOCK_D=block_d,
+            BLOCK_P=8,
+            num_warps=max(1, block_d // 128),
         )
     return grad
 
@@ -277,9 +304,9 @@ def _tf32_is_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _position_fastest(x: Tensor) -> bool:
+def _position_fastest(shape: tuple[int, int, int], stride: tuple[int, int, int]) -> bool:
     """Whether neighbouring positions, not channels, lie side by side, as in an NCHW map."""
-    return x.shape[2] > 1 and x.stride(2) < x.stride(1)
+    return shape[2] > 1 and stride[2] < stride[1]
 
 
 def _product_dtype(problem: Problem) -> torch.dtype:

@@ -36,7 +36,8 @@ class DenseCL(pl.LightningModule):  # type: ignore[misc]  # whether or not light
         super().__init__()
         self.save_hyperparameters()
         self.backbone, self.head = tiny_backbone(), DenseProjectionHead(64, 64, 128)
-        self.backbone_k, self.head_k = (copy.deepcopy(m).requires_grad_(False) for m in (self.backbone, self.head))
+        self.backbone_k = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.head_k = copy.deepcopy(self.head).requires_grad_(False)
         self.match, self.criterion = DenseCorrespondence(), DenseInfoNCELoss(temperature=0.2)
         self.image_queue, self.dense_queue = MomentumQueue(queue_size), MomentumQueue(queue_size)
 

@@ -1,0 +1,72 @@
+"""`python -m densecl_ops.selftest`: passes where all is well, fails where it is not, and reports both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from densecl_ops import selftest
+from densecl_ops.info_nce import blockwise
+
+all_cases = selftest.cases
+
+
+def test_passes_here(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "cases", lambda real, images: list(all_cases(False, images))[::4])
+    path = tmp_path / "report.json"
+    assert selftest.main(["--small", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["environment"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "3 checks, 0 failed" in printed
+    for row in report["checks"]:
+        assert row["case"] in printed
+        assert "failed" not in row
+        assert row["errors"]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("loss", "twice the error"),
+        ("rank", "wrong rank"),
+        ("grad_query", "twice the error"),
+        (None, "RuntimeError: no such kernel"),
+    ],
+)
+def test_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, field: str | None, message: str) -> None:
+    right = blockwise.forward
+
+    def wrong(*arguments: object) -> tuple[Tensor, ...]:
+        if field is None:
+            raise RuntimeError("no such kernel")
+        result = right(*arguments)
+        broken = getattr(result, field).clone()
+        broken.view(-1)[:3] += 30
+        return result._replace(**{field: broken})
+
+    monkeypatch.setattr(blockwise, "forward", wrong)
+    case = next(case for case in all_cases(False, 32) if "rank" in case.options)
+    assert message in selftest.check(case, "blockwise", torch.device("cpu"))["failed"]
+
+
+def test_finds_results_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = blockwise.grad_key
+
+    def noisy(*arguments: object) -> Tensor:
+        return right(*arguments) * (1 + 1e-6 * torch.rand(1))
+
+    monkeypatch.setattr(blockwise, "grad_key", noisy)
+    case = next(all_cases(False, 32))
+    assert selftest.check(case, "blockwise", torch.device("cpu"))["failed"] == "repeats differ"
+
+
+def test_real_sizes_are_measured() -> None:
+    small = next(case for case in all_cases(True, 2) if case.real and "rank" in case.options)._replace(negatives=256)
+    row = selftest.check(small, "blockwise", torch.device("cpu"))
+    assert "failed" not in row
+    assert all(row[side]["milliseconds"] > 0 for side in ("ours", "eager"))
