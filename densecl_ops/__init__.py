@@ -39,4 +39,4 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one o
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted(__all__)

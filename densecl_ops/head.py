@@ -21,7 +21,7 @@ class DenseProjectionHead(nn.Module):
     Args:
         in_channels: C of the backbone map. Default 2048, a ResNet-50's.
         hidden_channels: Width of both hidden layers. Default: in_channels, DenseCL's and MoCo-v2's own rule.
-        out_channels: D. Default 128.
+        out_channels: Channels of every output, D. Default 128.
         grid_size: S, or (H, W), of the dense branch. Default: the backbone's own grid. Give the same value to
             DenseCorrespondence, whose indices must speak of the same positions.
         norm_layer: Called with hidden_channels for each branch, put before the ReLU and applied to (B, C, H, W) maps

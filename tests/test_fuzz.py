@@ -321,7 +321,8 @@ def test_fuzz_crop_parameters(params: Any) -> None:
 
 
 HEAD_OPTIONS: dict[str, tuple[list[Any], list[Any]]] = {
-    **{name: ([3, 5], [0, -1, 2.0, "8", None, True, [3]]) for name in ("hidden_channels", "out_channels")},
+    "hidden_channels": ([3, None], [0, -1, 2.0, "8", True, [3]]),
+    "out_channels": ([3, 5], [0, -1, 2.0, "8", None, True, [3]]),
     "grid_size": MATCH_OPTIONS["grid_size"],
     "norm_layer": ([None], ["batch", 3, True]),
 }

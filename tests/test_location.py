@@ -254,7 +254,7 @@ def test_every_rule_under_every_option(name: str, reduction: str, backend: str) 
 
 
 def test_a_rule_in_the_triton_interpreter() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from densecl_ops import _launch
 
     if not torch.cuda.is_available() and not _launch.interpreting():

@@ -57,7 +57,8 @@ class _InfoNCE(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *fields, _, _, backend = inputs
         problem, result = Problem(*fields), Result(*output)
-        ctx.mark_non_differentiable(*result[1:])
+        _, *constants = output
+        ctx.mark_non_differentiable(*constants)
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad

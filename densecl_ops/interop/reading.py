@@ -56,7 +56,7 @@ def read_checkpoint(
             names, what torch.compile, activation checkpointing and FSDP put there is taken out in any case.
 
     Returns:
-        Checkpoint. `write_checkpoint` with its format gives back the same entries bit for bit ("lightly": read only).
+        Checkpoint. `write_checkpoint` with its format gives back the same entries bit for bit; lightly's is read only.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -38,7 +38,7 @@ class DenseMoCoV2Plus(MoCoV2Plus):  # type: ignore[misc]  # solo-learn is untype
         self.match, self.criterion = DenseCorrespondence(), DenseInfoNCELoss(self.temperature)
         # One queue per view, as solo-learn has for the images.
         queues = (MomentumQueue(self.queue_size, settings.proj_output_dim) for _ in range(2))
-        self.dense_queues: Any = nn.ModuleList(queues)
+        self.dense_queues: Any = nn.ModuleList(queues)  # Any: a ModuleList forgets the type of its modules
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ class DenseMoCoV2Plus(MoCoV2Plus):  # type: ignore[misc]  # solo-learn is untype
             for view, other in ((0, 1), (1, 0))
         )
         for queue, key in zip(self.dense_queues, keys, strict=True):
-            queue.enqueue(key.pooled)  # type: ignore[operator]  # ModuleList forgets the type of its modules
+            queue.enqueue(key.pooled)
         self.log("train_dense_loss", dense_loss, on_epoch=True, sync_dist=True)
         loss: Tensor = (1 - self.dense_weight) * host_loss + self.dense_weight * dense_loss
         return loss
