@@ -37,7 +37,8 @@ class DenseMoCoV2Plus(MoCoV2Plus):  # type: ignore[misc]  # solo-learn is untype
         self.projector, self.momentum_projector = self.head.image_mlp, self.head_k.image_mlp
         self.match, self.criterion = DenseCorrespondence(), DenseInfoNCELoss(self.temperature)
         # One queue per view, as solo-learn has for the images.
-        self.dense_queues = nn.ModuleList(MomentumQueue(self.queue_size, settings.proj_output_dim) for _ in range(2))
+        queues = (MomentumQueue(self.queue_size, settings.proj_output_dim) for _ in range(2))
+        self.dense_queues: Any = nn.ModuleList(queues)
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
@@ -70,7 +71,7 @@ class DenseMoCoV2Plus(MoCoV2Plus):  # type: ignore[misc]  # solo-learn is untype
         """Lightning calls it for every batch. No checkpoint can compute a loss again from here on."""
         super().on_after_backward()
         for queue, keys in zip(self.dense_queues, self.new_keys, strict=True):
-            queue.enqueue(keys)  # type: ignore[operator]  # ModuleList forgets the type of its modules
+            queue.enqueue(keys)
 
 
 @contextmanager
