@@ -38,7 +38,7 @@ class DenseMoCoV2Plus(MoCoV2Plus):  # type: ignore[misc]  # solo-learn is untype
         self.match, self.criterion = DenseCorrespondence(), DenseInfoNCELoss(self.temperature)
         # One queue per view, as solo-learn has for the images.
         queues = (MomentumQueue(self.queue_size, settings.proj_output_dim) for _ in range(2))
-        self.dense_queues: Any = nn.ModuleList(queues)
+        self.dense_queues: Any = nn.ModuleList(queues)  # Any: a ModuleList forgets the type of its modules
 
     @property
     def learnable_params(self) -> list[dict[str, Any]]:
