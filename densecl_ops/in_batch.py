@@ -46,7 +46,8 @@ def in_batch_negatives(
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: keys is not (B, D), process_group is not a group of this process, or the ranks disagree on D, on
-            dtype or on requires_grad. An error on one rank raises on all.
+            dtype or on requires_grad. An error on one rank raises on all. Or the ranks gather inside
+            DistributedDataParallel.join().
 
     Example:
         >>> import torch

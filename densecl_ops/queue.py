@@ -158,7 +158,7 @@ class MomentumQueue(nn.Module):
             TypeError: keys is not a floating-point tensor.
             ValueError: keys has another shape or device than the queue, the queue is on the meta device, or the ranks'
                 queues differ in size, dim or dtype. In a process group an error on one rank raises on all, and nothing
-                is written.
+                is written. Or the ranks gather inside DistributedDataParallel.join().
         """
         group = _distributed.group_of(self.process_group) if self.gather_distributed else None
         if group is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from helpers import assert_close, numpy64
 from standins import solo_methods
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 CFG = SimpleNamespace(
     method_kwargs=type("Settings", (dict,), {"__getattr__": dict.__getitem__})(
@@ -30,9 +32,11 @@ def recipe() -> ModuleType:
     )
 
 
-@pytest.mark.parametrize("small_crops", [0, 2])
-def test_step(recipe: ModuleType, small_crops: int) -> None:
+@pytest.mark.parametrize(("small_crops", "checkpointed"), [(0, False), (2, False), (0, True)])
+def test_step(recipe: ModuleType, small_crops: int, checkpointed: bool) -> None:
     model = recipe.DenseMoCoV2Plus(CFG).double()
+    if checkpointed:
+        model.criterion.forward = partial(checkpoint, model.criterion.forward, use_reentrant=False)
     recipes.disturb(model.backbone, model.head)
     host_queue = numpy64(model.queue).copy()
     rows = [numpy64(queue.rows).copy() for queue in model.dense_queues]
@@ -54,15 +58,15 @@ def test_step(recipe: ModuleType, small_crops: int) -> None:
     assert_close(model.logged["train_dense_loss"], np.mean(dense), recipes.TOLERANCE, "dense term")
     host_loss = np.mean(image) + np.mean(class_losses)
     assert_close(loss, 0.5 * host_loss + 0.5 * np.mean(dense), recipes.TOLERANCE, "loss")
-    for view in (0, 1):
-        recipes.check_queue(model.dense_queues[view], rows[view], keys[view].pooled)
-
     # One optimizer step and the host's end of a batch: everything trained is in a group once, and the dense head's
     # key moves with the rest.
     optimizer = torch.optim.SGD(model.learnable_params, lr=0.1)
     owned = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     loss.backward()
+    model.on_after_backward()
+    for view in (0, 1):
+        recipes.check_queue(model.dense_queues[view], rows[view], keys[view].pooled)
     recipes.check_all_trained(model, model.head)
     optimizer.step()
     before, model.trainer.global_step = recipes.parameters_of(model.head_k), 1

@@ -62,11 +62,16 @@ class DenseMoCoV2Plus(MoCoV2Plus):  # type: ignore[misc]  # solo-learn is untype
             )
             for view, other in ((0, 1), (1, 0))
         )
-        for queue, key in zip(self.dense_queues, keys, strict=True):
-            queue.enqueue(key.pooled)
+        self.new_keys = [key.pooled for key in keys]
         self.log("train_dense_loss", dense_loss, on_epoch=True, sync_dist=True)
         loss: Tensor = (1 - self.dense_weight) * host_loss + self.dense_weight * dense_loss
         return loss
+
+    def on_after_backward(self) -> None:
+        """Lightning calls it for every batch. No checkpoint can compute a loss again from here on."""
+        super().on_after_backward()
+        for queue, keys in zip(self.dense_queues, self.new_keys, strict=True):
+            queue.enqueue(keys)
 
 
 @contextmanager

@@ -74,6 +74,9 @@ class BaseMomentumMethod(nn.Module):
         result["loss"] = sum(F.cross_entropy(logits, targets) for logits in result["logits"]) / self.num_large_crops
         return result
 
+    def on_after_backward(self) -> None:
+        """Of every LightningModule."""
+
     def on_train_batch_end(self, outputs: Any, batch: Sequence[Any], batch_idx: int) -> None:
         if self.trainer.global_step > self.last_step:
             for online, momentum in self.momentum_pairs:
