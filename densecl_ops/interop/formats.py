@@ -114,7 +114,8 @@ OTHERS = (
     Format("backbone", {"backbone_q": {"": ""}}, required=("backbone_q",), carried=("fc.",)),
 )
 
-# Our recipes, called after the files of docs/examples (pretrain.py has moco_loop's names): query backbone and head, key backbone and head.
+# Our recipes, called after the files of docs/examples: query backbone and head, key backbone and head. pretrain.py has
+# the names of moco_loop.
 RECIPES = {
     "with_moco": ("encoder_q.", "encoder_q.fc.", "encoder_k.", "encoder_k.fc."),
     "moco_loop": ("encoder_q.backbone.", "encoder_q.head.", "encoder_k.backbone.", "encoder_k.head."),
