@@ -126,7 +126,10 @@ RUNS = {
     "docs/training.md": run_in_order("matplotlib"),
     "docs/distributed.md": run_on_two_processes,
 }
-RUN_ELSEWHERE = {"docs/checkpoints.md": "test_interop.py"}  # on checkpoints that only that file can write
+RUN_ELSEWHERE = {
+    "docs/checkpoints.md": "test_interop.py",  # on checkpoints that only that file can write
+    "docs/use-the-weights.md": "test_pretrain.py",  # where torchvision or timm is installed
+}
 
 
 @each_page

@@ -114,11 +114,11 @@ OTHERS = (
     Format("backbone", {"backbone_q": {"": ""}}, required=("backbone_q",), carried=("fc.",)),
 )
 
-# Our recipes, called after the files of docs/examples: query backbone and head, key backbone and head.
+# Our recipes, called after the files of docs/examples: query backbone and head, key backbone and head. pretrain.py has
+# the names of moco_loop.
 RECIPES = {
     "with_moco": ("encoder_q.", "encoder_q.fc.", "encoder_k.", "encoder_k.fc."),
     "moco_loop": ("encoder_q.backbone.", "encoder_q.head.", "encoder_k.backbone.", "encoder_k.head."),
-    "pretrain": ("encoder_q.backbone.", "encoder_q.head.", "encoder_k.module.backbone.", "encoder_k.module.head."),
     "with_vit": ("encoder_q.vit.", "encoder_q.head.", "encoder_k.vit.", "encoder_k.head."),
     "with_fpn": ("encoder_q.pyramid.", "encoder_q.head.", "encoder_k.pyramid.", "encoder_k.head."),
     "with_lightly": ("backbone.", "projection_head.", "backbone_momentum.", "projection_head_momentum."),
@@ -136,7 +136,6 @@ def recipe(name: str, backbone_q: str, head_q: str, backbone_k: str, head_k: str
         name,
         {part: {"": theirs} for part, theirs in before.items()},
         ours=True,
-        counter="encoder_k.n_averaged" if name == "pretrain" else None,
         prefix="module." if name == "with_moco" else "",
     )
 

@@ -27,7 +27,7 @@ def write_checkpoint(
 
     Two exceptions: "backbone" is for handing the query backbone on, and leaves the rest out; encoder_k.steps and
     data_preprocessor.* exist in "mmpretrain" only. There, encoder_k.steps is 1 where the source has none: at 0 the
-    first step would overwrite the key encoder with the query encoder. So is encoder_k.n_averaged in "pretrain".
+    first step would overwrite the key encoder with the query encoder.
 
     Args:
         checkpoint: From read_checkpoint or Checkpoint.from_modules.
