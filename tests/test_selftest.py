@@ -65,8 +65,10 @@ def test_finds_results_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selftest.check(case, "blockwise", torch.device("cpu"))["failed"] == "repeats differ"
 
 
-def test_real_sizes_are_measured() -> None:
-    small = next(case for case in all_cases(True, 2) if case.real and "rank" in case.options)._replace(negatives=256)
-    row = selftest.check(small, "blockwise", torch.device("cpu"))
+@pytest.mark.parametrize("option", ["rank", "learned"])
+def test_real_sizes_are_measured(option: str) -> None:
+    case = next(case for case in all_cases(True, selftest.FEW_IMAGES + 2) if case.real and option in case.options)
+    row = selftest.check(case._replace(negatives=256), "blockwise", torch.device("cpu"))
     assert "failed" not in row
+    assert row["errors"].keys() == {"loss", "gradient to query"}
     assert all(row[side]["milliseconds"] > 0 for side in ("ours", "eager"))

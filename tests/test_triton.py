@@ -342,6 +342,23 @@ def test_kernels_that_fail_are_a_warning_under_auto(monkeypatch: pytest.MonkeyPa
         everything("triton")
 
 
+def test_compiled_code_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_failed", set())
+    monkeypatch.setattr(_backends, "resolve", lambda *_: "auto")
+    monkeypatch.setattr(fused, "forward", None)
+    _backends._warn_slow.cache_clear()
+    case = case_of()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss(query: Tensor) -> Tensor:
+        return dense_info_nce(query, case.key, case.negatives, case.index)
+
+    query = case.query.requires_grad_()
+    with pytest.warns(UserWarning, match="its kernels failed .loss, torch.float32, D = 24.: TypeError"):
+        seen = loss(query)
+    assert_close(torch.autograd.grad(seen, query)[0], expected(case_of()).query, FLOAT32)
+
+
 def test_a_lack_of_memory_is_no_fault_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "_failed", set())
 

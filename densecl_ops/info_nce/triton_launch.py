@@ -69,7 +69,7 @@ def _plan(problem: Problem, want_rank: bool, splits: int | None) -> Plan:
     return _plan_for(*layouts, negatives.shape[0], device, config, _precision(problem), splits)
 
 
-@functools.lru_cache(maxsize=1024)  # 20 us of host time a call
+@functools.lru_cache(maxsize=1024)  # built once per shape: small problems are bound by the host
 def _plan_for(
     query_shape: tuple[int, int, int],
     query_stride: tuple[int, int, int],
