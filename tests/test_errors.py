@@ -372,7 +372,9 @@ NOT_A_SIZE = [
 NONE = (TypeError, "None", None)  # which hidden_channels takes
 
 
-@cases(hidden_channels=NOT_A_SIZE, **dict.fromkeys(("in_channels", "out_channels", "size", "dim"), [*NOT_A_SIZE, NONE]))
+@cases(
+    hidden_channels=NOT_A_SIZE, **{name: [*NOT_A_SIZE, NONE] for name in ("in_channels", "out_channels", "size", "dim")}
+)
 def test_sizes(name: str, error: type[Exception], came: str, value: Any) -> None:
     module = DenseProjectionHead if "channels" in name else MomentumQueue
     refused(error, name, came, lambda: module(**{name: value}))
