@@ -15,9 +15,8 @@ from matplotlib.ticker import NullFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from benchmarks.curves import BROKEN, HEALTHY
-
-# Okabe and Ito's colours, told apart by colour-blind readers as well; ours is the black line, drawn last.
+# Okabe and Ito's colours, told apart by colour-blind readers as well. Lines get thinner from the first to the last, so
+# that none hides another; ours is the wide black one below all.
 STYLES = {
     "materialise": ("materialised", "#d55e00", "o"),
     "torch.compile": ("torch.compile of it", "#e69f00", "s"),
@@ -47,7 +46,7 @@ def draw_loss(record: dict[str, Any], dtype: str) -> Figure:
     _panel(time_n, against_n, "n", "milliseconds", "time against N, K = 65,536", "ms")
     _panel(time_k, against_k, "k", "milliseconds", f"time against K, N = {n:,}", "ms")
     _panel(memory, against_n, "n", "peak_extra_mib", "extra memory against N, K = 65,536", "MiB")
-    _panel(share, against_n, "n", "share_of_matmul", "4 N K D operations, share of the measured matrix rate", "")
+    _panel(share, against_n, "n", "share_of_matmul", "4 N K D operations, share of the measured matrix rate", "share")
     share.set_yscale("linear")
     share.set_ylim(bottom=0)
     environment = record["runs"][-1]["environment"]
@@ -59,7 +58,7 @@ def draw_loss(record: dict[str, Any], dtype: str) -> Figure:
 
 
 def _panel(axes: Axes, cases: list[Case], along: str, value: str, title: str, unit: str) -> None:
-    for name, (label, colour, marker) in STYLES.items():
+    for place, (name, (label, colour, marker)) in enumerate(STYLES.items()):
         points = []
         for case in cases:
             row = case["rows"].get(name, {"failed": ""})
@@ -68,8 +67,12 @@ def _panel(axes: Axes, cases: list[Case], along: str, value: str, title: str, un
                 points.append((case["shape"][along], max(number, 0.1) if value == "peak_extra_mib" else number))
         if points:
             ours = name == "densecl_ops"
-            size, width = (11, 2.2) if ours else (5, 1.3)
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, ms=size, lw=width)
+            size, width, order = (
+                (13, 5, 1) if ours else (8 - 0.6 * place, 3 - 0.3 * place, 2)
+            )  # the thinner, the higher
+            axes.plot(
+                *zip(*points, strict=True), label=label, color=colour, marker=marker, ms=size, lw=width, zorder=order
+            )
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({case["shape"][along] for case in cases})
@@ -83,45 +86,59 @@ def _panel(axes: Axes, cases: list[Case], along: str, value: str, title: str, un
     axes.spines[["top", "right"]].set_visible(False)
 
 
-CURVES = {
-    "image_loss": "image term",
-    "dense_loss": "dense term",
-    "top1": "top-1 accuracy",
-    "top5": "top-5 accuracy",
-    "match_score": "match score",
-    "mutual_share": "mutual share",
+CURVES = {  # column: (title, unit)
+    "image_loss": ("image term", "loss in nats"),
+    "dense_loss": ("dense term", "loss in nats"),
+    "top1": ("top-1 accuracy", "share of positions"),
+    "top5": ("top-5 accuracy", "share of positions"),
+    "match_score": ("match score", "mean cosine"),
+    "mutual_share": ("mutual share", "share of positions"),
 }
+Style = dict[str, Any]
+WIDE, THIN = {"linewidth": 3.6}, {"linewidth": 1.2}  # pale and wide below, dark and thin above: neither hides the other
 
 
-def draw_curves(runs: dict[str, dict[str, Any]]) -> Figure:
-    """Six panels of healthy runs, three of broken ones, the step on a log scale."""
-    blue, orange = "#0072b2", "#d55e00"
-    healthy = dict(zip(HEALTHY, ((blue, "-"), (blue, "--"), (orange, "-"), (orange, "--")), strict=True))
-    broken = dict(zip(BROKEN, (("#009e73", "--"), ("#cc79a7", "-."), ("black", ":")), strict=True))
-    figure = Figure(figsize=(11, 9.5), layout="constrained", dpi=90)
-    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 1.05]).ravel()
-    upper.suptitle("Healthy runs: 1,024 negatives are full after 32 steps, lambda warms up for 50", fontsize=12)
-    lower.suptitle("Broken runs, 150 steps", fontsize=12)
-    for axes, column in zip(upper.subplots(2, 3).ravel(), CURVES, strict=True):
-        _curves(axes, column, {runs[name]["label"]: (runs[name], style) for name, style in healthy.items()})
-    reference = {"healthy (random queue, warm-up)": (runs["random"], ("#666666", "-"))}
-    for axes, column in zip(lower.subplots(1, 3).ravel(), CURVES, strict=False):
-        _curves(axes, column, reference | {runs[name]["label"]: (runs[name], style) for name, style in broken.items()})
-    for part in (upper, lower):
-        part.legend(*part.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+def draw_healthy(runs: dict[str, dict[str, Any]]) -> Figure:
+    """Both starts of the queue, with and without warm-up of lambda."""
+    styles = {
+        "random": {"color": "#8fcdf0"} | WIDE,
+        "random-no-warmup": {"color": "#f5c45e"} | WIDE,
+        "empty": {"color": "#00467a"} | THIN,
+        "empty-no-warmup": {"color": "#a33c00", "linestyle": "--"} | THIN,
+    }
+    return _draw_curves({runs[name]["label"]: (runs[name], style) for name, style in styles.items()})
+
+
+def draw_broken(runs: dict[str, dict[str, Any]]) -> Figure:
+    """Every broken run as far as it went, above a healthy one."""
+    styles = {
+        "enqueue-first": {"color": "#00795a"} | THIN,
+        "same-view": {"color": "#b0468a", "linestyle": "-."} | THIN,
+        "high-lr": {"color": "#000000", "linestyle": ":"} | THIN | {"linewidth": 1.8},
+    }
+    healthy = {"healthy (random queue, warm-up)": (runs["random"], {"color": "#c9c9c9"} | WIDE)}
+    return _draw_curves(healthy | {runs[name]["label"]: (runs[name], style) for name, style in styles.items()})
+
+
+def _draw_curves(lines: Mapping[str, tuple[dict[str, Any], Style]]) -> Figure:
+    """A panel for each column, the step on a log scale."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained", dpi=90)
+    lengths = {len(run["history"]["top1"]) for run, _ in lines.values()}
+    ticks = sorted({1, 10, 32, 50, *lengths})  # 32: the queue is full; 50: the warm-up ends
+    for axes, (column, (title, unit)) in zip(figure.subplots(2, 3).ravel(), CURVES.items(), strict=True):
+        for label, (run, style) in lines.items():
+            values = smooth(run["history"][column])
+            axes.plot(range(1, len(values) + 1), values, label=label, **style)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("step (log scale)")
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def _curves(axes: Axes, column: str, lines: Mapping[str, tuple[dict[str, Any], tuple[str, str]]]) -> None:
-    for label, (run, (colour, style)) in lines.items():
-        values = smooth(run["history"][column])
-        axes.plot(range(1, len(values) + 1), values, style, color=colour, linewidth=1.4, label=label)
-    axes.set_xscale("log")
-    axes.set_xticks([1, 10, 32, 50, 150, 400], ["1", "10", "32", "50", "150", "400"])
-    axes.minorticks_off()
-    axes.set_title(CURVES[column], fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -253,13 +253,14 @@ def rendered(page: str) -> str:
 
 
 def plots() -> Iterator[tuple[Path, Path, str]]:
-    """Results, picture, and what is drawn (a dtype, or curves), of every plot there should be."""
+    """Results, picture, and what is drawn (a dtype, or which curves), of every plot there should be."""
     images = ROOT / "docs" / "images"
     for source in sorted(RESULTS.glob("*/loss.json")):
         dtypes = {case["shape"]["dtype"] for case in json.loads(source.read_text())["cases"]}
         for dtype in sorted(dtypes):
             yield source, images / f"loss-{source.parent.name}-{dtype}.png", dtype
-    yield RESULTS / "curves_cpu", images / "curves.png", "curves"
+    for what in ("healthy", "broken"):
+        yield RESULTS / "curves_cpu", images / f"curves-{what}.png", what
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,11 +270,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     for page in pages():
         (ROOT / page).write_text(rendered(page))
-    from benchmarks.plots import draw_curves, draw_loss, save  # the other suites do without matplotlib
+    from benchmarks.plots import draw_broken, draw_healthy, draw_loss, save  # the other suites do without matplotlib
 
     for source, target, what in plots():
-        if what == "curves":
-            figure = draw_curves(load_curves(source.name))
+        if what in ("healthy", "broken"):
+            figure = (draw_healthy if what == "healthy" else draw_broken)(load_curves(source.name))
         else:
             figure = draw_loss(json.loads(source.read_text()), what)
         save(figure, source, target)
