@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TypeVar, get_args
 
 import torch
@@ -18,16 +19,17 @@ Module = TypeVar("Module")
 Answer = TypeVar("Answer")
 
 BACKENDS = get_args(BackendName)
+HAS_TRITON = find_spec("triton") is not None  # looked up here, imported at need: that costs half a second
 WIDEST = 512
 OLDEST_TRITON = (3, 6)  # the oldest that ran the kernels right; in 3.2 the interpreter corrupts memory
 
 
 def triton_version() -> tuple[int, int] | None:
     """None without Triton. It is imported, since it comes in distributions of many names; only a GPU asks for it."""
-    try:
-        import triton
-    except ImportError:
+    if not HAS_TRITON:
         return None
+    import triton
+
     major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
 
@@ -51,13 +53,13 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 
     require_choice("backend", requested, BACKENDS)
     if requested in ("eager", "blockwise"):
         return requested
+    if requested == "auto" and tensor.device.type != "cuda":  # torch calls ROCm devices cuda too
+        return "blockwise"
     obstacle = _triton_obstacle(tensor, dtype, channels)
     if requested == "triton":
         if obstacle is not None:
             raise ValueError(f"backend: got 'triton', which cannot serve this call: {obstacle}")
         return "triton"
-    if tensor.device.type != "cuda":  # torch calls ROCm devices cuda too
-        return "blockwise"
     if obstacle is None:
         return "auto"
     if not torch.compiler.is_compiling():
