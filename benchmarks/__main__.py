@@ -7,12 +7,14 @@ import shlex
 import sys
 
 from benchmarks import kernels, loss, matching, queue, render, step, tune
+from benchmarks.transfer import suite as transfer
 
 SUITES = {
     "loss": (loss, "the loss against its rivals: time, memory, error"),
     "matching": (matching, "feature matching against its rivals"),
     "queue": (queue, "enqueueing against slice and clone"),
     "step": (step, "a whole MoCo-v2 step, without and with the dense term"),
+    "transfer": (transfer, "does the dense term help? pre-training, then four dense tasks"),
     "kernels": (kernels, "compile every Triton kernel for GPUs that are not here"),
     "tune": (tune, "time other tile shapes for a Triton kernel on this GPU"),
     "render": (render, "write the tables of README.md and docs/performance.md from the result files"),
