@@ -53,7 +53,7 @@ def load_photographs(folder: Path) -> list[Tensor]:
     """(3, H, W) uint8 images below `folder`, in the order of their names."""
     photographs = []
     for path in _images_in(folder):
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         scale = min(1.0, SHORT_SIDE / min(image.size))
         if scale < 1:
             image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
@@ -75,7 +75,8 @@ def _rgb(image: Image.Image) -> Tensor:
 def cell_counts(truth: Tensor, stride: int) -> Tensor:
     """(N, H / stride, W / stride, CLASSES + 1) how many pixels of each cell bear each label, VOID last; float32."""
     height, width = (side // stride * stride for side in truth.shape[1:])
-    cells = truth[:, :height, :width].unflatten(2, (-1, stride)).unflatten(1, (-1, stride))
+    shape = (len(truth), height // stride, stride, width // stride, stride)
+    cells = truth[:, :height, :width].reshape(shape)
     return torch.stack([(cells == label).sum((2, 4)) for label in range(VOID + 1)], -1).float()
 
 

@@ -59,10 +59,11 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(skip, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         if hasattr(self, "conv3"):
             out = self.bn3(self.conv3(self.relu(out)))
-        return self.relu(out + self.downsample(x))
+        out += self.downsample(x)
+        return torch.relu_(out)
 
 
 class ResNet(nn.Module):
@@ -92,17 +93,22 @@ class ResNet(nn.Module):
 
 
 def at_stride(network: ResNet, plan: Plan, stride: int) -> ResNet:
-    """A copy in evaluation mode whose map has `stride`: later strides become dilations (DeepLab, arXiv 1412.7062)."""
+    """A copy in evaluation mode whose map has `stride`: later strides become dilations (DeepLab, arXiv 1412.7062).
+
+    The finer map holds the coarse one's values at the coarse one's places, and more between them.
+    """
     network = copy.deepcopy(network).eval()
-    reached = 4 if plan.stem[2] else 2
+    reached, before = 4 if plan.stem[2] else 2, 1
     for i, step in enumerate(plan.strides, 1):
-        dilation = max(1, reached * step // stride)
         reached *= step
+        after = max(1, reached // stride)
         for module in network.get_submodule(f"layer{i}").modules():
-            if isinstance(module, nn.Conv2d) and dilation > 1:
+            if isinstance(module, nn.Conv2d) and after > 1:
+                dilation = after if module.stride == (1, 1) else before  # a strided one still sees the finer map
                 module.stride = (1, 1)
                 if module.kernel_size == (3, 3):
                     module.dilation = module.padding = (dilation, dilation)
+        before = after
     return network
 
 
@@ -123,6 +129,6 @@ def autocast(device: torch.device) -> torch.autocast:
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the processor has bfloat16 instructions; elsewhere they would be emulated."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))

@@ -75,8 +75,9 @@ class Siamese(nn.Module):
 
     @torch.no_grad()
     def update_keys(self, momentum: float) -> None:
-        keys = [*self.backbone_k.parameters(), *self.head_k.parameters()]
-        torch._foreach_lerp_(keys, self.trained(), 1 - momentum)
+        keys: list[Tensor] = [*self.backbone_k.parameters(), *self.head_k.parameters()]
+        queries: list[Tensor] = [*self.trained()]
+        torch._foreach_lerp_(keys, queries, 1 - momentum)
 
     def forward(self, query: Views, key: Views, arm: str, momentum: float) -> tuple[Tensor, Tensor]:
         """Image term and dense term; the latter is 0 where the arm has none."""
@@ -106,8 +107,9 @@ class Siamese(nn.Module):
 def matched(rule: str, map_q: Tensor, map_k: Tensor, boxes_q: Tensor, boxes_k: Tensor) -> Correspondence:
     """Which position of the key view each position of the query view is pulled to."""
     if rule == "place":
-        return location_correspondence(boxes_q, boxes_k, tuple(map_q.shape[2:]))
-    return DenseCorrespondence(mutual=rule == "mutual")(map_q, map_k)
+        return location_correspondence(boxes_q, boxes_k, (map_q.shape[2], map_q.shape[3]))
+    match: Correspondence = DenseCorrespondence(mutual=rule == "mutual")(map_q, map_k)
+    return match
 
 
 def learning_rate_at(step: int, setting: Setting) -> float:

@@ -6,6 +6,7 @@ intersection over union (mIoU) is one over pixels, of predictions as coarse as a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from benchmarks.transfer.encoder import ResNet, encode
 from densecl_ops import DenseCorrespondence
 
 STRIDE = 8  # pixels per cell
-EVERY = 3  # of the train frames, one second apart and much alike, one in three is looked at
+EVERY = 4  # one train frame and one val frame in four is looked at: neighbours are a second apart and much alike
 MEMORY = 8192  # train cells that k-NN retrieval looks up
 NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07  # DINO's (arXiv 2104.14294, appendix), fixed for all arms
 DECAYS = (1e-2, 1e-3, 1e-4)  # of the probe; the best one on val is taken
@@ -46,9 +47,10 @@ def look_at(network: ResNet, frames: Frames, batch: int = 8) -> Cells:
     device = next(network.parameters()).device
     height, width = (side // STRIDE * STRIDE for side in frames.images.shape[2:])
     maps = [
-        encode(network, images[:, :, :height, :width].to(device)).contiguous() for images in frames.images.split(batch)
+        encode(network, images[:, :, :height, :width].to(device)).contiguous()
+        for images in torch.split(frames.images, batch)
     ]
-    counts = torch.cat([cell_counts(truth, STRIDE) for truth in frames.truth.split(batch)])
+    counts = torch.cat([cell_counts(truth, STRIDE) for truth in torch.split(frames.truth, batch)])
     return Cells(torch.cat(maps), counts.to(device), consecutive(frames.names))
 
 
@@ -84,7 +86,7 @@ class Probe(NamedTuple):
 
     def predict(self, rows: Tensor, which: int) -> Tensor:
         weight = self.weights[which]
-        chunks = rows.split(65536)
+        chunks = torch.split(rows, 65536)
         return torch.cat([self.standardise(chunk).mm(weight[:-1]).add(weight[-1]).argmax(1) for chunk in chunks])
 
     def standardise(self, rows: Tensor) -> Tensor:
@@ -94,10 +96,10 @@ class Probe(NamedTuple):
 def fit_probe(train: Cells) -> Probe:
     """Multinomial logistic regression by L-BFGS, from the strongest decay to the weakest.
 
-    It sees every third cell in both directions. The loss is the cross-entropy of a pixel, averaged over all pixels
+    It sees every fourth cell in both directions. The loss is the cross-entropy of a pixel, averaged over all pixels
     that are not void.
     """
-    some = thinned(train, 3)
+    some = thinned(train, 4)
     rows = rows_of(some).float()
     counts = some.counts.flatten(0, -2)[:, :VOID]
     pixels = counts.sum(1)
@@ -108,6 +110,7 @@ def fit_probe(train: Cells) -> Probe:
     weights, facts = [], []
     for decay in DECAYS:
         optimizer = torch.optim.LBFGS([weight], max_iter=10, history_size=10, line_search_fn="strong_wolfe")
+        step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
         evaluations = 0
 
         def closure(decay: float = decay, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
@@ -119,9 +122,9 @@ def fit_probe(train: Cells) -> Probe:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        before, after = torch.inf, optimizer.step(closure).item()  # type: ignore[arg-type]
+        before, after = torch.inf, step(closure).item()
         while before - after > STILL * after:
-            before, after = after, optimizer.step(closure).item()  # type: ignore[arg-type]
+            before, after = after, step(closure).item()
         weights.append(weight.detach().clone())
         facts.append({"decay": decay, "loss": round(after, 5), "evaluations": evaluations})
     return Probe(mean, scale, weights, facts)
@@ -147,7 +150,7 @@ def remember(train: Cells) -> Memory:
 def retrieve(memory: Memory, rows: Tensor) -> Tensor:
     """The label that the NEIGHBOURS most similar cells vote for, each with exp(cosine / temperature)."""
     labels = []
-    for chunk in rows.split(2048):
+    for chunk in torch.split(rows, 2048):
         unit = F.normalize(chunk.float(), dim=1).to(memory.rows.dtype)
         cosine, nearest = (unit @ memory.rows.T).topk(min(NEIGHBOURS, len(memory.rows)), dim=1)
         votes = torch.zeros(len(chunk), VOID, device=rows.device)
@@ -157,16 +160,21 @@ def retrieve(memory: Memory, rows: Tensor) -> Tensor:
 
 
 def propagate(cells: Cells, moved: bool = True) -> dict[str, Any]:
-    """Every cell takes the most frequent label of its match in the previous frame; of its own place if not `moved`."""
+    """Cells take the most frequent label of their match in the previous frame; of their own place if not `moved`.
+
+    Every other cell in both directions is asked; all cells of the previous frame may answer.
+    """
+    some = thinned(cells, 2)
     match = DenseCorrespondence()
     found, asked = [], []
     for previous, current in cells.pairs:
-        labels = cells.counts[previous].argmax(-1).flatten()
+        labels = cells.counts[previous].argmax(-1)
         if moved:
-            index = match(cells.features[current : current + 1], cells.features[previous : previous + 1]).index[0]
-            labels = labels[index]
-        found.append(labels)
-        asked.append(cells.counts[current].flatten(0, 1))
+            index = match(some.features[current : current + 1], cells.features[previous : previous + 1]).index[0]
+            found.append(labels.flatten()[index])
+        else:
+            found.append(labels[::2, ::2].flatten())
+        asked.append(some.counts[current].flatten(0, 1))
     return score(torch.cat(found), torch.cat(asked))
 
 
@@ -179,7 +187,7 @@ def stereo(network: ResNet) -> dict[str, float]:
     import skimage.data
 
     device = next(network.parameters()).device
-    left, right, disparity = skimage.data.stereo_motorcycle()
+    left, right, disparity = skimage.data.stereo_motorcycle()  # type: ignore[no-untyped-call]
     height, width = (side // STRIDE * STRIDE for side in disparity.shape)
     maps = [
         encode(network, torch.from_numpy(image[:height, :width]).permute(2, 0, 1)[None].to(device))
@@ -207,7 +215,8 @@ def measure(
     network: ResNet, train: Frames, val: Frames, test: Frames | None, picture: int | None = None
 ) -> dict[str, Any]:
     """Probe and k-NN on val; all tasks on test if it is given. The probe's decay is chosen on val alone."""
-    seen = look_at(network, Frames(train.names[::EVERY], train.images[::EVERY], train.truth[::EVERY]))
+    train, val = (Frames(*(field[::EVERY] for field in split)) for split in (train, val))
+    seen = look_at(network, train)
     probe, memory = fit_probe(seen), remember(seen)
     del seen
     cells = look_at(network, val)
