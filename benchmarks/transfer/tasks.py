@@ -215,7 +215,7 @@ def measure(
     network: ResNet, train: Frames, val: Frames, test: Frames | None, picture: int | None = None
 ) -> dict[str, Any]:
     """Probe and k-NN on val; all tasks on test if it is given. The probe's decay is chosen on val alone."""
-    train, val = (Frames(*(field[::EVERY] for field in split)) for split in (train, val))
+    train, val = (Frames(s.names[::EVERY], s.images[::EVERY], s.truth[::EVERY]) for s in (train, val))
     seen = look_at(network, train)
     probe, memory = fit_probe(seen), remember(seen)
     del seen
