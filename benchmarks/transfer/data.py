@@ -80,6 +80,12 @@ def cell_counts(truth: Tensor, stride: int) -> Tensor:
     return torch.stack([(cells == label).sum((2, 4)) for label in range(VOID + 1)], -1).float()
 
 
+def richest(frames: Frames) -> int:
+    """The first of the frames that show the most classes: a choice for a picture that no result can sway."""
+    classes = [truth[truth != VOID].unique().numel() for truth in frames.truth]
+    return classes.index(max(classes))
+
+
 def consecutive(names: list[str]) -> list[tuple[int, int]]:
     """Pairs of neighbours (previous, current) of one sequence, as close together as its closest are."""
     parsed = [re.fullmatch(r"(.+_[a-z]*)(\d+)", name) for name in names]

@@ -34,17 +34,16 @@ class Data:
         )
         photographs = [*data.load_photographs(arguments.photographs), *self.train.images]
         self.photographs = Photographs(photographs, arguments.device)
-        # The picture's frame was fixed before any run: the first of those that show the most classes.
-        classes = data.cell_counts(self.test.truth, STRIDE).sum((1, 2))[:, : data.VOID].gt(0).sum(1)
-        self.picture = int(classes.argmax())
+        self.picture = data.richest(self.test)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--camvid", type=Path, required=True, metavar="DIR", help="holds train, trainannot, val, ...")
-    parser.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="any folder of photographs")
+    parser.add_argument("--camvid", type=Path, metavar="DIR", help="holds train, trainannot, val, valannot, ...")
+    parser.add_argument("--photographs", type=Path, metavar="DIR", help="any folder of photographs")
     parser.add_argument("--pack", type=Path, metavar="ZIP", help="only write both data sets into this file")
+    parser.add_argument("--render", action="store_true", help="only write docs/dense-tasks.md from the records")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="records (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
@@ -66,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.render:
+        return render(arguments.camvid)
+    if arguments.camvid is None or arguments.photographs is None:
+        raise SystemExit("expected --camvid and --photographs; docs/dense-tasks.md says where the data come from")
     if arguments.pack:
         return data.pack(arguments.camvid, arguments.photographs, arguments.pack)
     torch.backends.cudnn.benchmark = True
@@ -93,6 +96,19 @@ def main(arguments: argparse.Namespace) -> None:
             final.append(replace(base, arm=arm, seed=seed, rate=rate, steps=arguments.steps))
     walk(final, arguments.out, sources, where, arguments)
     return None
+
+
+def render(camvid: Path | None) -> None:
+    """The page's tables and the plot of the runs; the picture of segmentations only if CamVid is there."""
+    from benchmarks.transfer import page, pictures  # the runs do without matplotlib
+
+    page.PAGE.write_text(page.rendered())
+    reported, images = records.load(page.RESULTS), page.ROOT / "docs" / "images"
+    pictures.save(pictures.draw_runs(reported), images / "transfer-runs.png")
+    if camvid is not None:
+        test = data.load_split(camvid, "test")
+        figure = pictures.draw_segmentations(reported, test, data.richest(test))
+        pictures.save(figure, images / "transfer-segmentations.png")
 
 
 def walk(
