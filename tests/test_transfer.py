@@ -176,7 +176,7 @@ def test_windows_are_parts_of_the_photographs() -> None:
         pool.windows(torch.zeros(1, 3), 41)
 
 
-@pytest.mark.parametrize("name", ["small", "resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["narrow", "resnet18", "resnet50"])
 def test_finer_maps_hold_the_coarse_one(name: str) -> None:
     plan = encoder.PLANS[name]
     network = encoder.ResNet(plan).double().eval()

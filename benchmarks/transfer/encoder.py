@@ -1,4 +1,7 @@
-"""Residual networks in plain PyTorch: the demo's small one, ResNet-18 and ResNet-50, with torchvision's names."""
+"""Residual networks in plain PyTorch: the demo's small one and half its width, ResNet-18 and ResNet-50.
+
+Names of parameters are torchvision's.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
+    "narrow": Plan(False, (1, 1, 1, 1), (16, 32, 64, 128), (1, 2, 2, 1), (16, 3, False)),
     "small": Plan(False, (1, 1, 1, 1), (32, 64, 128, 256), (1, 2, 2, 1), (32, 3, False)),
     "resnet18": Plan(False, (2, 2, 2, 2), (64, 128, 256, 512), (1, 2, 2, 2), (64, 7, True)),
     "resnet50": Plan(True, (3, 4, 6, 3), (64, 128, 256, 512), (1, 2, 2, 2), (64, 7, True)),

@@ -36,7 +36,7 @@ class Setting:
     seed: int
     rate: float
     steps: int
-    encoder: str = "small"
+    encoder: str = "narrow"
     view: int = 64
     window: int = 112
     batch: int = 32

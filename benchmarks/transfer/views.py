@@ -69,12 +69,13 @@ def augment(windows: Tensor, uniform: Tensor, view: int) -> Views:
     zero = torch.zeros_like(x)
     corners = torch.stack([mirrored, zero, x, zero, height, y], 1).view(-1, 2, 3)
     grid = F.affine_grid(corners, [len(windows), 3, view, view], align_corners=False)
-    images = F.grid_sample(windows, grid, padding_mode="reflection", align_corners=False)
+    images = F.grid_sample(windows, grid, padding_mode="border", align_corners=False)
 
     images = _recolour(images, u)
     radius = view // 20  # MoCo-v2's kernel is a tenth of the view
     sigma = (0.1 + 1.9 * u[11]) * view / 224  # its 0.1 to 2 pixels belong to views of 224
-    images = torch.where((u[12] < 0.5)[:, None, None, None], _blur(images, sigma, radius), images)
+    blurred = (u[12] < 0.5).nonzero()[:, 0]
+    images[blurred] = _blur(images[blurred], sigma[blurred], radius)
     boxes = torch.stack([x - mirrored, y - height, x + mirrored, y + height], 1)
     return Views(images, boxes)
 
@@ -114,8 +115,8 @@ def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     for dim in (2, 3):
         padding = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
         padded = F.pad(images, padding, mode="reflect")
-        images = sum(
-            (weights[:, i, None, None, None] * padded.narrow(dim, i, images.shape[dim]) for i in range(len(offsets))),
-            torch.zeros(()),
-        )
+        length = images.shape[dim]
+        images = torch.zeros_like(images)
+        for i, weight in enumerate(weights.T[..., None, None, None]):
+            images.addcmul_(weight, padded.narrow(dim, i, length))
     return images
