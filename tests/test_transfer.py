@@ -198,15 +198,16 @@ def test_consecutive_frames() -> None:
     assert data.consecutive(names) == [(0, 1), (2, 3), (4, 5)]
 
 
-def test_arms_of_a_seed_are_paired(tmp_path: Path) -> None:
+def test_arms_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same weights, same views: up to the dense term's first step, the same image term."""
+    monkeypatch.setattr(encoder, "bfloat16_is_fast", lambda device: False)
     curves = {}
     for arm in ("image", *pretraining.DENSE):
         setting = replace(SMALL, arm=arm, dense_from=0.5)
         _, facts = pretraining.pretrain(setting, photographs(), tmp_path / f"{arm}.pt", lambda text: None)
         curves[arm] = facts["image_loss"]
     for arm in pretraining.DENSE:
-        assert curves[arm][:3] == pytest.approx(curves["image"][:3], abs=1e-3)
+        assert curves[arm][:3] == pytest.approx(curves["image"][:3], abs=2e-4)
 
 
 def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
