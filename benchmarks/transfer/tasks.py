@@ -22,7 +22,7 @@ STRIDE = 8  # pixels per cell
 EVERY = 4  # one train frame and one val frame in four is looked at: neighbours are a second apart and much alike
 MEMORY = 8192  # train cells that k-NN retrieval looks up
 NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07  # DINO's (arXiv 2104.14294, appendix), fixed for all arms
-DECAYS = (1e-2, 1e-3, 1e-4)  # of the probe; the best one on val is taken
+DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)  # of the probe; the best one on val is taken
 STILL = 2e-3  # the probe stops once ten more iterations take off less than this share of its loss
 CLOSE = 1.5  # cells; a stereo match this near the truth is right
 
