@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search-arms", nargs="*", choices=ARMS, default=["image", "nearest"], help="of the search")
     parser.add_argument("--search-seed", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--search-steps", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.06, 0.18], help="searched; one: no search")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.06, 0.18, 0.54], help="searched; one: no search")
     parser.add_argument("--encoder", choices=PLANS, default=Setting.encoder, help="default: %(default)s")
     for name, text in (
         ("view", "side of a view in pixels"),
