@@ -46,7 +46,7 @@ def photographs() -> views.Photographs:
 
 
 def cells(frames: int, generator: torch.Generator) -> tasks.Cells:
-    features = torch.randn(frames, 6, 4, 5, generator=generator)
+    features = (2 + torch.randn(frames, 6, 4, 5, generator=generator)).bfloat16()  # cosines near 1
     truth = torch.randint(0, 12, (frames, 32, 40), generator=generator).to(torch.uint8)
     return tasks.Cells(features, data.cell_counts(truth, 8), [(i, i + 1) for i in range(frames - 1)])
 

@@ -131,7 +131,7 @@ def fit_probe(train: Cells) -> Probe:
 
 
 class Memory(NamedTuple):
-    """Unit features of train cells, and their most frequent labels."""
+    """Unit features of train cells in float32, and their most frequent labels."""
 
     rows: Tensor
     labels: Tensor
@@ -143,18 +143,18 @@ def remember(train: Cells) -> Memory:
     usable = (counts[:, VOID] * 2 < counts.sum(1)).nonzero()[:, 0]
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))[:MEMORY].to(usable.device)
     chosen = usable[order]
-    rows = F.normalize(rows_of(train)[chosen].float(), dim=1)
-    return Memory(rows.to(train.features.dtype), counts[chosen, :VOID].argmax(1))
+    rows = F.normalize(rows_of(train)[chosen].float(), dim=1)  # bfloat16 could not rank cosines near 1
+    return Memory(rows, counts[chosen, :VOID].argmax(1))
 
 
 def retrieve(memory: Memory, rows: Tensor) -> Tensor:
     """The label that the NEIGHBOURS most similar cells vote for, each with exp(cosine / temperature)."""
     labels = []
     for chunk in torch.split(rows, 2048):
-        unit = F.normalize(chunk.float(), dim=1).to(memory.rows.dtype)
+        unit = F.normalize(chunk.float(), dim=1)
         cosine, nearest = (unit @ memory.rows.T).topk(min(NEIGHBOURS, len(memory.rows)), dim=1)
         votes = torch.zeros(len(chunk), VOID, device=rows.device)
-        votes.scatter_add_(1, memory.labels[nearest], ((cosine.float() - 1) / KNN_TEMPERATURE).exp())
+        votes.scatter_add_(1, memory.labels[nearest], ((cosine - 1) / KNN_TEMPERATURE).exp())
         labels.append(votes.argmax(1))
     return torch.cat(labels)
 
