@@ -117,12 +117,26 @@ def search() -> str:
     return "\n".join(lines)
 
 
+def by_rate() -> str:
+    """The runs of the search on test, measured after everything else: both arms at the same rate."""
+    records = load(RESULTS / "by_rate")
+    lines = ["| rate | arm | " + " | ".join(heading for _, heading in TASKS.values()) + " |"]
+    lines += ["|---" * (len(TASKS) + 2) + "|"]
+    for record in sorted(records, key=lambda r: (r["setting"]["rate"], ARMS.index(r["setting"]["arm"]))):
+        cells = [f"{value(record, task):.3f}" for task in TASKS]
+        lines.append(
+            f"| {record['setting']['rate']:g} | {NAMES[record['setting']['arm']]} | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "results": results,
     "differences": differences,
     "each-run": each_run,
     "each-class": each_class,
     "search": search,
+    "by-rate": by_rate,
 }
 
 

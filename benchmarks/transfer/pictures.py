@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from PIL import Image
 
@@ -19,6 +20,13 @@ from benchmarks.transfer.records import TASKS, Record
 from benchmarks.transfer.tasks import STRIDE
 
 SHORT = {"random": "random", "image": "image\nterm", "nearest": "nearest", "mutual": "mutual", "place": "place"}
+TITLES = {
+    "random": "random weights",
+    "image": "image term alone",
+    "nearest": "image + dense, nearest",
+    "mutual": "image + dense, mutual",
+    "place": "image + dense, same place",
+}
 # Okabe and Ito's colours and three neutrals; void is white.
 COLOURS = (
     *("#56b4e9", "#999999", "#000000", "#444444", "#cc79a7", "#009e73"),
@@ -55,9 +63,8 @@ def draw_segmentations(records: list[Record], test: Frames, frame: int) -> Figur
     """A test frame, its truth, and k-NN retrieval with the features of each arm, all of the lowest seed."""
     seed = min(record["setting"]["seed"] for record in records)
     shown = {arm: by_seed(records, arm)[seed] for arm in ARMS if seed in by_seed(records, arm)}
-    figure = Figure(figsize=(9.6, 5.6), layout="constrained", dpi=100)
-    rows = -(-(len(shown) + 2) // 3)
-    panels = list(figure.subplots(rows, 3).flat)
+    figure = Figure(figsize=(11, 4.7), layout=ConstrainedLayoutEngine(h_pad=0.08), dpi=100)
+    panels = list(figure.subplots(2, 4).flat)  # frame, truth, at most five arms, legend
     for axes in panels:
         axes.set_axis_off()
     panels[0].imshow(test.images[frame].permute(1, 2, 0).numpy())
@@ -65,11 +72,10 @@ def draw_segmentations(records: list[Record], test: Frames, frame: int) -> Figur
     _labels(panels[1], test.truth[frame].numpy(), "truth")
     for axes, (arm, record) in zip(panels[2:], shown.items(), strict=False):
         labels = np.array([[int(label, 16) for label in line] for line in record["picture"]])
-        name = SHORT[arm].replace("\n", " ") + {"random": " weights", "image": " alone"}.get(arm, " + image term")
-        _labels(axes, labels.repeat(STRIDE, 0).repeat(STRIDE, 1), name)
+        _labels(axes, labels.repeat(STRIDE, 0).repeat(STRIDE, 1), TITLES[arm])
     names = [*CLASSES, "not annotated"]
     patches = [Patch(fc=colour, ec="#999999", label=name) for colour, name in zip(COLOURS, names, strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    panels[-1].legend(handles=patches, loc="center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

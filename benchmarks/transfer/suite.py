@@ -48,11 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=800, help="default: %(default)s")
     parser.add_argument("--search-arms", nargs="*", choices=ARMS, default=["image", "nearest"], help="of the search")
     parser.add_argument("--search-seed", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--search-steps", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.02, 0.06, 0.18, 0.54], help="searched; one: no search")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[0.02, 0.06, 0.18, 0.54], help="searched; one: no search"
+    )
     parser.add_argument("--encoder", choices=PLANS, default=Setting.encoder, help="default: %(default)s")
     for name, text in (
         ("view", "side of a view in pixels"),
