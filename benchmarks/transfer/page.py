@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -118,15 +119,15 @@ def search() -> str:
 
 
 def by_rate() -> str:
-    """The runs of the search on test, measured after everything else: both arms at the same rate."""
-    records = load(RESULTS / "by_rate")
-    lines = ["| rate | arm | " + " | ".join(heading for _, heading in TASKS.values()) + " |"]
-    lines += ["|---" * (len(TASKS) + 2) + "|"]
-    for record in sorted(records, key=lambda r: (r["setting"]["rate"], ARMS.index(r["setting"]["arm"]))):
-        cells = [f"{value(record, task):.3f}" for task in TASKS]
-        lines.append(
-            f"| {record['setting']['rate']:g} | {NAMES[record['setting']['arm']]} | " + " | ".join(cells) + " |"
-        )
+    """Stereo, which the search does not look at, at every rate that it tried."""
+    runs = json.loads((RESULTS / "search" / "by_rate" / "by_rate.json").read_text())["runs"]
+    rates = sorted({run["rate"] for run in runs})
+    lines = ["| stereo, within 1.5 cells | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |"]
+    lines += ["|---" * (len(rates) + 1) + "|"]
+    for arm in ARMS:
+        found = {run["rate"]: run["stereo"]["close"] for run in runs if run["arm"] == arm}
+        if found:
+            lines.append(f"| {NAMES[arm]} | " + " | ".join(f"{found[rate]:.3f}" for rate in rates) + " |")
     return "\n".join(lines)
 
 

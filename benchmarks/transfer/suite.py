@@ -10,6 +10,7 @@ same time, it shares the work.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,8 @@ import torch
 from benchmarks.measure import environment
 from benchmarks.transfer import data, records
 from benchmarks.transfer.encoder import PLANS, at_stride
-from benchmarks.transfer.pretraining import ARMS, IMAGE, RANDOM, Setting, pretrain
-from benchmarks.transfer.tasks import STRIDE, measure
+from benchmarks.transfer.pretraining import ARMS, IMAGE, RANDOM, Setting, Siamese, pretrain
+from benchmarks.transfer.tasks import STRIDE, measure, stereo
 from benchmarks.transfer.views import Photographs
 
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photographs", type=Path, metavar="DIR", help="any folder of photographs")
     parser.add_argument("--pack", type=Path, metavar="ZIP", help="only write both data sets into this file")
     parser.add_argument("--render", action="store_true", help="only write docs/dense-tasks.md from the records")
+    parser.add_argument("--by-rate", action="store_true", help="only measure stereo of the search's runs, in --out")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="records (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
@@ -69,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.render:
         return render(arguments.camvid)
+    if arguments.by_rate:
+        return by_rate(arguments)
     if arguments.camvid is None or arguments.photographs is None:
         raise SystemExit("expected --camvid and --photographs; docs/dense-tasks.md says where the data come from")
     if arguments.pack:
@@ -111,6 +115,23 @@ def render(camvid: Path | None) -> None:
         test = data.load_split(camvid, "test")
         figure = pictures.draw_segmentations(reported, test, data.richest(test))
         pictures.save(figure, images / "transfer-segmentations.png")
+
+
+def by_rate(arguments: argparse.Namespace) -> None:
+    """Stereo, which the search does not look at, for every rate it tried: from its checkpoints, into by_rate.json."""
+    rows = []
+    for record in records.load(arguments.out / "search"):
+        setting = Setting(**record["setting"])
+        checkpoint = arguments.out / "scratch" / f"search-{setting.name}.pt"
+        state = torch.load(checkpoint, map_location=arguments.device, weights_only=True)
+        model = Siamese(setting).to(arguments.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.load_state_dict(state["model"])
+        result = stereo(at_stride(model.backbone_q, PLANS[setting.encoder], STRIDE))
+        rows.append({"arm": setting.arm, "rate": setting.rate, "steps": state["step"], "stereo": result})
+        print(rows[-1])
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    head = f'{{\n "command": {json.dumps(arguments.command)},\n "environment": {json.dumps(environment())},\n'
+    (arguments.out / "by_rate.json").write_text(f'{head} "runs": [\n  {lines}\n ]\n}}\n')
 
 
 def walk(
