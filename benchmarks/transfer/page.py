@@ -120,7 +120,7 @@ def search() -> str:
 
 def by_rate() -> str:
     """Stereo, which the search does not look at, at every rate that it tried."""
-    runs = json.loads((RESULTS / "search" / "by_rate" / "by_rate.json").read_text())["runs"]
+    runs = json.loads((RESULTS / "by_rate.json").read_text())["runs"]
     rates = sorted({run["rate"] for run in runs})
     lines = ["| stereo, within 1.5 cells | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |"]
     lines += ["|---" * (len(rates) + 1) + "|"]

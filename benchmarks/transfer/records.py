@@ -45,8 +45,8 @@ def _flat(record: Record) -> Iterator[tuple[str, Any]]:
 
 
 def load(folder: Path) -> list[Record]:
-    """All records of a folder, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """The records of all runs in a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
 
 
 @contextlib.contextmanager
