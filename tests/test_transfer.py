@@ -270,7 +270,7 @@ def test_page_is_written_from_the_records() -> None:
 
 
 def test_records_are_complete() -> None:
-    """Three seeds of the arms compared, at one setting, each from a commit without changes, rates as the search chose them."""
+    """Three seeds of what is compared, one setting, commits without changes, rates as the search chose them."""
     reported, searched = records.load(page.RESULTS), records.load(page.RESULTS / "search")
     for record in reported + searched:
         assert "dirty" not in record["environment"]["commit"]
