@@ -8,6 +8,7 @@ import sys
 from typing import Protocol
 
 from benchmarks import curves, kernels, loss, matching, queue, render, step, tune
+from benchmarks.transfer import suite as transfer
 
 
 class Command(Protocol):
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "step": (step.SUITE, "a whole MoCo-v2 step, without and with the dense term"),
     "tune": (tune.SUITE, "time other tile shapes for a Triton kernel on this GPU"),
     "kernels": (kernels, "compile every Triton kernel for GPUs that are not here"),
+    "transfer": (transfer, "does the dense term help? pre-training, then four dense tasks"),
     "curves": (curves, "train the demo, healthy and broken, and record every step"),
     "render": (render, "write the tables of README.md and docs/, and the plots, from the result files"),
 }

@@ -1,0 +1,120 @@
+"""CamVid's annotated frames, and the photographs that every arm is pre-trained on."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CLASSES = (
+    *("sky", "building", "pole", "road", "pavement", "tree"),
+    *("sign", "fence", "car", "pedestrian", "bicyclist"),
+)
+VOID = len(CLASSES)  # the label of pixels that no task counts
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+SHORT_SIDE = 360  # pixels; larger photographs are scaled down to it once, smaller ones stay as they are
+JPEG_QUALITY = 85  # of a pack: both data sets then fit in 60 MB
+
+
+class Frames(NamedTuple):
+    """One split of CamVid.
+
+    Attributes:
+        names: Sequence and number of every frame, such as "0001TP_008550"; sorted.
+        images: (N, 3, H, W) uint8.
+        truth: (N, H, W) uint8, a class or VOID.
+    """
+
+    names: list[str]
+    images: Tensor
+    truth: Tensor
+
+
+def load_split(folder: Path, split: str) -> Frames:
+    """Reads `folder`/`split` (images) and `folder`/`split`annot (labels)."""
+    paths = _images_in(folder / split)
+    labels = [folder / f"{split}annot" / f"{path.stem}.png" for path in paths]
+    images = torch.stack([_rgb(Image.open(path)) for path in paths])
+    truth = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in labels])
+    if truth.shape != (len(images), *images.shape[2:]) or int(truth.max()) > VOID:
+        raise ValueError(f"{folder}: labels of {split} are {tuple(truth.shape)}, at most {int(truth.max())}")
+    return Frames([path.stem for path in paths], images, truth)
+
+
+def load_photographs(folder: Path) -> list[Tensor]:
+    """(3, H, W) uint8 images below `folder`, in the order of their names."""
+    photographs = []
+    for path in _images_in(folder):
+        image: Image.Image = Image.open(path)
+        scale = min(1.0, SHORT_SIDE / min(image.size))
+        if scale < 1:
+            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        photographs.append(_rgb(image))
+    return photographs
+
+
+def _images_in(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise SystemExit(f"{folder}: no image found; docs/dense-tasks.md says where the data come from")
+    return paths
+
+
+def _rgb(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def cell_counts(truth: Tensor, stride: int) -> Tensor:
+    """(N, H / stride, W / stride, CLASSES + 1) how many pixels of each cell bear each label, VOID last; float32."""
+    height, width = (side // stride * stride for side in truth.shape[1:])
+    shape = (len(truth), height // stride, stride, width // stride, stride)
+    cells = truth[:, :height, :width].reshape(shape)
+    return torch.stack([(cells == label).sum((2, 4)) for label in range(VOID + 1)], -1).float()
+
+
+def richest(frames: Frames) -> int:
+    """The first of the frames that show the most classes: a choice for a picture that no result can sway."""
+    classes = [truth[truth != VOID].unique().numel() for truth in frames.truth]
+    return classes.index(max(classes))
+
+
+def consecutive(names: list[str]) -> list[tuple[int, int]]:
+    """Pairs of neighbours (previous, current) of one sequence, as close together as its closest are."""
+    parsed = [re.fullmatch(r"(.+_[a-z]*)(\d+)", name) for name in names]
+    places = [(match[1], int(match[2])) if match else (name, 0) for match, name in zip(parsed, names, strict=True)]
+    steps: dict[str, list[int]] = {}
+    for (sequence, number), (following, other) in itertools.pairwise(places):
+        if sequence == following:
+            steps.setdefault(sequence, []).append(other - number)
+    return [
+        (i, i + 1)
+        for i, ((sequence, number), (following, other)) in enumerate(itertools.pairwise(places))
+        if sequence == following and other - number == min(steps[sequence])
+    ]
+
+
+def pack(camvid: Path, photographs: Path, target: Path) -> None:
+    """Writes both data sets into one zip file, images as JPEG; unpacked, it holds `camvid` and `photographs`."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for split in ("train", "val", "test"):
+            for path in _images_in(camvid / split):
+                archive.writestr(f"camvid/{split}/{path.stem}.jpg", _jpeg(path))
+                label = f"{split}annot/{path.stem}.png"
+                archive.write(camvid / label, f"camvid/{label}")
+        for path in _images_in(photographs):
+            archive.writestr(f"photographs/{path.stem}.jpg", _jpeg(path))
+    print(f"written: {target}, {target.stat().st_size / 1e6:.1f} MB")
+
+
+def _jpeg(path: Path) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(path).convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()

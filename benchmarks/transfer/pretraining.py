@@ -1,0 +1,189 @@
+"""Pre-training without labels: MoCo-v2, and MoCo-v2 with a dense term that matches positions by one of three rules.
+
+Arms of one seed start from the same weights and queues and see the same views in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.transfer.encoder import PLANS, ResNet, autocast, encode
+from benchmarks.transfer.views import Photographs, Views, draw
+from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+from densecl_ops.functional import location_correspondence
+
+RANDOM, IMAGE = "random", "image"  # random weights; the image term alone
+DENSE = ("nearest", "mutual", "place")  # rules of the dense term
+ARMS = (RANDOM, IMAGE, *DENSE)
+SAVE_EVERY = 45.0  # seconds
+CURVE = 50  # points of a record's loss curves
+SETTLING = 100  # steps in which the arm of random weights gathers batch norm statistics, and learns nothing
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run: what its record is filed under, and all that decides its weights."""
+
+    arm: str
+    seed: int
+    rate: float
+    steps: int
+    encoder: str = "narrow"
+    view: int = 64
+    window: int = 112
+    batch: int = 32
+    queue: int = 1024
+    momentum: float = 0.99
+    temperature: float = 0.2
+    dense_weight: float = 0.5
+    dense_from: float = 0.05  # share of the steps after which the dense term joins in
+
+    @property
+    def name(self) -> str:
+        """Of the run's files; settings that differ from the suite's defaults are part of it."""
+        words = [self.arm, f"seed{self.seed}", f"rate{self.rate:g}", f"steps{self.steps}"]
+        default = Setting(self.arm, self.seed, self.rate, self.steps)
+        changed = {key: value for key, value in asdict(self).items() if value != getattr(default, key)}
+        return "-".join(words + [f"{key}{value}" for key, value in changed.items()])
+
+
+class Siamese(nn.Module):
+    """Both encoders, their heads and both queues; every arm has all of them."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        plan = PLANS[setting.encoder]
+        self.backbone_q, self.backbone_k = ResNet(plan), ResNet(plan)
+        self.head_q, self.head_k = (DenseProjectionHead(plan.channels, plan.channels) for _ in range(2))
+        self.backbone_k.load_state_dict(self.backbone_q.state_dict())
+        self.head_k.load_state_dict(self.head_q.state_dict())
+        self.backbone_k.requires_grad_(False)
+        self.head_k.requires_grad_(False)
+        self.image_queue, self.dense_queue = (MomentumQueue(setting.queue) for _ in range(2))
+        self.criterion = DenseInfoNCELoss(setting.temperature)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [*self.backbone_q.parameters(), *self.head_q.parameters()]
+
+    @torch.no_grad()
+    def update_keys(self, momentum: float) -> None:
+        keys: list[Tensor] = [*self.backbone_k.parameters(), *self.head_k.parameters()]
+        queries: list[Tensor] = [*self.trained()]
+        torch._foreach_lerp_(keys, queries, 1 - momentum)
+
+    def forward(self, query: Views, key: Views, arm: str, momentum: float) -> tuple[Tensor, Tensor]:
+        """Image term and dense term; the latter is 0 where the arm has none."""
+        map_q = encode(self.backbone_q, query.images)
+        with torch.no_grad():
+            self.update_keys(momentum)
+            map_k = encode(self.backbone_k, key.images)
+        with autocast(map_q.device):
+            if arm == IMAGE:  # the dense half of the heads is left out, which changes no gradient of the image term
+                image_q = self.head_q.image_mlp(map_q.mean((2, 3)))
+                with torch.no_grad():
+                    image_k = self.head_k.image_mlp(map_k.mean((2, 3)))
+                image_loss = self.criterion(image_q, image_k, self.image_queue)
+                self.image_queue.enqueue(image_k)
+                return image_loss, torch.zeros_like(image_loss)
+            projected_q = self.head_q(map_q)
+            with torch.no_grad():
+                projected_k = self.head_k(map_k)
+        image_loss = self.criterion(projected_q.image, projected_k.image, self.image_queue)
+        match = matched(arm, map_q, map_k, query.boxes, key.boxes)
+        dense_loss = self.criterion(projected_q.dense, projected_k.dense, self.dense_queue, match)
+        self.image_queue.enqueue(projected_k.image)
+        self.dense_queue.enqueue(projected_k.pooled)
+        return image_loss, dense_loss
+
+
+def matched(rule: str, map_q: Tensor, map_k: Tensor, boxes_q: Tensor, boxes_k: Tensor) -> Correspondence:
+    """Which position of the key view each position of the query view is pulled to."""
+    if rule == "place":
+        return location_correspondence(boxes_q, boxes_k, (map_q.shape[2], map_q.shape[3]))
+    match: Correspondence = DenseCorrespondence(mutual=rule == "mutual")(map_q, map_k)
+    return match
+
+
+def learning_rate_at(step: int, setting: Setting) -> float:
+    """Linear warm-up over the first twentieth, half a cosine over all."""
+    done = step / setting.steps
+    return setting.rate * min(1.0, 20 * (step + 1) / setting.steps) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def pretrain(
+    setting: Setting, photographs: Photographs, checkpoint: Path, say: Callable[[str], None]
+) -> tuple[ResNet, dict[str, Any]]:
+    """Trains, or goes on from the checkpoint; returns the backbone and what happened.
+
+    After initialisation only the views' generator draws at random, so that a run cut off and continued is the run.
+    """
+    device = photographs.pixels.device
+    torch.manual_seed(setting.seed)
+    model = Siamese(setting).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator = torch.Generator().manual_seed(setting.seed)
+    if setting.arm == RANDOM:
+        return settled(model, setting, photographs, generator), {}
+
+    optimizer = torch.optim.SGD(model.trained(), setting.rate, momentum=0.9, weight_decay=1e-4)
+    history = torch.zeros(setting.steps, 2)
+    start, seconds = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+        start, seconds, history = state["step"], state["seconds"], state["history"].cpu()
+        say(f"goes on from step {start}")
+
+    model.train()
+    began = saved = time.perf_counter()
+    for step in range(start, setting.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, setting)
+        query, key = draw(photographs, setting.batch, setting.window, setting.view, generator)
+        image_loss, dense_loss = model(query, key, setting.arm, setting.momentum)
+        joined = setting.arm != IMAGE and step >= setting.dense_from * setting.steps
+        weight = setting.dense_weight if joined else 0.0
+        loss = (1 - weight) * image_loss + weight * dense_loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history[step] = torch.stack([image_loss, dense_loss]).detach()
+        now, last = time.perf_counter(), step + 1 == setting.steps
+        if now - saved > SAVE_EVERY or last:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state |= {"generator": generator.get_state(), "history": history, "seconds": seconds + now - began}
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, checkpoint.with_suffix(".part"))
+            checkpoint.with_suffix(".part").replace(checkpoint)  # an interruption leaves the last whole one
+            saved = now
+            say(f"step {step + 1} of {setting.steps}, image {image_loss:.3f}, dense {dense_loss:.3f}")
+    if not history.isfinite().all():
+        raise FloatingPointError(f"{setting.name}: the loss is not finite")
+    curves = [curve.mean(0) for curve in history.tensor_split(min(CURVE, setting.steps))]
+    image, dense = torch.stack(curves).T.tolist()
+    facts: dict[str, Any] = {
+        "seconds": round(seconds + time.perf_counter() - began, 1),
+        "image_loss": [round(value, 4) for value in image],
+    }
+    if setting.arm != IMAGE:
+        facts["dense_loss"] = [round(value, 4) for value in dense]
+    return model.backbone_q, facts
+
+
+@torch.no_grad()
+def settled(model: Siamese, setting: Setting, photographs: Photographs, generator: torch.Generator) -> ResNet:
+    """The initial weights, with batch norm statistics of the views: as good as random weights can be used."""
+    model.train()
+    for _ in range(SETTLING):
+        query, _ = draw(photographs, setting.batch, setting.window, setting.view, generator)
+        encode(model.backbone_q, query.images)
+    return model.backbone_q

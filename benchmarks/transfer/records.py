@@ -1,0 +1,75 @@
+"""One JSON file per finished run; a run whose file is there is never run again."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.transfer.pretraining import Setting
+
+TASKS = {  # of the test split: key, value in the record, heading
+    "probe": ("miou", "linear probe, mIoU"),
+    "knn": ("miou", "k-NN, mIoU"),
+    "propagation": ("miou", "label propagation, mIoU"),
+    "stereo": ("close", "stereo, within 1.5 cells"),
+}
+Record = dict[str, Any]
+
+
+def path_of(folder: Path, setting: Setting) -> Path:
+    return folder / f"{setting.name}.json"
+
+
+def write(folder: Path, setting: Setting, record: Record) -> None:
+    """One line per fact."""
+    record = {"setting": asdict(setting)} | record
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in _flat(record)]
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path_of(folder, setting).with_suffix(".part")
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    part.replace(path_of(folder, setting))
+
+
+def _flat(record: Record) -> Iterator[tuple[str, Any]]:
+    """The two splits a task per line, as "test.knn"; all else as it is."""
+    for key, value in record.items():
+        if key in ("val", "test"):
+            yield from ((f"{key}.{task}", result) for task, result in value.items())
+        else:
+            yield key, value
+
+
+def load(folder: Path) -> list[Record]:
+    """The records of all runs in a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+
+
+@contextlib.contextmanager
+def claim(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process may work on `path`; the claim of a process that dies is free again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def chosen_rate(searched: list[Record], arm: str) -> float:
+    """The learning rate with the best mean of probe and k-NN on val; arms that were not searched take nearest's."""
+    arms = {record["setting"]["arm"] for record in searched}
+    own = [record for record in searched if record["setting"]["arm"] == (arm if arm in arms else "nearest")]
+    best = max(own, key=on_val)
+    return float(best["setting"]["rate"])
+
+
+def on_val(record: Record) -> float:
+    """What the search maximises."""
+    return float(record["val.probe"]["miou"] + record["val.knn"]["miou"]) / 2

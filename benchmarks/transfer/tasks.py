@@ -1,0 +1,244 @@
+"""Four dense tasks on a frozen backbone. Nothing here changes a weight of it.
+
+The cells of the backbone's map are what is classified; every pixel counts with its own label, so that a mean
+intersection over union (mIoU) is one over pixels, of predictions as coarse as a cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.transfer.data import VOID, Frames, cell_counts, consecutive
+from benchmarks.transfer.encoder import ResNet, encode
+from densecl_ops import DenseCorrespondence
+
+STRIDE = 8  # pixels per cell
+EVERY = 4  # one train frame and one val frame in four is looked at: neighbours are a second apart and much alike
+MEMORY = 8192  # train cells that k-NN retrieval looks up
+NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07  # DINO's (arXiv 2104.14294, appendix), fixed for all arms
+DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)  # of the probe; the best one on val is taken
+STILL = 2e-3  # the probe stops once ten more iterations take off less than this share of its loss
+CLOSE = 1.5  # cells; a stereo match this near the truth is right
+
+
+class Cells(NamedTuple):
+    """Frames as the tasks see them.
+
+    Attributes:
+        features: (N, C, h, w), as the backbone gives them.
+        counts: (N, h, w, CLASSES + 1) pixels per label of every cell.
+        pairs: Neighbours (previous, current).
+    """
+
+    features: Tensor
+    counts: Tensor
+    pairs: list[tuple[int, int]]
+
+
+@torch.no_grad()
+def look_at(network: ResNet, frames: Frames, batch: int = 8) -> Cells:
+    """Encodes a split."""
+    device = next(network.parameters()).device
+    height, width = (side // STRIDE * STRIDE for side in frames.images.shape[2:])
+    maps = [
+        encode(network, images[:, :, :height, :width].to(device)).contiguous()
+        for images in torch.split(frames.images, batch)
+    ]
+    counts = torch.cat([cell_counts(truth, STRIDE) for truth in torch.split(frames.truth, batch)])
+    return Cells(torch.cat(maps), counts.to(device), consecutive(frames.names))
+
+
+def score(predicted: Tensor, counts: Tensor) -> dict[str, Any]:
+    """mIoU over classes that occur. `predicted` (...) labels, VOID a wrong answer; `counts` (..., CLASSES + 1)."""
+    truth = counts.flatten(0, -2)[:, :VOID].double()
+    confusion = F.one_hot(predicted.flatten(), VOID + 1).double().T @ truth  # predicted x true
+    right = confusion.diagonal()[:VOID]
+    union = confusion.sum(0) + confusion[:VOID].sum(1) - right
+    each = right / union
+    occurring = truth.sum(0) > 0
+    classes = [round(float(value), 4) if seen else None for value, seen in zip(each, occurring, strict=True)]
+    return {"miou": round(float(each[occurring].mean()), 5), "classes": classes}
+
+
+def rows_of(cells: Cells) -> Tensor:
+    """(N h w, C)."""
+    return cells.features.movedim(1, -1).flatten(0, -2)
+
+
+def thinned(cells: Cells, step: int) -> Cells:
+    """Every `step`-th cell in both directions."""
+    return Cells(cells.features[:, :, ::step, ::step], cells.counts[:, ::step, ::step], cells.pairs)
+
+
+class Probe(NamedTuple):
+    """Linear classifiers of standardised features, one per weight decay."""
+
+    mean: Tensor
+    scale: Tensor
+    weights: list[Tensor]
+    facts: list[dict[str, float]]
+
+    def predict(self, rows: Tensor, which: int) -> Tensor:
+        weight = self.weights[which]
+        chunks = torch.split(rows, 65536)
+        return torch.cat([self.standardise(chunk).mm(weight[:-1]).add(weight[-1]).argmax(1) for chunk in chunks])
+
+    def standardise(self, rows: Tensor) -> Tensor:
+        return (rows.float() - self.mean) * self.scale
+
+
+def fit_probe(train: Cells) -> Probe:
+    """Multinomial logistic regression by L-BFGS, from the strongest decay to the weakest.
+
+    It sees every fourth cell in both directions. The loss is the cross-entropy of a pixel, averaged over all pixels
+    that are not void.
+    """
+    some = thinned(train, 4)
+    rows = rows_of(some).float()
+    counts = some.counts.flatten(0, -2)[:, :VOID]
+    pixels = counts.sum(1)
+    rows, counts = rows[pixels > 0], counts[pixels > 0] / pixels.sum()
+    mean, scale = rows.mean(0), 1 / (rows.std(0) + 1e-6)
+    rows = (rows - mean) * scale
+    weight = torch.zeros(rows.shape[1] + 1, VOID, device=rows.device, requires_grad=True)
+    weights, facts = [], []
+    for decay in DECAYS:
+        optimizer = torch.optim.LBFGS([weight], max_iter=10, history_size=10, line_search_fn="strong_wolfe")
+        step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
+        evaluations = 0
+
+        def closure(decay: float = decay, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            optimizer.zero_grad()
+            logits = torch.addmm(weight[-1], rows, weight[:-1])
+            loss = -(counts * logits.log_softmax(1)).sum() + decay * weight[:-1].square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        before, after = torch.inf, step(closure).item()
+        while before - after > STILL * after:
+            before, after = after, step(closure).item()
+        weights.append(weight.detach().clone())
+        facts.append({"decay": decay, "loss": round(after, 5), "evaluations": evaluations})
+    return Probe(mean, scale, weights, facts)
+
+
+class Memory(NamedTuple):
+    """Unit features of train cells in float32, and their most frequent labels."""
+
+    rows: Tensor
+    labels: Tensor
+
+
+def remember(train: Cells) -> Memory:
+    """The same MEMORY train cells for every run, drawn among those that are mostly not void."""
+    counts = train.counts.flatten(0, -2)
+    usable = (counts[:, VOID] * 2 < counts.sum(1)).nonzero()[:, 0]
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))[:MEMORY].to(usable.device)
+    chosen = usable[order]
+    rows = F.normalize(rows_of(train)[chosen].float(), dim=1)  # bfloat16 could not rank cosines near 1
+    return Memory(rows, counts[chosen, :VOID].argmax(1))
+
+
+def retrieve(memory: Memory, rows: Tensor) -> Tensor:
+    """The label that the NEIGHBOURS most similar cells vote for, each with exp(cosine / temperature)."""
+    labels = []
+    for chunk in torch.split(rows, 2048):
+        unit = F.normalize(chunk.float(), dim=1)
+        cosine, nearest = (unit @ memory.rows.T).topk(min(NEIGHBOURS, len(memory.rows)), dim=1)
+        votes = torch.zeros(len(chunk), VOID, device=rows.device)
+        votes.scatter_add_(1, memory.labels[nearest], ((cosine - 1) / KNN_TEMPERATURE).exp())
+        labels.append(votes.argmax(1))
+    return torch.cat(labels)
+
+
+def propagate(cells: Cells, moved: bool = True) -> dict[str, Any]:
+    """Cells take the most frequent label of their match in the previous frame; of their own place if not `moved`.
+
+    Every other cell in both directions is asked; all cells of the previous frame may answer.
+    """
+    some = thinned(cells, 2)
+    match = DenseCorrespondence()
+    found, asked = [], []
+    for previous, current in cells.pairs:
+        labels = cells.counts[previous].argmax(-1)
+        if moved:
+            index = match(some.features[current : current + 1], cells.features[previous : previous + 1]).index[0]
+            found.append(labels.flatten()[index])
+        else:
+            found.append(labels[::2, ::2].flatten())
+        asked.append(some.counts[current].flatten(0, 1))
+    return score(torch.cat(found), torch.cat(asked))
+
+
+@torch.no_grad()
+def stereo(network: ResNet) -> dict[str, float]:
+    """Cells of scikit-image's stereo pair matched with the whole other image: share within CLOSE, median error.
+
+    left[y, x] is right[y, x - disparity]. Cells of no measured disparity, or whose match lies outside, do not count.
+    """
+    import skimage.data
+
+    device = next(network.parameters()).device
+    left, right, disparity = skimage.data.stereo_motorcycle()  # type: ignore[no-untyped-call]
+    height, width = (side // STRIDE * STRIDE for side in disparity.shape)
+    maps = [
+        encode(network, torch.from_numpy(image[:height, :width]).permute(2, 0, 1)[None].to(device))
+        for image in (left, right)
+    ]
+    index = DenseCorrespondence()(*maps).index[0].cpu()
+    middle = slice(STRIDE // 2, None, STRIDE)
+    at_centre = torch.from_numpy(disparity[:height, :width][middle, middle].astype(np.float32))
+    rows, columns = at_centre.shape
+    column = torch.arange(columns) - at_centre / STRIDE
+    known = ((column >= -0.5) & (column < columns - 0.5)).flatten()
+    row = torch.arange(rows)[:, None].expand(rows, columns)
+    error = torch.hypot((index // columns - row.flatten()).float(), index % columns - column.flatten())[known]
+    return {"close": round(float((error <= CLOSE).float().mean()), 5), "median": round(float(error.median()), 4)}
+
+
+def segmentation(memory: Memory, cells: Cells, frame: int) -> list[str]:
+    """k-NN retrieval on one frame, a line of hexadecimal labels per row of cells."""
+    features = cells.features[frame]
+    labels = retrieve(memory, features.flatten(1).T).view(features.shape[1:])
+    return ["".join(f"{label:x}" for label in line) for line in labels.tolist()]
+
+
+def measure(
+    network: ResNet, train: Frames, val: Frames, test: Frames | None, picture: int | None = None
+) -> dict[str, Any]:
+    """Probe and k-NN on val; all tasks on test if it is given. The probe's decay is chosen on val alone."""
+    train, val = (Frames(s.names[::EVERY], s.images[::EVERY], s.truth[::EVERY]) for s in (train, val))
+    seen = look_at(network, train)
+    probe, memory = fit_probe(seen), remember(seen)
+    del seen
+    cells = look_at(network, val)
+    probed = [score(probe.predict(rows_of(cells), i), cells.counts) for i in range(len(DECAYS))]
+    best = max(range(len(DECAYS)), key=lambda i: probed[i]["miou"])
+    facts = [fact | {"val": result["miou"]} for fact, result in zip(probe.facts, probed, strict=True)]
+    results: dict[str, Any] = {"probe_fits": facts, "val": {"probe": probed[best], "knn": retrieved(memory, cells)}}
+    if test is not None:
+        cells = look_at(network, test)
+        results["test"] = {
+            "probe": score(probe.predict(rows_of(cells), best), cells.counts),
+            "knn": retrieved(memory, cells),
+            "propagation": propagate(cells),
+            "unmoved": propagate(cells, moved=False),
+            "stereo": stereo(network),
+        }
+        if picture is not None:
+            results["picture"] = segmentation(memory, cells, picture)
+    return results
+
+
+def retrieved(memory: Memory, cells: Cells) -> dict[str, Any]:
+    """k-NN retrieval on every other cell in both directions."""
+    some = thinned(cells, 2)
+    return score(retrieve(memory, rows_of(some)), some.counts)

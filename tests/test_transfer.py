@@ -1,0 +1,286 @@
+"""The transfer suite: its tasks against plain loops, its views against their boxes, runs that resume and pair."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from benchmarks.__main__ import main
+from benchmarks.transfer import data, encoder, page, pretraining, records, tasks, views
+from benchmarks.transfer.pretraining import Setting
+
+SMALL = Setting("nearest", 0, 0.05, steps=4, view=32, window=40, batch=4, queue=16)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CamVid's layout and a few photographs, generated."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+
+    def save(path: Path, values: np.ndarray) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.astype(np.uint8)).save(path)
+
+    for split, count in (("train", 5), ("val", 5), ("test", 3)):
+        for i in range(count):
+            save(root / "camvid" / split / f"0001TP_{30 * i:06}.png", rng.integers(0, 256, (48, 64, 3)))
+            save(root / "camvid" / f"{split}annot" / f"0001TP_{30 * i:06}.png", rng.integers(0, 12, (48, 64)))
+    for i in range(3):
+        save(root / "photographs" / f"{i}.png", rng.integers(0, 256, (40 + i, 60, 3)))
+    return root
+
+
+def photographs() -> views.Photographs:
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(3, 40, 70), (3, 55, 41), (3, 64, 64)]
+    images = [torch.randint(0, 256, size, generator=generator).to(torch.uint8) for size in sizes]
+    return views.Photographs(images, torch.device("cpu"))
+
+
+def cells(frames: int, generator: torch.Generator) -> tasks.Cells:
+    features = (2 + torch.randn(frames, 6, 4, 5, generator=generator)).bfloat16()  # cosines near 1
+    truth = torch.randint(0, 12, (frames, 32, 40), generator=generator).to(torch.uint8)
+    return tasks.Cells(features, data.cell_counts(truth, 8), [(i, i + 1) for i in range(frames - 1)])
+
+
+def test_score_is_that_of_every_pixel() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 12, (2, 24, 33), generator=generator).to(torch.uint8)
+    truth[truth == 4] = 5  # a class that never occurs has no IoU
+    predicted = torch.randint(0, 12, (2, 3, 4), generator=generator)
+    predicted[predicted == 4] = 6
+    result = tasks.score(predicted, data.cell_counts(truth, 8))
+
+    pixels = predicted.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    truth = truth[:, :24, :32]
+    expected = []
+    for label in range(11):
+        counted = truth != 11
+        both = ((pixels == label) & (truth == label)).sum()
+        either = (((pixels == label) & counted) | (truth == label)).sum()
+        expected.append(None if label == 4 else round(float(both / either), 4))
+    assert result["classes"] == expected
+    assert result["miou"] == pytest.approx(np.mean([x for x in expected if x is not None]), abs=1e-4)
+
+
+def test_retrieval_and_propagation_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "NEIGHBOURS", 3)
+    train, asked = cells(3, torch.Generator().manual_seed(0)), cells(2, torch.Generator().manual_seed(1))
+    memory = tasks.remember(train)
+    rows = tasks.rows_of(asked)
+    labels = tasks.retrieve(memory, rows)
+    for row, label in zip(rows.double(), labels.tolist(), strict=True):
+        cosine = F.cosine_similarity(row[None], memory.rows.double())
+        votes = [0.0] * 11
+        for j in cosine.argsort(descending=True)[:3].tolist():
+            votes[int(memory.labels[j])] += float((cosine[j] / tasks.KNN_TEMPERATURE).exp())
+        assert label == int(np.argmax(votes))
+
+    predicted = torch.zeros(1, 2, 3, dtype=torch.int64)
+    for y in range(2):
+        for x in range(3):
+            query = asked.features[1, :, 2 * y, 2 * x].double()
+            cosine = F.cosine_similarity(query[:, None], asked.features[0].flatten(1).double(), 0)
+            predicted[0, y, x] = asked.counts[0].flatten(0, 1)[cosine.argmax()].argmax()
+    assert tasks.propagate(asked) == tasks.score(predicted, asked.counts[1:, ::2, ::2])
+    unmoved = tasks.score(asked.counts[:1, ::2, ::2].argmax(-1), asked.counts[1:, ::2, ::2])
+    assert tasks.propagate(asked, moved=False) == unmoved
+
+
+def test_probe_stops_at_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "STILL", 1e-7)
+    train = cells(40, torch.Generator().manual_seed(0))
+    probe = tasks.fit_probe(train)
+    some = tasks.thinned(train, 4)
+    rows = probe.standardise(tasks.rows_of(some)).double()
+    counts = some.counts.flatten(0, -2)[:, :11].double()
+    for decay, weight in zip(tasks.DECAYS, probe.weights, strict=True):
+        weight = weight.double().requires_grad_()
+        likelihood = (counts * (rows @ weight[:-1] + weight[-1]).log_softmax(1)).sum() / counts.sum()
+        (gradient,) = torch.autograd.grad(decay * weight[:-1].square().sum() - likelihood, weight)
+        assert gradient.norm() < 3e-4
+
+
+def test_stereo_of_pixels_that_are_their_own_features() -> None:
+    """The left image against itself would be off by the disparity; a network of colours finds most of the truth."""
+
+    class Colours(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(192)[:, :, None].view(192, 3, 8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(x, self.weight.to(x.dtype), stride=8)
+
+    result = tasks.stereo(Colours())  # type: ignore[arg-type]
+    assert 0.3 < result["close"] < 0.9  # raw patches; a wrong sign of the disparity gives 0.01
+
+
+def test_views_lie_where_their_boxes_say() -> None:
+    side, view = 56, 32
+    place = (torch.arange(side) + 0.5) / side * 2 - 1
+    window = torch.stack([place.expand(side, side), place[:, None].expand(side, side), torch.zeros(side, side)])
+    uniform = torch.rand(8, 14, generator=torch.Generator().manual_seed(0))
+    uniform[:, [9, 10, 12]] = 1  # no colours, no grey, no blur
+    found = views.augment(window.expand(8, 3, side, side) / 2 + 0.5, uniform, view)
+    centre = (torch.arange(view) + 0.5) / view
+    x0, y0, x1, y1 = found.boxes.T[..., None]
+    x, y = x0 + (x1 - x0) * centre, y0 + (y1 - y0) * centre
+    torch.testing.assert_close(found.images[:, 0] * 2 - 1, x[:, None, :].expand(-1, view, -1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.images[:, 1] * 2 - 1, y[:, :, None].expand(-1, -1, view), atol=1e-5, rtol=0)
+    assert (x0 > x1).any()
+    assert (x0 < x1).any()
+
+
+def test_colours_and_blur() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = 0.3 + 0.4 * torch.rand(4, 3, 32, 32, generator=generator)
+    uniform = torch.full((4, 14), 0.5)
+    uniform[:, 10] = torch.tensor([0.1, 0.9, 0.1, 0.9])  # two turn grey
+    recoloured = views._recolour(images, uniform.unbind(1))
+    luma = torch.tensor(views.LUMA)
+    torch.testing.assert_close(recoloured[1::2], images[1::2])  # strengths in the middle change nothing
+    grey = torch.einsum("c,bchw->bhw", luma, images[::2])[:, None].expand(-1, 3, -1, -1)
+    torch.testing.assert_close(recoloured[::2], grey)
+    uniform[:, 8], uniform[:, 10] = torch.rand(4, generator=generator), 1
+    turned = views._recolour(images, uniform.unbind(1))
+    assert (turned - images).abs().max() > 0.05
+    torch.testing.assert_close(*(torch.einsum("c,bchw->bhw", luma, x) for x in (turned, images)))
+
+    sigma = torch.tensor([0.3, 0.6, 1.0, 2.0])
+    blurred = views._blur(images, sigma, 2)
+    offsets = torch.arange(-2, 3).double()
+    for image, width, found in zip(images.double(), sigma.double(), blurred, strict=True):
+        line = torch.exp(-(offsets**2) / (2 * width**2))
+        kernel = torch.outer(line, line) / line.sum() ** 2
+        padded = F.pad(image[:, None], (2, 2, 2, 2), mode="reflect")
+        torch.testing.assert_close(found.double(), F.conv2d(padded, kernel[None, None])[:, 0], atol=1e-6, rtol=0)
+
+
+def test_windows_are_parts_of_the_photographs() -> None:
+    pool = photographs()
+    windows = pool.windows(torch.tensor([[0.1, 0.0, 0.999], [0.4, 0.999, 0.0], [0.999, 0.5, 0.5]]), 40)
+    first, second, third = (pool.pixels[start:] for start in pool.starts)
+    assert torch.equal(windows[0], first[: 3 * 40 * 70].view(3, 40, 70)[:, :, 30:])
+    assert torch.equal(windows[1], second[: 3 * 55 * 41].view(3, 55, 41)[:, 15:, :40])
+    assert torch.equal(windows[2], third.view(3, 64, 64)[:, 12:52, 12:52])
+    with pytest.raises(ValueError, match="window: got 41, expected at most 40"):
+        pool.windows(torch.zeros(1, 3), 41)
+
+
+@pytest.mark.parametrize("name", ["narrow", "resnet18", "resnet50"])
+def test_finer_maps_hold_the_coarse_one(name: str) -> None:
+    plan = encoder.PLANS[name]
+    network = encoder.ResNet(plan).double().eval()
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    fine, coarse = encoder.at_stride(network, plan, 8)(images), network(images)
+    step = plan.stride // 8
+    assert fine.shape == (1, plan.channels, 8, 12)
+    torch.testing.assert_close(fine[:, :, ::step, ::step], coarse, atol=1e-9, rtol=1e-9)
+
+
+def test_names_are_those_of_torchvision() -> None:
+    names = encoder.ResNet(encoder.PLANS["resnet50"]).state_dict().keys()
+    assert {"conv1.weight", "bn1.running_var", "layer1.0.downsample.1.bias", "layer4.2.conv3.weight"} <= names
+    assert len(names) == 318  # torchvision's 320 without fc
+
+
+def test_consecutive_frames() -> None:
+    names = ["A_000030", "A_000060", "A_000120", "A_000150", "B_f00150", "B_f00152"]
+    assert data.consecutive(names) == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_arms_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same weights, same views: up to the dense term's first step, the same image term."""
+    monkeypatch.setattr(encoder, "bfloat16_is_fast", lambda device: False)
+    curves = {}
+    for arm in ("image", *pretraining.DENSE):
+        setting = replace(SMALL, arm=arm, dense_from=0.5)
+        _, facts = pretraining.pretrain(setting, photographs(), tmp_path / f"{arm}.pt", lambda text: None)
+        curves[arm] = facts["image_loss"]
+    for arm in pretraining.DENSE:
+        assert curves[arm][:3] == pytest.approx(curves["image"][:3], abs=2e-4)
+
+
+def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, facts = pretraining.pretrain(SMALL, photographs(), tmp_path / "whole.pt", lambda text: None)
+    monkeypatch.setattr(pretraining, "SAVE_EVERY", 0.0)
+
+    def interrupt(text: str) -> None:
+        if text.startswith("step 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretraining.pretrain(SMALL, photographs(), tmp_path / "parts.pt", interrupt)
+    parts, again = pretraining.pretrain(SMALL, photographs(), tmp_path / "parts.pt", lambda text: None)
+    assert again["image_loss"] == facts["image_loss"]
+    assert again["dense_loss"] == facts["dense_loss"]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+
+
+def test_suite_packs_and_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ("transfer", "--camvid", f"{folder}/camvid", "--photographs", f"{folder}/photographs")
+    main([*source, "--pack", f"{tmp_path}/pack.zip"])
+    zipfile.ZipFile(tmp_path / "pack.zip").extractall(tmp_path)
+    command = [
+        *("transfer", "--camvid", f"{tmp_path}/camvid", "--photographs", f"{tmp_path}/photographs"),
+        *("--out", f"{tmp_path}/out", "--device", "cpu", "--arms", "random", "place", "--seeds", "3", "--steps", "2"),
+        *("--rates", "0.01", "0.1", "--search-steps", "1", "--search-arms", "nearest"),
+        *("--view", "32", "--window", "40", "--batch", "2", "--queue", "8"),
+    ]
+    main(command)
+    files = sorted((tmp_path / "out").glob("*.json"))
+    assert [json.loads(file.read_text())["setting"]["arm"] for file in files] == ["place", "random"]
+    searched = records.load(tmp_path / "out" / "search")
+    assert [record["setting"]["rate"] for record in searched] == [0.01, 0.1]
+    assert not any(key.startswith("test") for record in searched for key in record)  # the search never sees test
+    assert json.loads(files[0].read_text())["setting"]["rate"] == records.chosen_rate(searched, "place")
+    before = [file.stat().st_mtime_ns for file in files]
+    capsys.readouterr()
+    main(command)
+    assert capsys.readouterr().out == ""
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_a_claim_is_exclusive_and_released(tmp_path: Path) -> None:
+    with records.claim(tmp_path / "x.lock", wait=False) as mine:
+        assert mine
+        with records.claim(tmp_path / "x.lock", wait=False) as other:
+            assert not other
+    with records.claim(tmp_path / "x.lock", wait=False) as again:
+        assert again
+
+
+def test_paired_differences() -> None:
+    # Mean 0.02, standard deviation 0.01, n = 3: 4.303 * 0.01 / sqrt(3).
+    assert page.paired([0.01, 0.02, 0.03]) == "+0.020 ± 0.025, 3 of 3 up"
+
+
+def test_page_is_written_from_the_records() -> None:
+    assert page.PAGE.read_text() == page.rendered()
+
+
+def test_records_are_complete() -> None:
+    """Three seeds of what is compared, one setting, commits without changes, rates as the search chose them."""
+    reported, searched = records.load(page.RESULTS), records.load(page.RESULTS / "search")
+    for record in reported + searched:
+        assert "dirty" not in record["environment"]["commit"]
+        assert not record["command"].count(" /")
+    rest = {json.dumps({**r["setting"], "arm": "", "seed": 0, "rate": 0}) for r in reported}
+    assert len(rest) == 1
+    for record in reported:
+        setting = record["setting"]
+        assert setting["rate"] == (0 if setting["arm"] == "random" else records.chosen_rate(searched, setting["arm"]))
+    seeds = page.by_seed(reported, "image").keys()
+    assert len(seeds) >= 3
+    assert not seeds & {record["setting"]["seed"] for record in searched}
+    assert all(page.by_seed(reported, arm).keys() == seeds for arm in ("nearest", "place"))
