@@ -270,7 +270,7 @@ def test_page_is_written_from_the_records() -> None:
 
 
 def test_records_are_complete() -> None:
-    """Three seeds of what is compared, one setting, commits without changes, rates as the search chose them."""
+    """Three seeds of every arm, one setting, commits without changes, rates as the search chose them."""
     reported, searched = records.load(page.RESULTS), records.load(page.RESULTS / "search")
     for record in reported + searched:
         assert "dirty" not in record["environment"]["commit"]
@@ -283,4 +283,4 @@ def test_records_are_complete() -> None:
     seeds = page.by_seed(reported, "image").keys()
     assert len(seeds) >= 3
     assert not seeds & {record["setting"]["seed"] for record in searched}
-    assert all(page.by_seed(reported, arm).keys() == seeds for arm in ("nearest", "place"))
+    assert all(page.by_seed(reported, arm).keys() == seeds for arm in pretraining.ARMS)
