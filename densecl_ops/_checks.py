@@ -12,6 +12,7 @@ from numbers import Real
 import torch
 from einops import einsum, reduce
 from torch import Tensor
+from torch._C import _TorchDispatchModeKey as _Mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -193,11 +194,26 @@ def require_grid_size(name: str, value: object) -> tuple[int, int] | None:
     return side, side
 
 
+_TRACERS = (_Mode.FAKE, _Mode.PROXY, _Mode.FUNCTIONAL)
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds values of its own: no FakeTensor, and none that torch.func or a tracer wraps."""
-    if isinstance(tensor, (FakeTensor, FunctionalTensor)):
+    """Whether a tensor holds values of its own, and no tracer is on: it is no FakeTensor, nor wrapped by torch.func."""
+    if isinstance(tensor, (FakeTensor, FunctionalTensor)) or any(map(torch._C._get_dispatch_mode, _TRACERS)):
         return False
     return not (torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 makes them; asked without importing torch.distributed.tensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def requires_grad(tensor: Tensor) -> bool:
+    """As tensor.requires_grad, which inside vmap hides that a torch.func gradient around it asks for the tensor."""
+    if tensor.requires_grad or torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(tensor):
+        return tensor.requires_grad
+    return requires_grad(torch._C._functorch.get_unwrapped(tensor))
 
 
 def host_may_look(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from densecl_ops._checks import is_plain
 
@@ -54,7 +54,7 @@ class _Reads:
     last: int | None = None
 
 
-_all_reads = WeakTensorKeyDictionary()
+_all_reads = WeakIdKeyDictionary()  # by storage: slices of a queue share its memory and its version
 
 
 def note_call(negatives: Tensor) -> None:
@@ -66,8 +66,9 @@ def note_call(negatives: Tensor) -> None:
     if not _has_version(negatives):
         return
     reads = _reads_of(negatives)
-    if not _in_backward():
-        if not torch.is_grad_enabled() and reads.pending is None:
+    if not in_backward():
+        recomputed = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        if recomputed and reads.pending is None:
             reads.pending = negatives._version
     elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # with hooks `guard` knows better
         pending, reads.pending = reads.pending, None
@@ -84,18 +85,18 @@ def note_run(negatives: Tensor) -> None:
     if not _has_version(negatives):
         return
     reads = _reads_of(negatives)
-    if not _in_backward():
+    if not in_backward():
         reads.last = negatives._version
     elif reads.last not in (None, negatives._version):
         raise RuntimeError(_MESSAGE)
 
 
 def _reads_of(negatives: Tensor) -> _Reads:
-    reads: _Reads = _all_reads.setdefault(negatives, _Reads())  # type: ignore[no-untyped-call]
+    reads: _Reads = _all_reads.setdefault(negatives.untyped_storage(), _Reads())  # type: ignore[no-untyped-call]
     return reads
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 

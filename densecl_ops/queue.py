@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from densecl_ops import _checks, _distributed
 from densecl_ops._numerics import accumulation_dtype, normalize_keys
+from densecl_ops._recomputation import in_backward
 from densecl_ops._types import Init
 
 INITS = ("random", "empty")
@@ -159,7 +160,13 @@ class MomentumQueue(nn.Module):
             ValueError: keys has another shape or device than the queue, the queue is on the meta device, or the ranks'
                 queues differ in size, dim or dtype. In a process group an error on one rank raises on all, and nothing
                 is written. Or the ranks gather inside DistributedDataParallel.join().
+            RuntimeError: It is called inside a backward pass, where activation checkpointing repeats what it wraps.
         """
+        if not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(
+                "enqueue: got a call inside backward(), where activation checkpointing runs again what it wraps, so "
+                "that keys would enter twice; call enqueue outside of the checkpoint"
+            )
         group = _distributed.group_of(self.process_group) if self.gather_distributed else None
         if group is None:
             unit = self._unit_keys(keys)
@@ -215,17 +222,24 @@ class MomentumQueue(nn.Module):
             missing_keys += missing
             error_msgs += mismatches
             return
-        self._warn_of_lengths(prefix, state_dict[prefix + "rows"], state_dict[prefix + "count"])
+        rows, position, count = (state_dict[prefix + name] for name in buffers)
+        if not rows.is_meta and _checks.is_plain(rows):
+            end, existing = int(position), int(count)
+            if not 0 <= existing <= self.size or end != (existing if existing < self.size else end % self.size):
+                error_msgs.append(
+                    f"{prefix}count and {prefix}position: got {existing} and {end}, which do not belong to these "
+                    f"{self.size} rows; load rows, position and count of one queue, or none of them."
+                )
+                return
+            self._warn_of_lengths(prefix, rows[:existing])
         self._membership.set_synchronised_in(None)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     @staticmethod
-    def _warn_of_lengths(prefix: str, rows: Tensor, count: Tensor) -> None:
-        if rows.is_meta or not _checks.is_plain(rows):
-            return
-        length = _checks.find_length(rows[: int(count)])
+    def _warn_of_lengths(prefix: str, rows: Tensor) -> None:
+        length = _checks.find_length(rows)
         if length is not None:
             warnings.warn(
                 f"{prefix}rows: got a row of length {length:.3g}, expected unit rows; averaging of buffers spoils a "

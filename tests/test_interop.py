@@ -19,6 +19,7 @@ from helpers import assert_close
 from standins import byol_learner, lightly_modules, moco_builder, solo_methods
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from densecl_ops import DenseProjectionHead, MomentumQueue
@@ -612,6 +613,16 @@ def test_wrapped_modules(outer: Any, inner: Any) -> None:
     assert list(write_checkpoint(checkpoint, format="backbone")) == list(plain.state_dict())
     with pytest.raises(ValueError, match=r"backbone_q.layer1.0.conv1.weight: got nothing, expected shape"):
         dataclasses.replace(checkpoint, backbone_q={}).load_into(backbone_q=wrapped)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_shards_are_gathered_and_filled() -> None:
+    plain, sharded = scramble(resnet()), resnet()
+    fully_shard(sharded, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    assert Checkpoint.from_modules(backbone_q=plain).load_into(backbone_q=sharded) == []
+    state = Checkpoint.from_modules(backbone_q=sharded).backbone_q
+    assert {type(value) for value in state.values()} == {Tensor}
+    assert_same(dict(state), dict(plain.state_dict()))
 
 
 def test_a_key_side_that_is_an_average() -> None:

@@ -58,6 +58,10 @@ def test_fsdp_takes_a_learned_temperature(form: str, one_process: Any) -> None:
         wrapped = fully_shard(wrapped, mesh=one_process)
     else:
         wrapped = FullyShardedDataParallel(wrapped, device_id=torch.device("cpu"), use_orig_params=True)
+    if form == "FSDP2":
+        assert "temperature=?" in str(wrapped)
+        with pytest.raises(RuntimeError, match=r"logit_scale in shards.*logit_scale\.full_tensor\(\)"):
+            _ = wrapped.temperature
     losses = [criterion(*pair, queue) for criterion in (plain, wrapped)]
     torch.testing.assert_close(losses[1], losses[0])
     for loss in losses:

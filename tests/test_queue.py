@@ -306,6 +306,18 @@ def test_a_queue_of_another_size_changes_nothing() -> None:
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("size", "count", "position"), [(5, 8, 3), (5, 5, 7), (5, -1, 0), (12, 8, 3)])
+@pytest.mark.parametrize("strict", [True, False])
+def test_numbers_of_another_queue_are_refused(size: int, count: int, position: int, strict: bool) -> None:
+    """own = model.state_dict(); own.update(what fits by shape): the rows are the model's, the numbers another's."""
+    queue = MomentumQueue(size, 3, init="empty")
+    before = copy.deepcopy(queue.state_dict())
+    state = {**before, "count": torch.tensor(count), "position": torch.tensor(position)}
+    with pytest.raises(RuntimeError, match=rf"count and position: got {count} and {position}.*{size} rows.*one queue"):
+        queue.load_state_dict(state, strict=strict)
+    assert all(torch.equal(before[name], x) for name, x in queue.state_dict().items())
+
+
 def test_rows_that_were_averaged_are_told_at_loading() -> None:
     """The mean of unit rows is shorter than one: what AveragedModel(use_buffers=True) makes of a queue."""
     queue, other = MomentumQueue(8, 3), MomentumQueue(8, 3, init="empty")

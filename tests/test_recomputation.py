@@ -92,21 +92,55 @@ def test_plain_rows_are_checked_too(backend: str) -> None:
         gradient(backend, non_reentrant, "before", plain=True)
 
 
+@pytest.mark.parametrize("part", [lambda rows: rows[:4], lambda rows: rows.detach(), lambda rows: rows[1::2]])
+def test_parts_of_a_queue_are_checked_too(part: Any) -> None:
+    """Every call makes another tensor of them; memory and version are the queue's."""
+    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
+    loss = reentrant(lambda q: DenseInfoNCELoss()(q, key, part(queue.rows)), query)
+    queue.enqueue(key)
+    with pytest.raises(RuntimeError, match="call enqueue after backward"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("wrap", [non_reentrant, reentrant])
-def test_validation_does_not_matter(wrap: Wrap) -> None:
-    """Losses under no_grad, with keys enqueued in between, are not first halves of anything."""
+def test_keys_never_enter_twice(wrap: Wrap) -> None:
+    """A checkpoint around a forward() that enqueues would run it again inside backward()."""
+    queue, query = MomentumQueue(8, 16), torch.randn(2, 16, requires_grad=True)
+
+    def forward(q: Tensor) -> Tensor:
+        queue.enqueue(q.detach())
+        return q.square().sum()
+
+    loss = wrap(forward, query)
+    with pytest.raises(RuntimeError, match="enqueue outside of the checkpoint"):
+        loss.backward()
+    assert int(queue.position) == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("wrap", [non_reentrant, reentrant])
+def test_validation_does_not_matter(wrap: Wrap, mode: Any) -> None:
+    """Losses without gradients, with keys enqueued in between, are not first halves of anything."""
     torch.manual_seed(0)
     query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
     criterion = DenseInfoNCELoss()
-    with torch.no_grad():
+    with mode():
         criterion(query, key, queue)
     wrap(criterion, query, key, queue).backward()
     queue.enqueue(key)
     for _ in range(2):
         wrap(criterion, query, key, queue).backward()
         queue.enqueue(key)
-        with torch.no_grad():
+        with mode():
             criterion(query, key, queue)
+
+
+def test_inference_mode_holds_no_first_half() -> None:
+    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
+    with torch.inference_mode():
+        DenseInfoNCELoss()(query, key, queue)
+    queue.enqueue(key)
+    reentrant(DenseInfoNCELoss(), query, key, queue).backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

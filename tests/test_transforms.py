@@ -11,6 +11,7 @@ from helpers import FUSED, assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import dense_correspondence, dense_info_nce, in_batch_negatives
@@ -32,6 +33,9 @@ TRANSFORMS: dict[str, Any] = {
     "vmap of grad": lambda f, q, k, n: vmap(grad(f, argnums=1), in_dims=(0, None, None))(
         torch.stack([q, q * 2 + k]), k, n
     ),
+    "grad of vmap": lambda f, q, k, n: grad(
+        lambda q, k, n: vmap(f, in_dims=(0, None, 0))(q, k, n).sum(), argnums=(0, 1, 2)
+    )(torch.stack([q, q * 2 + k]), k, torch.stack([n, n.flip(0)])),
 }
 
 
@@ -124,6 +128,32 @@ def test_fake_tensors(backend: str) -> None:
         fake = step()
     for ours, real in zip(fake, step(), strict=True):
         assert (ours.shape, ours.dtype) == (real.shape, real.dtype)
+
+
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_fake_tensors_beside_real_modules(backend: str) -> None:
+    """A queue made outside the mode, a backward pass outside it, and a text of what has no value."""
+    queue = MomentumQueue(32, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query = torch.randn(2, 16, requires_grad=True)
+        criterion = DenseInfoNCELoss(learnable_temperature=True, backend=backend)
+        loss = criterion(query, torch.randn(2, 16), queue)
+        assert "temperature=?" in str(criterion)
+    loss.backward()
+    assert query.grad.shape == (2, 16)
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("backend", ["eager", *FUSED])
+def test_make_fx(backend: str, tracing_mode: str, inputs: tuple[Tensor, ...]) -> None:
+    def step(q: Tensor, k: Tensor, n: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        match = dense_correspondence(q, k, mutual=True, backend=backend)
+        return dense_info_nce(q, k, n, match, backend=backend), dense_info_nce(q, k, n, index, backend=backend)
+
+    query, key, negatives, index = inputs
+    traced = make_fx(step, tracing_mode=tracing_mode)(*inputs)
+    other = (key * 2 + query, query, negatives, index.flip(1))
+    torch.testing.assert_close(traced(*other), step(*other))
 
 
 def test_exported_programs_can_be_saved_and_loaded() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from densecl_ops import _backends
+from densecl_ops import _backends, _checks
 from densecl_ops._numerics import no_autocast
 from densecl_ops._operators import operator
 from densecl_ops._recomputation import note_run
@@ -31,7 +31,7 @@ def row_loss(problem: Problem, want_rank: bool, backend: str) -> tuple[Tensor, T
         raise RuntimeError(
             f"dense_info_nce: the {backend!r} backend has no forward-mode derivative (jvp); use backend='eager'"
         )
-    wanted = [isinstance(x, Tensor) and x.requires_grad for x in problem]
+    wanted = [isinstance(x, Tensor) and _checks.requires_grad(x) for x in problem]
     if torch.is_grad_enabled() and any(wanted):
         want_grad = wanted[Problem._fields.index("query")] or wanted[Problem._fields.index("scale")]
         loss, rank, *_ = _InfoNCE.apply(*problem, want_grad, want_rank, backend)  # type: ignore[no-untyped-call]
@@ -126,7 +126,7 @@ def _transforms() -> list[TransformType]:
 
 def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     """Upstream gradient times row; a row of weight 0 is left out even if it holds NaN."""
-    return torch.where(grad == 0, 0.0, grad * row)
+    return (grad * row).masked_fill(grad == 0, 0.0)
 
 
 def _backend(name: str) -> Backend:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from densecl_ops._checks import requires_grad
 from densecl_ops._operators import operator
 from densecl_ops._recomputation import note_run
 from densecl_ops.info_nce.problem import Problem, gather_matches, unit_vectors
@@ -26,7 +27,7 @@ def row_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns loss (B, P_q) and rank (B, P_q) int64."""
     query, _ = unit_vectors(problem.query, problem.dtype)
     key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.index)
-    negatives = problem.negatives if problem.negatives.requires_grad else _snapshot(problem.negatives)
+    negatives = problem.negatives if requires_grad(problem.negatives) else _snapshot(problem.negatives)
 
     positive = einsum(query, key, "b p d, b p d -> b p")
     negative = einsum(query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype), "b p d, k d -> b p k")

@@ -72,8 +72,18 @@ class DenseInfoNCELoss(nn.Module):
         """t: a number, or while it is learned a 0-d tensor that carries the gradient to `logit_scale`.
 
         A constant t may be set.
+
+        Raises:
+            RuntimeError: FSDP holds `logit_scale` in shards, as it does outside of the forward() that it wraps.
         """
-        return self._start if self.logit_scale is None else (-self.logit_scale).exp().squeeze()
+        if self.logit_scale is None:
+            return self._start
+        if _checks.is_sharded(self.logit_scale):
+            raise RuntimeError(
+                "temperature: got a logit_scale in shards, expected a whole one; call the loss inside the forward() of "
+                "the module that fully_shard was given, and read logit_scale.full_tensor() on every rank"
+            )
+        return (-self.logit_scale).exp().squeeze()
 
     @temperature.setter
     def temperature(self, value: float) -> None:
@@ -161,6 +171,7 @@ class DenseInfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         learned = "" if self.logit_scale is None else ", learnable_temperature=True"
-        temperature = self.temperature
-        shown = "?" if isinstance(temperature, Tensor) and temperature.is_meta else f"{float(temperature):.4g}"
+        scale = self.logit_scale
+        known = scale is None or (not (scale.is_meta or _checks.is_sharded(scale)) and _checks.is_plain(scale))
+        shown = f"{float(self.temperature):.4g}" if known else "?"
         return f"temperature={shown}, reduction={self.reduction!r}{learned}, backend={self.backend!r}"

@@ -86,6 +86,7 @@ class Checkpoint:
 
         Names are those of the modules themselves: what torch.compile, DataParallel, DistributedDataParallel,
         AveragedModel, activation checkpointing and FSDP put into them, around a module or inside it, is taken out.
+        Shards of FSDP2 are gathered: there every rank must call it.
 
         Args:
             backbone_q: Query backbone with torchvision's ResNet names and without fc.
@@ -102,7 +103,7 @@ class Checkpoint:
         modules = _given(backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue)
         checkpoint = cls(extra=dict(extra or {}))
         for part, module in modules.items():
-            state = {name: value.detach().clone() for name, (_, value) in _plain_state(module).items()}
+            state = {name: _whole(value.detach()).clone() for name, (_, value) in _plain_state(module).items()}
             setattr(checkpoint, part, state)
         return checkpoint
 
@@ -171,7 +172,10 @@ class Checkpoint:
         raise_all("checkpoint", problems)
         for part, module in modules.items():
             loaded: State = getattr(self, part)
-            own = {name: loaded.get(plain, value) for plain, (name, value) in _plain_state(module).items()}
+            own = {
+                name: _placed(loaded[plain], value) if plain in loaded else value
+                for plain, (name, value) in _plain_state(module).items()
+            }
             module.load_state_dict({**module.state_dict(), **own})
             for inner in module.modules():
                 if isinstance(inner, AveragedModel):
@@ -193,6 +197,20 @@ def _given(*modules: nn.Module | None) -> dict[str, nn.Module]:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{part}: got {type(module).__name__}, expected a torch.nn.Module")
     return given
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if _checks.is_sharded(value) else value  # type: ignore[attr-defined]
+
+
+def _placed(value: Tensor, own: Tensor) -> Tensor:
+    """As a module holds it: in the shards of FSDP2 where its own tensor is."""
+    if not _checks.is_sharded(own):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(own, DTensor)
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
 
 
 def _plain_state(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
