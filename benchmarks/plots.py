@@ -130,7 +130,7 @@ def _draw_curves(lines: Mapping[str, tuple[dict[str, Any], Style]]) -> Figure:
             values = smooth(run["history"][column])
             axes.plot(range(1, len(values) + 1), values, label=label, **style)
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
         axes.minorticks_off()
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("step (log scale)")

@@ -130,14 +130,8 @@ def test_committed_results(path: Path) -> None:
         records.validate(record)
 
 
-# Taken before records named their commit: each leaves this list when it is taken again.
-UNNAMED = {"curves_cpu"}
-
-
 @pytest.mark.parametrize("folder", sorted(path.name for path in RESULTS.iterdir()))
-def test_committed_results_name_a_clean_commit(folder: str, request: pytest.FixtureRequest) -> None:
-    if folder in UNNAMED:
-        request.applymarker(pytest.mark.xfail(reason="to be taken again", strict=True))
+def test_committed_results_name_a_clean_commit(folder: str) -> None:
     for path in (RESULTS / folder).glob("*.json"):
         record = json.loads(path.read_text())
         found = [run["environment"]["commit"] for run in record["runs"]] if "suite" in record else [record["commit"]]

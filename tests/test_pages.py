@@ -289,30 +289,36 @@ def said() -> list[str]:
     """Every phrase of docs/training.md that holds a decimal fraction, made from the records."""
     runs = {name: run["history"] for name, run in RECORDS.items()}
     random, broken, same, fast = (runs[name] for name in ("random", "enqueue-first", "same-view", "high-lr"))
-    late, sooner = max(runs["random-no-warmup"]["dense_loss"]), max(runs["empty-no-warmup"]["dense_loss"])
+    late, sooner = (runs[f"{start}-no-warmup"]["dense_loss"] for start in ("random", "empty"))
     low, lower = min(runs["random-no-warmup"]["mutual_share"]), min(random["mutual_share"])
     untrained = json.loads((ROOT / "benchmarks/results/demo_cpu/seed0.json").read_text())["rows"]["random weights"]
-    scores = f"match score up to {max(fast['match_score']):.2f} while the mutual share falls to"
-    once = f"top-1 at the *first* step: {broken['top1'][0]:.2f} instead of {random['top1'][0]:.2f}"
+    scores = f"match score rises to {max(fast['match_score']):.2f} while the mutual share falls to"
+    falls = min(fast["dense_loss"][50:])
     return [
         "temperature 0.2",
         "within 1.5 cells",
-        f"random weights reach {untrained['close']:.2f}.",
+        f"Random weights reach {untrained['close']:.2f}.",
         f"(top-1 is {random['top1'][0]:.2f} at the first step)",
         f"({random['top1'][1]:.2f} at the second step)",
-        f"log(1 + K), here {LIMIT:.2f}:",
+        f"log(1 + K), here {LIMIT:.2f}.",
         f"log(1 + 32) = {math.log(33):.2f}",
-        f"(peak {sooner:.2f} at step 8, not {late:.2f} at step 17)",
+        f"(peak {max(sooner):.2f} at step {top(sooner)}, not {max(late):.2f} at step {top(late)})",
         f"(peak {max(random['dense_loss']):.2f})",
-        f"the same view twice has {np.mean(same['top1'][-20:]):.2f}",
+        f"the run with the same view twice has {np.mean(same['top1'][-20:]):.2f}",
         f"Random weights start at {random['mutual_share'][0]:.2f} here",
-        f"the warm-up ({lower:.2f}) than without ({low:.2f})",
-        once,
-        f"mutual share of {same['mutual_share'][0]:.2f} at the first step, and top-1 of {same['top1'][1]:.2f} at the",
+        f"to {lower:.2f} with the warm-up and to {low:.2f} without",
+        f"Top-1 at the *first* step is {broken['top1'][0]:.2f} instead of {random['top1'][0]:.2f}",
+        f"At the first step match score and mutual share are {same['mutual_share'][0]:.2f}",
+        f"Top-1 is {same['top1'][1]:.2f} at the second step",
         f"{scores} {min(fast['mutual_share']):.2f}",
         f"log(1 + K) = {LIMIT:.2f}",
-        f"top-1, still {fast['top1'][99]:.2f} at step 100",
+        f"falls to {falls:.2f} at step {fast['dense_loss'].index(falls) + 1}",
     ]
+
+
+def top(values: list[float]) -> int:
+    """The step of the largest."""
+    return values.index(max(values)) + 1
 
 
 def test_figures_in_prose_are_those_of_the_records() -> None:
@@ -327,17 +333,18 @@ def test_figures_in_prose_are_those_of_the_records() -> None:
 def test_prose_claims_that_are_not_numbers() -> None:
     runs = {name: {key: np.array(v) for key, v in run["history"].items()} for name, run in RECORDS.items()}
     healthy = [runs[name] for name in ("random", "empty", "random-no-warmup", "empty-no-warmup")]
-    for run in healthy:  # over the last hundred steps both terms rise
-        for term in ("image_loss", "dense_loss"):
-            assert run[term][-20:].mean() > run[term][-120:-100].mean()
+    for run in healthy:  # the image term has a low and rises again
+        smooth = np.convolve(run["image_loss"], np.ones(10) / 10, "valid")[20:]
+        assert 30 < smooth.argmin() + 26 < 80
+        assert run["image_loss"][-20:].mean() > smooth.min() + 0.3
     assert runs["empty"]["image_loss"][0] == runs["empty"]["dense_loss"][0] == 0
-    assert runs["empty-no-warmup"]["dense_loss"].argmax() == 7
-    assert runs["random-no-warmup"]["dense_loss"].argmax() == 16
-    for start in ("random", "empty"):  # above log(1 + K) during the warm-up only
-        assert runs[start]["dense_loss"].max() > LIMIT > runs[f"{start}-no-warmup"]["dense_loss"].max()
+    for start in ("random", "empty"):  # about log(1 + K) during the warm-up only
+        assert runs[start]["dense_loss"].max() == pytest.approx(LIMIT, abs=0.1)
+        assert runs[start]["dense_loss"].argmax() + 1 in range(28, 37)  # the queue is full after 32 steps
+        assert runs[f"{start}-no-warmup"]["dense_loss"].max() < LIMIT - 1
+        assert runs[f"{start}-no-warmup"]["dense_loss"].argmax() + 1 < 16
         for key in ("top1", "match_score", "mutual_share"):
             assert runs[f"{start}-no-warmup"][key][-20:].mean() > runs[start][key][-20:].mean()
-        assert RECORDS[f"{start}-no-warmup"]["matches"]["close"] <= RECORDS[start]["matches"]["close"]
     at_150 = slice(130, 150)
     broken, sound = runs["enqueue-first"], runs["random"]
     assert broken["dense_loss"][at_150].mean() > sound["dense_loss"][at_150].mean()
