@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.curves import BROKEN, HEALTHY
 from benchmarks.loss import HEADLINE, HEADLINE_CPU
 from benchmarks.records import OURS
+from benchmarks.transfer import page as transfer
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -231,6 +232,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "others": others,
     "demo": demo,
     "curves": curves,
+    **transfer.KINDS,
 }
 MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 

@@ -12,8 +12,7 @@ from benchmarks.transfer.pretraining import ARMS, IMAGE
 from benchmarks.transfer.records import TASKS, Record, chosen_rate, load, on_val
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "transfer_cpu"
-PAGE = ROOT / "docs" / "dense-tasks.md"
+RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {
     "random": "random weights",
     "image": "image term alone (MoCo-v2)",
@@ -38,9 +37,9 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def results() -> str:
+def results(folder: str) -> str:
     """Mean over the seeds and standard deviation, an arm per row."""
-    records = load(RESULTS)
+    records = load(RESULTS / folder)
     lines = ["| | seeds | " + " | ".join(heading for _, heading in TASKS.values()) + " |"]
     lines += ["|---" * (len(TASKS) + 2) + "|"]
     for arm in ARMS:
@@ -53,9 +52,9 @@ def results() -> str:
     return "\n".join(lines)
 
 
-def differences() -> str:
+def differences(folder: str) -> str:
     """Each arm minus the image term of the same seed."""
-    records = load(RESULTS)
+    records = load(RESULTS / folder)
     base = by_seed(records, IMAGE)
     lines = ["| minus the image term of the same seed | " + " | ".join(heading for _, heading in TASKS.values()) + " |"]
     lines += ["|---" * (len(TASKS) + 1) + "|"]
@@ -79,11 +78,11 @@ def paired(values: list[float]) -> str:
     return f"{mean:+.3f} ± {half:.3f}, {signs}"
 
 
-def each_run() -> str:
+def each_run(folder: str) -> str:
     """Every run that is reported."""
     lines = ["| seed | arm | rate | " + " | ".join(heading for _, heading in TASKS.values()) + " |"]
     lines += ["|---" * (len(TASKS) + 3) + "|"]
-    records = load(RESULTS)
+    records = load(RESULTS / folder)
     for record in sorted(records, key=lambda r: (r["setting"]["seed"], ARMS.index(r["setting"]["arm"]))):
         setting = record["setting"]
         cells = [f"{value(record, task):.3f}" for task in TASKS]
@@ -91,9 +90,9 @@ def each_run() -> str:
     return "\n".join(lines)
 
 
-def each_class() -> str:
+def each_class(folder: str) -> str:
     """IoU of k-NN retrieval per class, mean over the seeds."""
-    records = load(RESULTS)
+    records = load(RESULTS / folder)
     lines = ["| k-NN, IoU | " + " | ".join(CLASSES) + " |", "|---" * (len(CLASSES) + 1) + "|"]
     for arm in ARMS:
         runs = [record["test.knn"]["classes"] for record in by_seed(records, arm).values()]
@@ -103,9 +102,9 @@ def each_class() -> str:
     return "\n".join(lines)
 
 
-def search() -> str:
+def search(folder: str) -> str:
     """Mean of probe and k-NN on val for every rate that was tried; the taken one in bold."""
-    records = load(RESULTS / "search")
+    records = load(RESULTS / folder / "search")
     rates = sorted({record["setting"]["rate"] for record in records})
     lines = ["| on val, (probe + k-NN) / 2 | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |"]
     lines += ["|---" * (len(rates) + 1) + "|"]
@@ -118,9 +117,9 @@ def search() -> str:
     return "\n".join(lines)
 
 
-def by_rate() -> str:
+def by_rate(folder: str) -> str:
     """Stereo, which the search does not look at, at every rate that it tried."""
-    runs = json.loads((RESULTS / "by_rate.json").read_text())["runs"]
+    runs = json.loads((RESULTS / folder / "by_rate.json").read_text())["runs"]
     rates = sorted({run["rate"] for run in runs})
     lines = ["| stereo, within 1.5 cells | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |"]
     lines += ["|---" * (len(rates) + 1) + "|"]
@@ -131,22 +130,12 @@ def by_rate() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
+# What benchmarks.render shows between two marks, by kind.
+KINDS: dict[str, Callable[[str], str]] = {
     "results": results,
     "differences": differences,
-    "each-run": each_run,
-    "each-class": each_class,
+    "each_run": each_run,
+    "each_class": each_class,
     "search": search,
-    "by-rate": by_rate,
+    "by_rate": by_rate,
 }
-
-
-def rendered() -> str:
-    """The page with every section between its two markers written anew."""
-    text = PAGE.read_text()
-    for name, section in SECTIONS.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = f"{before}{begin}{section()}\n{end}{after}"
-    return text

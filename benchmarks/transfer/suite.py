@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--camvid", type=Path, metavar="DIR", help="holds train, trainannot, val, valannot, ...")
     parser.add_argument("--photographs", type=Path, metavar="DIR", help="any folder of photographs")
     parser.add_argument("--pack", type=Path, metavar="ZIP", help="only write both data sets into this file")
-    parser.add_argument("--render", action="store_true", help="only write docs/dense-tasks.md from the records")
+    parser.add_argument("--draw", action="store_true", help="only draw the pictures of docs/dense-tasks.md, from the committed records")
     parser.add_argument("--by-rate", action="store_true", help="only measure stereo of the search's runs, in --out")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="records (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.render:
-        return render(arguments.camvid)
+    if arguments.draw:
+        return draw(arguments.camvid)
     if arguments.by_rate:
         return by_rate(arguments)
     if arguments.camvid is None or arguments.photographs is None:
@@ -104,12 +104,11 @@ def main(arguments: argparse.Namespace) -> None:
     return None
 
 
-def render(camvid: Path | None) -> None:
-    """The page's tables and the plot of the runs; the picture of segmentations only if CamVid is there."""
+def draw(camvid: Path | None) -> None:
+    """The plot of the committed runs; the picture of segmentations only if CamVid is there."""
     from benchmarks.transfer import page, pictures  # the runs do without matplotlib
 
-    page.PAGE.write_text(page.rendered())
-    reported, images = records.load(page.RESULTS), page.ROOT / "docs" / "images"
+    reported, images = records.load(page.RESULTS / "transfer_cpu"), page.ROOT / "docs" / "images"
     pictures.save(pictures.draw_runs(reported), images / "transfer-runs.png")
     if camvid is not None:
         test = data.load_split(camvid, "test")
