@@ -173,5 +173,5 @@ class DenseInfoNCELoss(nn.Module):
         learned = "" if self.logit_scale is None else ", learnable_temperature=True"
         scale = self.logit_scale
         known = scale is None or (not (scale.is_meta or _checks.is_sharded(scale)) and _checks.is_plain(scale))
-        shown = f"{float(self.temperature):.4g}" if known else "?"
+        shown = f"{float(torch.as_tensor(self.temperature).detach()):.4g}" if known else "?"
         return f"temperature={shown}, reduction={self.reduction!r}{learned}, backend={self.backend!r}"
