@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--camvid", type=Path, metavar="DIR", help="holds train, trainannot, val, valannot, ...")
     parser.add_argument("--photographs", type=Path, metavar="DIR", help="any folder of photographs")
     parser.add_argument("--pack", type=Path, metavar="ZIP", help="only write both data sets into this file")
-    parser.add_argument("--draw", action="store_true", help="only draw the pictures of docs/dense-tasks.md, from the committed records")
+    parser.add_argument("--draw", action="store_true", help="only draw the pictures of docs/dense-tasks.md")
     parser.add_argument("--by-rate", action="store_true", help="only measure stereo of the search's runs, in --out")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="records (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
