@@ -13,7 +13,7 @@
 # (with torch for this GPU, triton, einops, numpy, pytest, pytest-timeout, pytest-xdist and hypothesis); COMMIT, what is
 # measured, where .git did not travel along: COMMIT=$(git describe --always --dirty --exclude='*'); OPTIONS, of all
 # suites (a rehearsal: "--toy --device cpu"); GRACE, seconds that a suite's last case may take beyond its limit (60);
-# TRANSFER, of the transfer suite (where its data are).
+# TRANSFER, of the transfer suite: where its data are, and the options of docs/dense-tasks.md.
 set -uo pipefail
 if (($# < 2)); then
     sed -n '2,/^set/s/^# \?//p' "$0"
@@ -59,8 +59,9 @@ stage() {
         queue) suite queue 20 ;;
         step) suite step 150 ;;
         tune) suite tune 60 ;;
+        # Stopped at its limit, it goes on in a later call if FOLDER/transfer travels along.
         # shellcheck disable=SC2086
-        transfer) suite transfer 180 ${TRANSFER:-} ;;
+        transfer) run transfer 240 "$python" -m benchmarks transfer --out "$out/transfer" ${TRANSFER:-} ;;
         again) suite loss 120 --n 12544 --again && suite matching 90 --again && suite step 120 --again ;;
         *) failed+=("$1: no such stage") ;;
     esac
