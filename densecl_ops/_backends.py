@@ -55,7 +55,7 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 
         return requested
     if requested == "auto" and tensor.device.type != "cuda":  # torch calls ROCm devices cuda too
         return "blockwise"
-    obstacle = _triton_obstacle(tensor, dtype, channels)
+    obstacle = triton_obstacle(tensor, dtype, channels)
     if requested == "triton":
         if obstacle is not None:
             raise ValueError(f"backend: got 'triton', which cannot serve this call: {obstacle}")
@@ -67,7 +67,8 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 
     return "blockwise"
 
 
-def _triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int) -> str | None:
+def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str | None:
+    """Why the kernels cannot serve a call, or None. The arguments are those of `resolve`."""
     device_type = tensor.device.type
     version = triton_version()
     if version is None:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import densecl_ops
-from densecl_ops import _launch
+from densecl_ops import _backends, _launch
 from densecl_ops._types import BackendName
 from densecl_ops.functional import dense_correspondence, dense_info_nce
 
@@ -315,8 +315,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="leave out the real sizes")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend: BackendName = "triton" if device.type == "cuda" or _launch.interpreting() else "blockwise"
-    about = environment(device, backend)
+    kernels = device.type == "cuda" or _launch.interpreting()
+    obstacle = _backends.triton_obstacle(torch.empty(0, device=device), torch.float32) if kernels else None
+    backend: BackendName = "triton" if kernels and obstacle is None else "blockwise"
+    about = environment(device, backend) | ({"no kernels since": obstacle} if obstacle else {})
     for name, value in about.items():
         print(f"{name:16} {value}")
     print(f"\n{'':72} {'error':>8} {backend:>25} {'eager':>25}")

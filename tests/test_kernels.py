@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from benchmarks.kernels import TARGETS
 from densecl_ops import _launch

@@ -111,6 +111,7 @@ def test_probe_stops_at_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stereo_of_pixels_that_are_their_own_features() -> None:
     """The left image against itself would be off by the disparity; a network of colours finds most of the truth."""
+    pytest.importorskip("skimage")
 
     class Colours(torch.nn.Module):
         def __init__(self) -> None:
@@ -228,6 +229,7 @@ def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pyt
 
 
 def test_suite_packs_and_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("skimage")
     source = ("transfer", "--camvid", f"{folder}/camvid", "--photographs", f"{folder}/photographs")
     main([*source, "--pack", f"{tmp_path}/pack.zip"])
     zipfile.ZipFile(tmp_path / "pack.zip").extractall(tmp_path)

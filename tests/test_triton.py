@@ -21,7 +21,7 @@ import torch
 from helpers import Case, assert_close, check, error, expected, flat64, lay_out, make_case, match, run
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.6")
 
 from densecl_ops import _backends, _launch  # noqa: E402
 from densecl_ops.correspondence import triton_launch as fused_matching  # noqa: E402
