@@ -121,7 +121,7 @@ def test_slice_queue_holds_what_ours_holds() -> None:
     assert int(usual.position) == int(ours.position)
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.relative_to(RESULTS).as_posix())
 def test_committed_results(path: Path) -> None:
     record = json.loads(path.read_text())
     assert records.dumps(record) + "\n" == path.read_text()
@@ -132,9 +132,10 @@ def test_committed_results(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", sorted(path.name for path in RESULTS.iterdir()))
 def test_committed_results_name_a_clean_commit(folder: str) -> None:
-    for path in (RESULTS / folder).glob("*.json"):
+    for path in (RESULTS / folder).rglob("*.json"):
         record = json.loads(path.read_text())
-        found = [run["environment"]["commit"] for run in record["runs"]] if "suite" in record else [record["commit"]]
+        runs = record["runs"] if "suite" in record else [record]
+        found = [run.get("environment", run)["commit"] for run in runs]
         assert all(re.fullmatch("[0-9a-f]{7,40}", one) for one in found), path.name
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import records
 from benchmarks.transfer.pretraining import Setting
 
 TASKS = {  # of the test split: key, value in the record, heading
@@ -26,13 +27,7 @@ def path_of(folder: Path, setting: Setting) -> Path:
 
 
 def write(folder: Path, setting: Setting, record: Record) -> None:
-    """One line per fact."""
-    record = {"setting": asdict(setting)} | record
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in _flat(record)]
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path_of(folder, setting).with_suffix(".part")
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    part.replace(path_of(folder, setting))
+    records.write(path_of(folder, setting), {"setting": asdict(setting)} | dict(_flat(record)))
 
 
 def _flat(record: Record) -> Iterator[tuple[str, Any]]:

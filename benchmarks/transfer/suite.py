@@ -10,7 +10,6 @@ same time, it shares the work.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import environment
+from benchmarks.records import write
 from benchmarks.transfer import data, records
 from benchmarks.transfer.encoder import PLANS, at_stride
 from benchmarks.transfer.pretraining import ARMS, IMAGE, RANDOM, Setting, Siamese, pretrain
@@ -128,9 +128,8 @@ def by_rate(arguments: argparse.Namespace) -> None:
         result = stereo(at_stride(model.backbone_q, PLANS[setting.encoder], STRIDE))
         rows.append({"arm": setting.arm, "rate": setting.rate, "steps": state["step"], "stereo": result})
         print(rows[-1])
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    head = f'{{\n "command": {json.dumps(arguments.command)},\n "environment": {json.dumps(environment())},\n'
-    (arguments.out / "by_rate.json").write_text(f'{head} "runs": [\n  {lines}\n ]\n}}\n')
+    record = {"command": arguments.command, "environment": environment(), "runs": rows}
+    write(arguments.out / "by_rate.json", record)
 
 
 def walk(
