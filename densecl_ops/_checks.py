@@ -197,11 +197,21 @@ def require_grid_size(name: str, value: object) -> tuple[int, int] | None:
 _TRACERS = (_Mode.FAKE, _Mode.PROXY, _Mode.FUNCTIONAL)
 
 
+def is_tracing() -> bool:
+    """Whether fake tensors, make_fx or functionalisation see every call."""
+    return any(map(torch._C._get_dispatch_mode, _TRACERS))
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor holds no values of its own: a FakeTensor, or one that torch.func or a tracer wraps."""
+    if isinstance(tensor, (FakeTensor, FunctionalTensor)):
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
+
+
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds values of its own, and no tracer is on: it is no FakeTensor, nor wrapped by torch.func."""
-    if isinstance(tensor, (FakeTensor, FunctionalTensor)) or any(map(torch._C._get_dispatch_mode, _TRACERS)):
-        return False
-    return not (torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor))
+    """Whether a tensor holds values of its own, and no tracer is on."""
+    return not is_tracing() and not is_wrapped(tensor)
 
 
 def is_sharded(tensor: Tensor) -> bool:

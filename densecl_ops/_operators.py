@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from densecl_ops._checks import is_plain
+from densecl_ops._checks import is_tracing, is_wrapped
 
 Body = TypeVar("Body", bound=Callable[..., Any])
 
@@ -33,9 +33,10 @@ def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Body
 
         @functools.wraps(body)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or not all(is_plain(x) for x in arguments if isinstance(x, Tensor)):
+            if torch.compiler.is_compiling() or is_tracing():
                 return registered(*arguments)
-            return body(*arguments)
+            wrapped = any(is_wrapped(x) for x in arguments if isinstance(x, Tensor))
+            return registered(*arguments) if wrapped else body(*arguments)
 
         return call  # type: ignore[return-value]
 

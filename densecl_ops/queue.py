@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from densecl_ops._numerics import accumulation_dtype, normalize_keys
 from densecl_ops._recomputation import in_backward
 from densecl_ops._types import Init
 
-INITS = ("random", "empty")
+INITS = get_args(Init)
 
 
 class Membership:

@@ -165,15 +165,12 @@ def _normal_form(
     rows, count = (negatives, None) if isinstance(negatives, Tensor) else _queue_contents(negatives)
     _checks.require_float("negatives", rows)
     if rows.ndim != 2 or rows.shape[1] != channels or rows.shape[0] == 0:
-        tokens = query.ndim == 3 and rows.ndim == 2 and query.shape[2] == rows.shape[1] != channels
+        hint = ""
+        if query.ndim == 3 and rows.ndim == 2 and query.shape[2] == rows.shape[1] != channels:
+            hint = f"; query, {_checks.shape_of(query)}, looks like (B, P, D) tokens: pass .transpose(1, 2)"
         raise ValueError(
             f"negatives: got shape {_checks.shape_of(rows)}, expected (K, {channels}) with K at least 1, "
-            f"{channels} being the channels of query"
-            + (
-                f"; query, {_checks.shape_of(query)}, looks like (B, P, D) tokens: pass .transpose(1, 2)"
-                if tokens
-                else ""
-            )
+            f"{channels} being the channels of query{hint}"
         )
     size = rows.shape[0]
     _checks.require_same_device("negatives", rows, "query", q)
