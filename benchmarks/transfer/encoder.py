@@ -6,6 +6,7 @@ Names of parameters are torchvision's.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -41,26 +42,36 @@ PLANS = {
 }
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    """In eight groups: what each image alone decides, whatever else is in its batch."""
+    return nn.GroupNorm(8, channels)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "group": group_norm}
+
+
 class Block(nn.Module):
     """A basic or a bottleneck block."""
 
-    def __init__(self, channels_in: int, width: int, stride: int, bottleneck: bool) -> None:
+    def __init__(
+        self, channels_in: int, width: int, stride: int, bottleneck: bool, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         channels = width * 4 if bottleneck else width
         if bottleneck:
             self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
             self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
             self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
-            self.bn3 = nn.BatchNorm2d(channels)
+            self.bn3 = norm(channels)
         else:
             self.conv1 = nn.Conv2d(channels_in, width, 3, stride, 1, bias=False)
             self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.bn1, self.bn2 = norm(width), norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Module = nn.Identity()
         if channels_in != channels or stride > 1:
             skip = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(skip, nn.BatchNorm2d(channels))
+            self.downsample = nn.Sequential(skip, norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -73,17 +84,17 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """(B, 3, H, W) to (B, channels, H / stride, W / stride)."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, norm: str = "batch") -> None:
         super().__init__()
         channels, kernel, pooled = plan.stem
         self.conv1 = nn.Conv2d(3, channels, kernel, 2, kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = NORMS[norm](channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if pooled else nn.Identity()
         for i, (depth, width, stride) in enumerate(zip(plan.depths, plan.widths, plan.strides, strict=True), 1):
             blocks = []
             for j in range(depth):
-                blocks.append(Block(channels, width, stride if j == 0 else 1, plan.bottleneck))
+                blocks.append(Block(channels, width, stride if j == 0 else 1, plan.bottleneck, NORMS[norm]))
                 channels = width * (4 if plan.bottleneck else 1)
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
         for module in self.modules():

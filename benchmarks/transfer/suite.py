@@ -3,8 +3,9 @@
     python -m benchmarks transfer --camvid DIR/CamVid --photographs DIR/BSDS500/data/images
 
 A search of the learning rate comes first (val split, a seed of its own), then the runs that are reported, seed by
-seed. Every finished run is a file in --out. The same command goes on where it was cut off, and started twice, at the
-same time, it shares the work.
+seed. --study runs what decides the gain instead: the same setting with one choice changed at a time, on val. Every
+finished run is a file in --out. The same command goes on where it was cut off, and started twice, at the same time, it
+shares the work.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import environment
-from benchmarks.records import write
 from benchmarks.transfer import data, records
 from benchmarks.transfer.encoder import PLANS, at_stride
-from benchmarks.transfer.pretraining import ARMS, IMAGE, RANDOM, Setting, Siamese, pretrain
-from benchmarks.transfer.tasks import STRIDE, measure, stereo
+from benchmarks.transfer.pretraining import ARMS, IMAGE, NO_DENSE, RANDOM, Setting, pretrain
+from benchmarks.transfer.tasks import STRIDE, measure
 from benchmarks.transfer.views import Photographs
 
 
@@ -45,15 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photographs", type=Path, metavar="DIR", help="any folder of photographs")
     parser.add_argument("--pack", type=Path, metavar="ZIP", help="only write both data sets into this file")
     parser.add_argument("--draw", action="store_true", help="only draw the pictures of docs/dense-tasks.md")
-    parser.add_argument("--by-rate", action="store_true", help="only measure stereo of the search's runs, in --out")
+    parser.add_argument(
+        "--study", action="store_true", help="one choice changed at a time, on val, instead of all this"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="records (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument(
+        "--seeds", nargs="*", type=int, default=[0, 1, 2], help="none: the search alone (default: 0 1 2)"
+    )
     parser.add_argument("--steps", type=int, default=800, help="default: %(default)s")
-    parser.add_argument("--search-arms", nargs="*", choices=ARMS, default=["image", "nearest"], help="of the search")
+    parser.add_argument("--search-arms", nargs="*", choices=ARMS, help="default: those of --arms that learn")
     parser.add_argument("--search-seed", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--search-steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--search-steps", type=int, default=400, help="default: %(default)s")
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[0.02, 0.06, 0.18, 0.54], help="searched; one: no search"
     )
@@ -71,8 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.draw:
         return draw(arguments.camvid)
-    if arguments.by_rate:
-        return by_rate(arguments)
     if arguments.camvid is None or arguments.photographs is None:
         raise SystemExit("expected --camvid and --photographs; docs/dense-tasks.md says where the data come from")
     if arguments.pack:
@@ -87,9 +89,13 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.search_steps,
         *(getattr(arguments, name) for name in ("encoder", "view", "window", "batch", "queue")),
     )
+    if arguments.study:
+        study = [replace(base, seed=seed, **change) for seed in arguments.seeds for change in study_of(arguments)]
+        return walk(study, arguments.out / "study", sources, where, arguments)
     searched = arguments.out / "search"
     if len(arguments.rates) > 1:
-        search = [replace(base, arm=arm, rate=rate) for rate in arguments.rates for arm in arguments.search_arms]
+        searchers = [arm for arm in arguments.search_arms or arguments.arms if arm != RANDOM]
+        search = [replace(base, arm=arm, rate=rate) for rate in arguments.rates for arm in searchers]
         walk(search, searched, sources, where, arguments)
     final = []
     for seed in arguments.seeds:
@@ -116,20 +122,27 @@ def draw(camvid: Path | None) -> None:
         pictures.save(figure, images / "transfer-segmentations.png")
 
 
-def by_rate(arguments: argparse.Namespace) -> None:
-    """Stereo, which the search does not look at, for every rate it tried: from its checkpoints, into by_rate.json."""
-    rows = []
-    for record in records.load(arguments.out / "search"):
-        setting = Setting(**record["setting"])
-        checkpoint = arguments.out / "scratch" / f"search-{setting.name}.pt"
-        state = torch.load(checkpoint, map_location=arguments.device, weights_only=True)
-        model = Siamese(setting).to(arguments.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        model.load_state_dict(state["model"])
-        result = stereo(at_stride(model.backbone_q, PLANS[setting.encoder], STRIDE))
-        rows.append({"arm": setting.arm, "rate": setting.rate, "steps": state["step"], "stereo": result})
-        print(rows[-1])
-    record = {"command": arguments.command, "environment": environment(), "runs": rows}
-    write(arguments.out / "by_rate.json", record)
+def study_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The setting of --steps and the first of --rates, then one change at a time, each for every arm it can change."""
+    base = {"rate": arguments.rates[0], "steps": arguments.steps}
+    changes = [
+        {},
+        {"steps": 3 * arguments.steps},
+        {"view": arguments.view * 3 // 2, "window": arguments.window * 10 // 7},
+        {"temperature": 0.1},
+        {"dense_weight": 0.25},
+        {"dense_weight": 0.75},
+        {"temperature": 0.4},
+        {"norm": "group"},
+        {"dense_from": 0.0},
+        {"dense_from": 0.3},
+    ]
+    return [
+        {**base, "arm": arm, **change}
+        for change in changes
+        for arm in arguments.arms
+        if arm not in NO_DENSE or not any(name.startswith("dense") for name in change)
+    ]
 
 
 def walk(
@@ -155,7 +168,7 @@ def run(
     def say(text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {folder.name} {setting.name}: {text}", flush=True)
 
-    searching = folder.name == "search"
+    searching = folder.name in ("search", "study")
     say("begins")
     network, facts = pretrain(setting, sources.photographs, checkpoint, say)
     began = time.perf_counter()

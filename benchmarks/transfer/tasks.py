@@ -214,7 +214,11 @@ def segmentation(memory: Memory, cells: Cells, frame: int) -> list[str]:
 def measure(
     network: ResNet, train: Frames, val: Frames, test: Frames | None, picture: int | None = None
 ) -> dict[str, Any]:
-    """Probe and k-NN on val; all tasks on test if it is given. The probe's decay is chosen on val alone."""
+    """All tasks on val, and on test if it is given. The probe's decay is chosen on val alone.
+
+    The stereo pair is in neither split. It stands beside val where test is not looked at; nothing is chosen by it.
+    """
+    following = val
     train, val = (Frames(s.names[::EVERY], s.images[::EVERY], s.truth[::EVERY]) for s in (train, val))
     seen = look_at(network, train)
     probe, memory = fit_probe(seen), remember(seen)
@@ -223,8 +227,15 @@ def measure(
     probed = [score(probe.predict(rows_of(cells), i), cells.counts) for i in range(len(DECAYS))]
     best = max(range(len(DECAYS)), key=lambda i: probed[i]["miou"])
     facts = [fact | {"val": result["miou"]} for fact, result in zip(probe.facts, probed, strict=True)]
-    results: dict[str, Any] = {"probe_fits": facts, "val": {"probe": probed[best], "knn": retrieved(memory, cells)}}
-    if test is not None:
+    on_val = {
+        "probe": probed[best],
+        "knn": retrieved(memory, cells),
+        "propagation": propagate(look_at(network, following)),
+    }
+    results: dict[str, Any] = {"probe_fits": facts, "val": on_val}
+    if test is None:
+        on_val["stereo"] = stereo(network)
+    else:
         cells = look_at(network, test)
         results["test"] = {
             "probe": score(probe.predict(rows_of(cells), best), cells.counts),
