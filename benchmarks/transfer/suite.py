@@ -67,9 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("window", "side of the part of a photograph that two views share"),
         ("batch", "photographs per step"),
         ("queue", "K, negatives"),
+        ("temperature", "of both terms, in the runs that are reported"),
     ):
         default = getattr(Setting, name)
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -82,13 +83,9 @@ def main(arguments: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     where = environment()  # before hours of work may have changed what is checked out
     sources = Data(arguments)
-    base = Setting(
-        IMAGE,
-        arguments.search_seed,
-        0.0,
-        arguments.search_steps,
-        *(getattr(arguments, name) for name in ("encoder", "view", "window", "batch", "queue")),
-    )
+    given = ("encoder", "view", "window", "batch", "queue")
+    chosen = {name: getattr(arguments, name) for name in given}
+    base = Setting(IMAGE, arguments.search_seed, 0.0, arguments.search_steps, **chosen)
     if arguments.study:
         study = [replace(base, seed=seed, **change) for seed in arguments.seeds for change in study_of(arguments)]
         return walk(study, arguments.out / "study", sources, where, arguments)
@@ -105,7 +102,9 @@ def main(arguments: argparse.Namespace) -> None:
                 rate = 0.0
             elif len(arguments.rates) > 1:
                 rate = records.chosen_rate(records.load(searched), arm)
-            final.append(replace(base, arm=arm, seed=seed, rate=rate, steps=arguments.steps))
+            final.append(
+                replace(base, arm=arm, seed=seed, rate=rate, steps=arguments.steps, temperature=arguments.temperature)
+            )
     walk(final, arguments.out, sources, where, arguments)
     return None
 
