@@ -22,7 +22,11 @@ def inverse_norm(x: Tensor, dim: int) -> Tensor:
 
     The plain sum of squares: F.normalize would write a normalised copy of the whole map besides.
     """
-    squares = x.square().sum(dim, keepdim=True)
+    return inverse_root(x.square().sum(dim, keepdim=True))
+
+
+def inverse_root(squares: Tensor) -> Tensor:
+    """Inverse norms of vectors with these sums of squares."""
     tiny, huge = squares <= NORM_EPS**2, squares == float("inf")
     return squares.masked_fill(tiny, 1.0).masked_fill(huge, float("nan")).rsqrt().masked_fill(tiny, 0.0)
 
@@ -40,6 +44,7 @@ def normalize_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """Switches autocast off for our own arithmetic: each backend casts exactly what the contract says."""
-    if tensor.device.type == "meta":  # autocast knows no such device
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast knows no meta device
         return nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
+    return torch.autocast(device, enabled=False)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from densecl_ops._numerics import accumulation_dtype, inverse_norm
+from densecl_ops._numerics import accumulation_dtype, inverse_root
 
 # Scores held at once. 2^20 float32 (4 MiB) stay in the cache between the product, the scaling and the argmax.
 TILE_SCORES_CPU = 2**20
 TILE_SCORES = 2**24  # 64 MiB: few enough launches, still small beside the features
-# Feature values of both maps in a tile on a CPU. The squares, and the float32 copies of half-precision maps, are then
-# small enough to be reused (docs/performance.md: half the time for 256 images, a third in bfloat16).
-TILE_FEATURES = 2**21
+# Feature values of both maps in a tile on a CPU: their squares, or the float32 copies of half-precision maps, are then
+# small enough to be reused. Half of it for the copies, which are there besides. Smaller tiles are up to 10% faster on a
+# quiet machine and twice as slow on a loaded one, whose threads wait for each other at the end of every pass.
+TILE_FEATURES = 2**22
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,11 +35,13 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     agreed = torch.ones_like(index, dtype=torch.bool)
     per_tile = max(1, budget // (queries * keys))
     if query.device.type == "cpu":
-        per_tile = min(per_tile, max(1, TILE_FEATURES // (channels * (queries + keys))))
-    for first in range(0, images, per_tile):
-        part = slice(first, first + per_tile)
-        q, k = query[part].to(dtype), key[part].to(dtype)
-        q_inverse, k_inverse = inverse_norm(q, dim=1), inverse_norm(k, dim=1)
+        features = TILE_FEATURES if query.dtype == key.dtype == dtype else TILE_FEATURES // 2
+        per_tile = min(per_tile, max(1, features // (channels * (queries + keys))))
+        threads = min(per_tile, torch.get_num_threads())  # the product shares images out among them
+        per_tile -= per_tile % threads
+        even = -(-images // -(-images // per_tile))  # tiles of one size
+        per_tile = -(-even // threads) * threads
+    for part, (q, k), (q_inverse, k_inverse) in _Tiles(query, key, per_tile, dtype):
         back_score = q.new_full((q.shape[0], keys), float("-inf"))
         back_index = index.new_zeros((q.shape[0], keys))
         per_strip = max(1, budget // (q.shape[0] * keys))
@@ -56,3 +61,35 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
             here = torch.arange(queries, device=index.device)
             agreed[part] = back_index.gather(1, index[part]) == here
     return index, score, agreed
+
+
+class _Tiles:
+    """Both maps in the accumulation dtype, some images at a time, with their inverse norms.
+
+    The buffers are made once: fresh ones cost more in page faults than the passes that fill them.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, per_tile: int, dtype: torch.dtype) -> None:
+        self.maps, self.per_tile, self.dtype = (query, key), per_tile, dtype
+        self.copies = [None if x.dtype == dtype else torch.empty_like(x[:per_tile], dtype=dtype) for x in self.maps]
+        # A norm along contiguous channels needs no squares; along others it takes ten times as long as they do.
+        tiles = [x[:per_tile] if copy is None else copy for x, copy in zip(self.maps, self.copies, strict=True)]
+        sizes = [x.numel() for x in tiles if x.stride(1) != 1]
+        self.squares = query.new_empty(max(sizes, default=0), dtype=dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, list[Tensor], tuple[Tensor, ...]]]:
+        """Yields which images, then for both maps features (T, C, P), then inverse norms (T, 1, P)."""
+        for first in range(0, len(self.maps[0]), self.per_tile):
+            part = slice(first, first + self.per_tile)
+            maps = [
+                x[part] if copy is None else copy[: len(x[part])].copy_(x[part])
+                for x, copy in zip(self.maps, self.copies, strict=True)
+            ]
+            inverse = inverse_root(torch.cat([self.sum_of_squares(x) for x in maps], 2))
+            yield part, maps, inverse.split_with_sizes([x.shape[2] for x in maps], 2)
+
+    def sum_of_squares(self, x: Tensor) -> Tensor:
+        if x.stride(1) == 1:
+            length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            return length.square()
+        return torch.mul(x, x, out=self.squares[: x.numel()].view(x.shape)).sum(1, keepdim=True)

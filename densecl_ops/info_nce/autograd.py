@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,6 +41,10 @@ def row_loss(problem: Problem, want_rank: bool, backend: str) -> tuple[Tensor, T
     return loss, rank
 
 
+def _takes_anything(*arguments: Any) -> None:
+    """Has the signature that Function.apply binds its arguments to."""
+
+
 class _InfoNCE(torch.autograd.Function):
     """The fields of a Problem -> the fields of a Result. Differentiable once, by its first four arguments.
 
@@ -52,6 +57,9 @@ class _InfoNCE(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *fields, want_grad, want_rank, backend = arguments
         return _forward(*_flatten(Problem(*fields)), want_grad, want_rank, backend)
+
+    # Function.apply inspects the signature at every call; one that is given outright costs 25 us less.
+    forward.__func__.__signature__ = inspect.signature(_takes_anything)  # type: ignore[attr-defined]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -126,7 +134,7 @@ def _transforms() -> list[TransformType]:
 
 def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     """Upstream gradient times row; a row of weight 0 is left out even if it holds NaN."""
-    return (grad * row).masked_fill(grad == 0, 0.0)
+    return (grad * row).masked_fill_(grad == 0, 0.0)
 
 
 def _backend(name: str) -> Backend:

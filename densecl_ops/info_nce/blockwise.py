@@ -17,12 +17,14 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from densecl_ops._numerics import inverse_norm
 from densecl_ops.info_nce.problem import (
     UNSHIFTED_LIMIT,
     Problem,
     Result,
     gather_matches,
     is_bounded_by_contract,
+    rows_of,
     scatter_matches,
     through_norm,
     unit_vectors,
@@ -40,12 +42,15 @@ _FLASH_ROWS = 4096
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     """As in Backend."""
-    query, inverse_norm = unit_vectors(problem.query, problem.dtype)
-    key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.index)
-    scale = problem.scale
-    positive = (query * key).sum(2) * scale
+    query, query_inverse = unit_vectors(problem.query, problem.dtype)
+    key = rows_of(problem.key, problem.dtype)  # raw: its norms are factors of what follows
+    key_inverse = gather_matches(inverse_norm(key, dim=2), problem.index)
+    key = gather_matches(key, problem.index)
+    buffer = query * key  # one for all passes
+    positive = (buffer.sum(2, keepdim=True) * (key_inverse * problem.scale)).squeeze(2)
 
-    seen = _attend((query * scale).flatten(0, 1), problem, want_grad, positive.view(-1, 1) if want_rank else None)
+    scaled = torch.mul(query, problem.scale, out=buffer)
+    seen = _attend(scaled.flatten(0, 1), problem, want_grad, positive.view(-1, 1) if want_rank else None)
 
     log_sum_exp = seen.log_sum_exp.view_as(positive)
     margin = log_sum_exp - positive
@@ -54,9 +59,11 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     rank = loss.new_empty(0, dtype=torch.int64) if seen.rank is None else seen.rank.view_as(positive)
     if seen.mean is None:
         return Result(loss, rank, log_sum_exp, pull, loss.new_empty(0), loss.new_empty(0))
-    grad = (seen.mean.view_as(query) - key) * pull[:, :, None]
-    grad_query = through_norm(grad, query, inverse_norm * scale)
-    return Result(loss, rank, log_sum_exp, pull, grad_query, (grad * query).sum(2))
+    # o - k^, then what lies across q^ of it, then d loss / d query
+    grad = seen.mean.view_as(query).addcmul_(key, key_inverse, value=-1)
+    along = torch.mul(grad, query, out=buffer).sum(2, keepdim=True)
+    grad.addcmul_(query, along, value=-1).mul_(query_inverse * pull[:, :, None] * problem.scale)
+    return Result(loss, rank, log_sum_exp, pull, grad, along.squeeze(2) * pull)
 
 
 def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) -> Tensor:
@@ -77,10 +84,10 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
 def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype) -> Tensor:
     """As in Backend: by d loss_i / d k^ = -(1 - p+) q^ / t, then through the key's norm."""
     unit_query, _ = unit_vectors(query, dtype)
-    unit_key, inverse_norm = unit_vectors(key, dtype)
+    unit_key, inverse = unit_vectors(key, dtype)
     weight = row_weight[:, :, None]
     grad = scatter_matches((unit_query * -weight).masked_fill(weight == 0, 0.0), index, key.shape[2])
-    return through_norm(grad, unit_key, inverse_norm)
+    return through_norm(grad, unit_key, inverse)
 
 
 class _Attention(NamedTuple):
@@ -210,23 +217,28 @@ def _flash_attend(scaled: Tensor, problem: Problem, want_mean: bool) -> _Attenti
     assert _FLASH is not None
     queries, channels = scaled.shape
     negatives = _existing_negatives(problem)
-    log_sum_exp = scaled.new_full((queries, 1), float("-inf"))
-    mean = torch.zeros_like(scaled) if want_mean else None
+    log_sum_exp = mean = None
     dtype = problem.matmul_dtype
     # It shares work out by head and block of 256 rows; one head per thread balances: 0.75 of the time of one head.
+    # Its result lies in memory as (rows, heads, D): heads that take turns at the rows leave nothing to copy.
     threads = torch.get_num_threads()
     heads = threads if queries % threads == 0 else 1
-    operand = scaled.to(dtype).view(1, heads, -1, channels)
+    operand = scaled.to(dtype).view(1, -1, heads, channels).transpose(1, 2)
     width = _FLASH_ROWS if dtype == torch.bfloat16 else max(1, len(negatives))
     for start in range(0, len(negatives), width):  # no negatives, no call: the operator divides by their number
         rows = negatives[start : start + width].to(dtype).contiguous()  # it reads rows as if they were
         rows = rows.expand(1, heads, -1, -1)
-        part_mean, part_sum = (x.reshape(queries, -1) for x in _FLASH(operand, rows, rows, 0.0, False, scale=1.0))
+        results = _FLASH(operand, rows, rows, 0.0, False, scale=1.0)
+        part_mean, part_sum = (x.transpose(1, 2).reshape(queries, -1) for x in results)
+        if log_sum_exp is None or mean is None:
+            log_sum_exp, mean = part_sum, part_mean.to(scaled.dtype)
+            continue
         both = torch.logaddexp(log_sum_exp, part_sum)
-        if mean is not None:
-            mean.lerp_(part_mean.to(mean.dtype), (part_sum - _finite(both)).exp_())
+        mean.lerp_(part_mean.to(mean.dtype), (part_sum - both).exp_())
         log_sum_exp = both
-    return _Attention(log_sum_exp.view(-1), mean, None)
+    if log_sum_exp is None:
+        return _Attention(scaled.new_full((queries,), float("-inf")), torch.zeros_like(scaled), None)
+    return _Attention(log_sum_exp.view(-1), mean if want_mean else None, None)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from densecl_ops._numerics import inverse_norm
@@ -94,11 +93,16 @@ class Backend(Protocol):
         """
 
 
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, D, P) raw -> (B, P, D), contiguous; `x` itself where that is what it holds."""
+    return x.transpose(1, 2).to(dtype).contiguous()
+
+
 def unit_vectors(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(B, D, P) raw -> unit vectors (B, P, D), and the inverse norms (B, P, 1) that made them."""
-    vectors = rearrange(x, "b d p -> b p d").to(dtype).contiguous()
-    inverse = inverse_norm(vectors, dim=2)
-    return vectors * inverse, inverse
+    rows = rows_of(x, dtype)
+    inverse = inverse_norm(rows, dim=2)
+    return rows * inverse, inverse
 
 
 def through_norm(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
