@@ -211,6 +211,33 @@ def test_arms_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert curves[arm][:3] == pytest.approx(curves["image"][:3], abs=2e-4)
 
 
+def test_in_batch_losses_against_a_loop() -> None:
+    """Both ways; the negatives of an image are the other images of the other view, pooled for the dense term."""
+    setting = replace(SMALL, arm="inbatch_nearest")
+    model = pretraining.Siamese(setting).train()
+    pair = views.draw(photographs(), 3, 40, 32, torch.Generator().manual_seed(0))
+    image_loss, dense_loss = model.in_batch(*pair, setting.arm)
+    with encoder.autocast(torch.device("cpu")):
+        maps = [encoder.encode(model.backbone_q, view.images) for view in pair]
+        sides = [(map_.double(), *(x.double() for x in model.head_q(map_))) for map_ in maps]
+
+    def loss(query: torch.Tensor, key: torch.Tensor, others: torch.Tensor, own: int) -> float:
+        similar = [F.cosine_similarity(query, other, 0) for b, other in enumerate(others) if b != own]
+        logits = torch.stack([F.cosine_similarity(query, key, 0), *similar]) / setting.temperature
+        return float(logits.logsumexp(0) - logits[0])
+
+    image, dense = [], []
+    for (map_a, image_a, dense_a, _), (map_b, image_b, dense_b, pooled_b) in (sides, sides[::-1]):
+        for b in range(3):
+            image.append(loss(image_a[b], image_b[b], image_b, b))
+            for i in range(16):
+                cosine = F.cosine_similarity(map_a[b].flatten(1)[:, i : i + 1], map_b[b].flatten(1), 0)
+                match = int(cosine.argmax())
+                dense.append(loss(dense_a[b].flatten(1)[:, i], dense_b[b].flatten(1)[:, match], pooled_b, b))
+    assert float(image_loss) == pytest.approx(np.mean(image), rel=2e-2)  # products in bfloat16 where that is fast
+    assert float(dense_loss) == pytest.approx(np.mean(dense), rel=2e-2)
+
+
 def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, facts = pretraining.pretrain(SMALL, photographs(), tmp_path / "whole.pt", lambda text: None)
     monkeypatch.setattr(pretraining, "SAVE_EVERY", 0.0)
@@ -253,6 +280,26 @@ def test_suite_packs_and_runs_each_once(folder: Path, tmp_path: Path, capsys: py
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
+def test_study_changes_one_choice_at_a_time(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    main(
+        [
+            *("transfer", "--camvid", f"{folder}/camvid", "--photographs", f"{folder}/photographs", "--study"),
+            *("--out", f"{tmp_path}", "--device", "cpu", "--arms", "image", "place", "--seeds", "3", "--steps", "1"),
+            *("--rates", "0.01", "--view", "20", "--window", "28", "--batch", "2", "--queue", "8"),
+        ]
+    )
+    found = records.load(tmp_path / "study")
+    settings = [record["setting"] for record in found]
+    base = {key: max({s[key] for s in settings}, key=[s[key] for s in settings].count) for key in settings[0]}
+    for setting in settings:
+        changed = {key for key in setting if key != "arm" and setting[key] != base[key]}
+        assert len(changed - {"window"}) <= 1, changed
+        assert setting["arm"] == "place" or not any(key.startswith("dense") for key in changed)
+    assert len(settings) == 6 + 10
+    assert not any(key.startswith("test") for record in found for key in record)
+
+
 def test_a_claim_is_exclusive_and_released(tmp_path: Path) -> None:
     with records.claim(tmp_path / "x.lock", wait=False) as mine:
         assert mine
@@ -267,9 +314,10 @@ def test_paired_differences() -> None:
     assert page.paired([0.01, 0.02, 0.03]) == "+0.020 ± 0.025, 3 of 3 up"
 
 
-def test_records_are_complete() -> None:
+@pytest.mark.parametrize("folder", ["transfer_cpu", "transfer_short_cpu"])
+def test_records_are_complete(folder: str) -> None:
     """Three seeds of every arm, one setting, commits without changes, rates as the search chose them."""
-    reported, searched = (records.load(page.RESULTS / "transfer_cpu" / part) for part in ("", "search"))
+    reported, searched = (records.load(page.RESULTS / folder / part) for part in ("", "search"))
     for record in reported + searched:
         assert "dirty" not in record["environment"]["commit"]
         assert not record["command"].count(" /")
@@ -281,4 +329,17 @@ def test_records_are_complete() -> None:
     seeds = page.by_seed(reported, "image").keys()
     assert len(seeds) >= 3
     assert not seeds & {record["setting"]["seed"] for record in searched}
-    assert all(page.by_seed(reported, arm).keys() == seeds for arm in pretraining.ARMS)
+    arms = {record["setting"]["arm"] for record in reported}
+    assert arms >= {"random", "image", "nearest", "place"}
+    assert all(page.by_seed(reported, arm).keys() == seeds for arm in arms)
+
+
+def test_temperature_is_the_best_of_the_study() -> None:
+    """For every arm of it, at the length of the study; the same for all."""
+    studied = records.load(page.RESULTS / "transfer_cpu" / "study")
+    (reported,) = {r["setting"]["temperature"] for r in records.load(page.RESULTS / "transfer_cpu")}
+    for arm in ("image", "nearest", "place"):
+        base = vars(Setting(arm, 100, 0.18, 800))
+        own = [r for r in studied if {**r["setting"], "temperature": base["temperature"]} == base]
+        assert len(own) == 3
+        assert max(own, key=records.on_val)["setting"]["temperature"] == reported

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +18,8 @@ NAMES = {
     "nearest": "image + dense, nearest (DenseCL)",
     "mutual": "image + dense, mutual nearest",
     "place": "image + dense, same place",
+    "inbatch": "image term, in-batch negatives (SimCLR)",
+    "inbatch_nearest": "image + dense, nearest, in-batch negatives",
 }
 # 0.975 quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -105,28 +106,59 @@ def each_class(folder: str) -> str:
 def search(folder: str) -> str:
     """Mean of probe and k-NN on val for every rate that was tried; the taken one in bold."""
     records = load(RESULTS / folder / "search")
+    return _by_rate(records, "on val, (probe + k-NN) / 2", on_val, bold=True)
+
+
+def search_stereo(folder: str) -> str:
+    """Stereo of the same runs, by which nothing was chosen."""
+    records = load(RESULTS / folder / "search")
+    return _by_rate(records, TASKS["stereo"][1], lambda record: float(record["val.stereo"]["close"]), bold=False)
+
+
+def _by_rate(records: list[Record], heading: str, value: Callable[[Record], float], bold: bool) -> str:
     rates = sorted({record["setting"]["rate"] for record in records})
-    lines = ["| on val, (probe + k-NN) / 2 | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |"]
+    lines = [f"| {heading} | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |"]
     lines += ["|---" * (len(rates) + 1) + "|"]
     for arm in ARMS:
-        found = {record["setting"]["rate"]: on_val(record) for record in records if record["setting"]["arm"] == arm}
+        found = {record["setting"]["rate"]: value(record) for record in records if record["setting"]["arm"] == arm}
         if found:
-            taken = chosen_rate(records, arm)
+            taken = chosen_rate(records, arm) if bold else None
             cells = [f"**{found[rate]:.3f}**" if rate == taken else f"{found[rate]:.3f}" for rate in rates]
             lines.append(f"| {NAMES[arm]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def by_rate(folder: str) -> str:
-    """Stereo, which the search does not look at, at every rate that it tried."""
-    runs = json.loads((RESULTS / folder / "by_rate.json").read_text())["runs"]
-    rates = sorted({run["rate"] for run in runs})
-    lines = ["| stereo, within 1.5 cells | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |"]
-    lines += ["|---" * (len(rates) + 1) + "|"]
-    for arm in ARMS:
-        found = {run["rate"]: run["stereo"]["close"] for run in runs if run["arm"] == arm}
-        if found:
-            lines.append(f"| {NAMES[arm]} | " + " | ".join(f"{found[rate]:.3f}" for rate in rates) + " |")
+STUDIED: dict[str, Callable[[Record], float]] = {
+    "(probe + k-NN) / 2": on_val,
+    "label propagation": lambda record: float(record["val.propagation"]["miou"]),
+    "stereo": lambda record: float(record["val.stereo"]["close"]),
+}
+CHANGES = {
+    "steps": "{} steps",
+    "view": "views of {} pixels",
+    "temperature": "temperature {}",
+    "norm": "{} norm",
+    "dense_weight": "weight of the dense term {}",
+    "dense_from": "dense term from {:.0%} of the steps on",
+}
+
+
+def study(folder: str) -> str:
+    """One choice changed at a time: image term, nearest and place in every cell."""
+    records = load(RESULTS / folder / "study")
+    base = {key: statistics.mode(record["setting"][key] for record in records) for key in CHANGES}
+    rows: dict[str, dict[str, Record]] = {}
+    for record in records:
+        setting = record["setting"]
+        changed = [text.format(setting[key]) for key, text in CHANGES.items() if setting[key] != base[key]]
+        rows.setdefault(", ".join(changed), {})[setting["arm"]] = record
+    lines = ["| one change | " + " | ".join(STUDIED) + " |", "|---" * (len(STUDIED) + 1) + "|"]
+    for change in sorted(rows):
+        cells = []
+        for value in STUDIED.values():
+            found = {arm: f"{value(record):.3f}" for arm, record in rows[change].items()}
+            cells.append(" / ".join(found.get(arm, "") for arm in ("image", "nearest", "place")))
+        lines.append(f"| {change or 'none'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -137,5 +169,6 @@ KINDS: dict[str, Callable[[str], str]] = {
     "each_run": each_run,
     "each_class": each_class,
     "search": search,
-    "by_rate": by_rate,
+    "search_stereo": search_stereo,
+    "study": study,
 }
