@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import inspect
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import tune
 from benchmarks.records import write
 
 TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
@@ -36,7 +39,12 @@ TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
     "gfx942": (304, 65_536),
     "gfx950": (256, 163_840),
 }
+COPY_INSTRUCTIONS = {"LDGSTS": "cp.async", "UTMALDG": "tma"}
 MATRIX_INSTRUCTIONS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "v_mfma": "mfma", "UTCQMMA": "tcgen05"}
+
+
+# Names in a variant: the tuner's first two candidates, in place of the table's row.
+TUNED = {"pointers": tune.CANDIDATES[0], "descriptor": tune.CANDIDATES[1]}
 
 
 class Case(NamedTuple):
@@ -58,7 +66,7 @@ class Compiled(NamedTuple):
     spills: int = 0
     shared: int = 0
     matrix: str = ""
-    asynchronous: bool = False
+    copies: str = ""
     serialised: bool = False
     error: str = ""
 
@@ -87,28 +95,30 @@ def compile_case(case: Case) -> Compiled:
     return Compiled(case, config, *read(case.target, compiled))
 
 
-Read = Callable[[str, Any], tuple[int, int, int, str, bool, bool]]
+Read = Callable[[str, Any], tuple[int, int, int, str, str, bool]]
 
 
 def _remembered(read: Read) -> Read:
-    """Kept in build/kernels by the hash of source, arguments, options and compiler, as Triton keeps the binary."""
+    """Kept in build/kernels by Triton's hash of source, arguments, options and compiler, and by the reader's source."""
+    reader = inspect.getsource(read)
 
     @functools.wraps(read)
-    def call(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
-        path = Path(__file__).parent.parent / "build" / "kernels" / f"{compiled.hash}.json"
+    def call(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool]:
+        key = hashlib.sha256((compiled.hash + reader).encode()).hexdigest()
+        path = Path(__file__).parent.parent / "build" / "kernels" / f"{key}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
                 json.dump(read(target, compiled), file)
             Path(file.name).replace(path)
-        registers, spills, shared, matrix, asynchronous, serialised = json.loads(path.read_text())
-        return registers, spills, shared, matrix, asynchronous, serialised
+        registers, spills, shared, matrix, copies, serialised = json.loads(path.read_text())
+        return registers, spills, shared, matrix, copies, serialised
 
     return call
 
 
 @_remembered
-def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
+def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool]:
     import triton
 
     assembly = compiled.asm["sass"]
@@ -124,12 +134,12 @@ def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, bool, 
     registers = int(re.findall(r"Used (\d+) registers", report)[0])
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
     found = [label for mark, label in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)]
-    asynchronous = "LDGSTS" in assembly or "UTMALDG" in assembly
-    return registers, spills, compiled.metadata.shared, found[0] if found else "none", asynchronous, "C751" in report
+    copies = "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly)
+    return registers, spills, compiled.metadata.shared, found[0] if found else "none", copies, "C751" in report
 
 
 @_remembered
-def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, bool, bool]:
+def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool]:
     assembly = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -137,7 +147,7 @@ def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, bool, boo
 
     spills = field("vgpr_spill_count") + field("sgpr_spill_count")
     matrix = "mfma" if "v_mfma" in assembly else "none"
-    return field("vgpr_count"), spills, compiled.metadata.shared, matrix, False, False
+    return field("vgpr_count"), spills, compiled.metadata.shared, matrix, "", False
 
 
 def _specialise(
@@ -147,6 +157,8 @@ def _specialise(
 
     Tensors that the package makes start at multiples of 16 bytes; with `unaligned`, those of the user do not.
     """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     pointers = {
         torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
         torch.int32: "*i32", torch.bool: "*i1",
@@ -160,6 +172,8 @@ def _specialise(
             signature[name] = pointers[value.dtype]
             if not (unaligned and name in ("query_ptr", "key_ptr", "negatives_ptr")):
                 attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{pointers[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif name.isupper() or value is None or value == 1:
@@ -175,6 +189,7 @@ def _specialise(
 def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
     """The arguments with which the package would launch this kernel on the target."""
     from densecl_ops import _launch
+    from densecl_ops.info_nce import triton_configs
 
     caught: dict[str, dict[str, Any]] = {}
 
@@ -191,6 +206,9 @@ def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
     device = _launch.Device(case.target, TARGETS[case.target][0])
     patches: list[Any] = [mock.patch.object(module().kernels, name, Recorder(name)) for name in names]
     patches.append(mock.patch.object(_launch, "describe", return_value=device))
+    for form, config in TUNED.items():
+        if form in case.variant:
+            patches.append(mock.patch.object(triton_configs, "choose", return_value=config))
     for patch in patches:
         patch.start()
     try:
@@ -297,6 +315,10 @@ def cases(targets: list[str]) -> Iterator[Case]:
         for variant in ("autocast", "columns", "slice"):  # a copy that is as good as a queue of its own
             for channels in (128, 512):
                 yield Case(target, "attend_kernel", "bfloat16", channels, variant)
+        for form in TUNED if target in ("sm_90", "sm_100", "sm_103") else ():
+            for variant in ("no shift", "forward only", "running max", "rank", "vectors, exclude"):
+                yield Case(target, "attend_kernel", "bfloat16", 128, f"{form}, {variant}")
+            yield Case(target, "attend_kernel", "bfloat16", 128, f"{form}, running max, rank, exclude")
         yield Case(target, "attend_kernel", "float16", 128, "running max")
         yield Case(target, "attend_kernel", "bfloat16", 100, "no shift")
         for variant in ("", "tokens", "learned", "unaligned", "vectors", "size 1"):
@@ -319,15 +341,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(compile_case, cases(arguments.target)))
-    head = f"{'target':8} {'kernel':22} {'dtype':9} {'D':>4} {'variant':27} {'config':22}"
+    head = f"{'target':8} {'kernel':22} {'dtype':9} {'D':>4} {'variant':38} {'config':22}"
     print(f"{head} regs spill  smem  matrix   async")
     for row in rows:
         case = row.case
-        line = f"{case.target:8} {case.kernel:22} {case.dtype:9} {case.channels:4} {case.variant:27} {row.config:22}"
+        line = f"{case.target:8} {case.kernel:22} {case.dtype:9} {case.channels:4} {case.variant:38} {row.config:22}"
         if row.error:
             print(f"{line} {row.error}")
             continue
-        flags = f"{row.matrix:8} {'yes' if row.asynchronous else 'no'}{' SERIALISED' if row.serialised else ''}"
+        flags = f"{row.matrix:8} {row.copies or 'no'}{' SERIALISED' if row.serialised else ''}"
         print(f"{line} {row.registers:4} {row.spills:5} {row.shared // 1024:4}K  {flags}")
     if arguments.json:
         write(arguments.json, [{**row._asdict(), "case": row.case._asdict()} for row in rows])

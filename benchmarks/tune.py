@@ -26,7 +26,13 @@ from densecl_ops.info_nce.triton_configs import Config
 
 # What compiles for sm_90 without spills (16 bits, D = 128) and can win: two or three programs per multiprocessor let
 # the exponentials of one overlap the products of another. The most likely first. Ranks take registers of their own.
-CANDIDATES = (Config(64, 128, 4, 3, 2), Config(64, 128, 4, 2, 2), Config(64, 64, 4, 3, 3), Config(128, 32, 8, 3, 2))
+CANDIDATES = (
+    Config(64, 128, 4, 3, 2),
+    Config(64, 128, 4, 3, 2, descriptor=True),
+    Config(64, 128, 4, 2, 2),
+    Config(64, 64, 4, 3, 3),
+    Config(128, 32, 8, 3, 2),
+)
 WITH_RANK = (Config(64, 128, 4, 3, 2), Config(128, 128, 8, 3))
 
 
@@ -40,7 +46,8 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     device: torch.device = arguments.device
     dtype = getattr(torch, shape["dtype"])
     inputs = [loss.make_inputs(shape["n"], shape["k"], shape["d"], dtype, device, seed) for seed in range(2)]
-    table = functools.partial(triton_configs.choose, _launch.describe(device).architecture, dtype, shape["d"])
+    architecture = _launch.describe(device).architecture
+    table = functools.partial(triton_configs.choose, architecture, dtype, shape["d"])
     present = table()
     run = loss.step if shape["mode"] == "train" else loss.evaluate
 
@@ -53,7 +60,9 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
 
     entries = {OURS: entry(present, loss.ours)}
     for config in CANDIDATES:
-        entries[_name(config)] = entry(config._replace(chunk_d=present.chunk_d), loss.ours)
+        chunked = config._replace(chunk_d=present.chunk_d)
+        if not config.descriptor or triton_configs.tile_by_descriptor(architecture, chunked, shape["d"]):
+            entries[_name(config)] = entry(chunked, loss.ours)
     for config in (table(lean=False), *WITH_RANK):
         entries[f"rank, {_name(config)}"] = entry(config._replace(chunk_d=present.chunk_d), loss.ours_with_rank)
     rows = compare(entries, inputs, device, cold=False, seconds=arguments.seconds)
@@ -67,7 +76,9 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
 
 def _name(config: Config) -> str:
     chunk = f" chunk {config.chunk_d}" if config.chunk_d else ""
-    return f"{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages} p{config.programs}{chunk}"
+    form = " descriptor" if config.descriptor else ""
+    tile = f"{config.block_n}x{config.block_k}"
+    return f"{tile} w{config.num_warps} s{config.num_stages} p{config.programs}{chunk}{form}"
 
 
 def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:

@@ -190,7 +190,7 @@ def test_tune(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "tune.json").read_text())
     records.validate(record)
     rows = record["cases"][0]["rows"]
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(row["error_loss"] < 1e-5 for row in rows.values())
 
 

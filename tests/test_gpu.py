@@ -12,6 +12,7 @@ from torch import Tensor
 
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import dense_correspondence, dense_info_nce
+from densecl_ops.info_nce import triton_configs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,8 +112,11 @@ def test_bitwise_equal_over_ten_runs() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
-def test_no_race_with_every_multiprocessor_busy() -> None:
+@pytest.mark.parametrize("descriptor", [False, True], ids=["pointers", "descriptor"])
+def test_no_race_with_every_multiprocessor_busy(monkeypatch: pytest.MonkeyPatch, descriptor: bool) -> None:
     """A tile that is read before its copy has landed shows in some row of some run (docs/kernels.md)."""
+    choose = triton_configs.choose
+    monkeypatch.setattr(triton_configs, "choose", lambda *of: choose(*of)._replace(descriptor=descriptor))
     arguments = inputs(256, 7, torch.bfloat16)
     exact, _ = in_float64(arguments)
     first = rows_and_gradient("triton", arguments)

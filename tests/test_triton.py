@@ -9,10 +9,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -26,6 +27,7 @@ triton = pytest.importorskip("triton", minversion="3.6")
 from densecl_ops import _backends, _launch  # noqa: E402
 from densecl_ops.correspondence import triton_launch as fused_matching  # noqa: E402
 from densecl_ops.functional import dense_correspondence, dense_info_nce  # noqa: E402
+from densecl_ops.info_nce import triton_configs  # noqa: E402
 from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
 from densecl_ops.info_nce.problem import Problem  # noqa: E402
 
@@ -42,15 +44,29 @@ def case_of(**options: Any) -> Case:
     return make_case(dtype=torch.float32, **options)
 
 
+@pytest.fixture(params=["pointers", "descriptor"])
+def loaded_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """How whole tiles of the queue come. `descriptor` is what a test expects; on a GPU float32 takes pointers."""
+    expected = SimpleNamespace(descriptor=request.param == "descriptor")
+    choose, built = triton_configs.choose, mock.Mock(wraps=fused.TensorDescriptor)
+    field = {"descriptor": expected.descriptor}
+    monkeypatch.setattr(triton_configs, "choose", lambda *arguments: choose(*arguments)._replace(**field))
+    monkeypatch.setattr(fused, "TensorDescriptor", built)
+    yield expected
+    assert built.called == expected.descriptor or not _launch.interpreting()
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("temperature", [0.2, 0.01], ids=["no shift", "running max"])
 @pytest.mark.parametrize("rank", [False, True])
+@pytest.mark.usefixtures("loaded_by")
 def test_split_and_shift(monkeypatch: pytest.MonkeyPatch, splits: int, temperature: float, rank: bool) -> None:
     """A queue's rows are known to be unit vectors, so only a low temperature calls for the running maximum."""
     forward, grad = fused.forward, fused.grad_negatives
     monkeypatch.setattr(fused, "forward", lambda *args: forward(*args, splits=splits))
     monkeypatch.setattr(fused, "grad_negatives", lambda *args: grad(*args, splits=splits))
     case = case_of(temperature=temperature, count=130)
+    case.negatives[130:] = torch.nan
     check("triton", case, FLOAT32, wanted=("query", "key", "negatives"), rank=rank)
 
 
@@ -61,18 +77,27 @@ def test_layouts(layout: str) -> None:
     check("triton", case, FLOAT32)
 
 
-def test_negatives_in_columns() -> None:
-    """The official DenseCL keeps its queue as (D, K)."""
+@pytest.mark.parametrize("layout", ["columns", "slice", "unaligned"])
+def test_layouts_of_the_negatives(layout: str, loaded_by: SimpleNamespace) -> None:
+    """The official DenseCL keeps its queue as (D, K). A descriptor needs rows that start at multiples of 16 bytes."""
     case = case_of()
-    check("triton", replace(case, negatives=case.negatives.t().contiguous().t()), FLOAT32)
+    negatives = {
+        "columns": case.negatives.t().contiguous().t(),
+        "slice": torch.cat([case.negatives.new_full((150, 3), torch.nan), case.negatives], 1)[:, 3:],
+        "unaligned": torch.cat([case.negatives.new_zeros(1), case.negatives.flatten()])[1:].view(150, 24),
+    }[layout]
+    check("triton", replace(case, negatives=negatives), FLOAT32)
+    loaded_by.descriptor &= layout != "unaligned"
 
 
 @pytest.mark.parametrize("channels", [1, 16, 40, 64])
 @pytest.mark.parametrize("negatives", [1, 64, 65])
-def test_sizes(channels: int, negatives: int) -> None:
+def test_sizes(channels: int, negatives: int, loaded_by: SimpleNamespace) -> None:
+    loaded_by.descriptor &= channels > 1
     check("triton", case_of(channels=channels, negatives=negatives, query_grid=(3, 3), count=negatives), FLOAT32)
 
 
+@pytest.mark.usefixtures("loaded_by")
 def test_exclude_weight_and_validity() -> None:
     case = case_of(exclude=torch.tensor([70, 3]), reduction="mean")
     weight = torch.rand(2, 35)
@@ -102,6 +127,7 @@ def test_many_queries_share_a_key() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
+@pytest.mark.usefixtures("loaded_by")
 def test_low_precision(dtype: torch.dtype, temperature: float) -> None:
     """Against float64 on the same rounded inputs: at most twice the error of the eager form in the same dtype."""
     case = replace(case_of(temperature=temperature, count=150), reduction="none").to(dtype)

@@ -23,6 +23,8 @@ class Config(NamedTuple):
         num_stages: Tiles in flight.
         programs: How many such programs one multiprocessor holds at once; decides how often the queue is split.
         chunk_d: Channels per step of the first product, or None to keep all channels of the query block in place.
+        descriptor: Whether whole tiles come by a tensor descriptor (TMA) where that can be. No row of the table asks
+            for it: no GPU has shown yet that it is right and faster.
     """
 
     block_n: int
@@ -31,6 +33,7 @@ class Config(NamedTuple):
     num_stages: int
     programs: int = 1
     chunk_d: int | None = None
+    descriptor: bool = False
 
 
 # Exact float32 is three tf32 products of split operands. Held in place, the split queries spill: 10 KB
@@ -94,6 +97,15 @@ def choose_grad_negatives(architecture: str, dtype: torch.dtype, channels: int) 
     if architecture == "interpreter":
         return Config(32, 64, 4, 1)
     return GRAD_NEGATIVES[dtype.itemsize][_width(channels)]
+
+
+def tile_by_descriptor(architecture: str, config: Config, channels: int) -> list[int] | None:
+    """Rows and channels of the tiles that attend_kernel loads by a descriptor; None where it loads by pointers.
+
+    sm_120 has TMA too. That form was not compiled for it.
+    """
+    has_tma = _launch.family(architecture) in ("wgmma", "tcgen05", "interpreter")
+    return [config.block_k, block_d(channels)] if config.descriptor and config.chunk_d is None and has_tma else None
 
 
 def block_d(channels: int) -> int:

@@ -137,6 +137,7 @@ def attend_kernel(
     scaled_ptr,  # (N, D) as prepare_kernel left it
     positive_ptr,  # (N,) likewise; read only for the rank
     negatives_ptr,  # (K, D) in the product dtype
+    negatives_descriptor,  # tensor descriptor of the same, for whole tiles; or None
     exclude_ptr,  # (B,) int64 or None
     count_ptr,  # 0-d int64 or None: how many of the K rows exist
     denominator_ptr,  # out (S, N): sum of 2^(logit - shift)
@@ -188,8 +189,11 @@ def attend_kernel(
             column = first + tl.arange(0, BLOCK_K)
             exists = column < stop if MASKED else tl.full([BLOCK_K], True, tl.int1)
             place = column.to(tl.int64)
-            if CHUNK_D == BLOCK_D:
-                negatives = _load_tile(negatives_ptr, place, channel, exists, CHANNELS)  # feeds both products
+            if CHUNK_D == BLOCK_D:  # one load feeds both products
+                if MASKED or negatives_descriptor is None:
+                    negatives = _load_tile(negatives_ptr, place, channel, exists, CHANNELS)
+                else:
+                    negatives = negatives_descriptor.load([first, 0])
                 logits = tl.dot(scaled, tl.trans(negatives), input_precision=PRECISION)
             else:
                 logits = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)

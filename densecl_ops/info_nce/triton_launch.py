@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from densecl_ops import _launch
 from densecl_ops.info_nce import blockwise, triton_configs
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
         attend_grid: Programs of attend_kernel.
         row_arguments: Arguments of prepare_kernel and combine_kernel.
         attend_arguments: Arguments of attend_kernel.
+        tile: Rows and channels of a tile that is loaded by a descriptor, or None.
     """
 
     splits: int
@@ -39,6 +41,7 @@ class Plan(NamedTuple):
     attend_grid: tuple[int, int]
     row_arguments: dict[str, Any]
     attend_arguments: dict[str, Any]
+    tile: list[int] | None
 
 
 class Parts(NamedTuple):
@@ -111,6 +114,7 @@ def _plan_for(
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         },
+        tile=triton_configs.tile_by_descriptor(device.architecture, config, channels),
     )
 
 
@@ -136,10 +140,12 @@ def _attend(
         numerator_ptr=positive.new_empty((plan.splits, rows, channels)) if want_numerator else None,
         above_ptr=torch.empty_like(denominator, dtype=torch.int32) if want_rank else None,
     )
+    negatives = _operand(problem)
     kernels.attend_kernel[plan.attend_grid](
         scaled_ptr=scaled,
         positive_ptr=positive,
-        negatives_ptr=_operand(problem),
+        negatives_ptr=negatives,
+        negatives_descriptor=_descriptor(negatives, plan.tile),
         exclude_ptr=problem.exclude,
         count_ptr=problem.count,
         **parts._asdict(),
@@ -198,6 +204,17 @@ def _operand(problem: Problem) -> Tensor:
     would be read at twice the bytes and converted once per block of query rows (docs/kernels.md).
     """
     return problem.negatives.to(_product_dtype(problem)).contiguous()
+
+
+def _descriptor(negatives: Tensor, tile: list[int] | None) -> TensorDescriptor | None:
+    """Of contiguous negatives; None without a tile, or where not every row starts at a multiple of 16 bytes.
+
+    Built on the host: one built in the kernel would need triton.set_allocator, which changes the whole process.
+    """
+    size, channels = negatives.shape
+    if tile is None or negatives.data_ptr() % 16 or channels * negatives.element_size() % 16:
+        return None
+    return TensorDescriptor(negatives, [size, channels], [channels, 1], tile)
 
 
 def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, splits: int | None = None) -> Tensor:
