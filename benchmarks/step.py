@@ -209,7 +209,7 @@ def largest_batch(shape: Shape, device: torch.device) -> dict[str, int]:
                 images = torch.randn(fits + step, 3, shape["pixels"], shape["pixels"], device=device)
                 getattr(trainer, method)(images.to(memory_format=torch.channels_last))
                 fits += step
-            except torch.OutOfMemoryError:
+            except RuntimeError:  # cuDNN and cuBLAS report a lack of memory in words of their own
                 step //= 2
             trainer = images = None  # type: ignore[assignment]
             if fits >= 4096:
