@@ -138,7 +138,9 @@ class Trainer(nn.Module):
             torch.autograd.grad(out, [features, *self.head_q.dense_mlp.parameters()], torch.ones_like(out))
 
         def loss(_: Tensor) -> None:
-            torch.autograd.grad(self.criterion(dense, key.dense, self.dense_queue, found), dense)
+            with self.autocast():
+                out = self.criterion(dense, key.dense, self.dense_queue, found)
+            torch.autograd.grad(out, dense)
 
         return {
             "part: dense head": head,

@@ -111,6 +111,18 @@ def test_both_ways_of_a_dense_step_give_the_same_loss() -> None:
     torch.testing.assert_close(trainer.dense_queue.rows.t(), twin.dense_slices.queue)
 
 
+def test_every_loss_of_a_mixed_step_is_mixed() -> None:
+    """As on a GPU: outside of autocast the float32 queue would make the products float32, also of a part alone."""
+    trainer = step.Trainer({"backbone": "small", "batch": 4, "pixels": 32, "k": 16, "dtype": "bfloat16"}, CPU)
+    mixed: list[bool] = []
+    trainer.criterion.register_forward_pre_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
+    images = torch.randn(4, 3, 32, 32)
+    trainer.dense_ours(images)
+    for part in trainer.parts(images).values():
+        part(images)
+    assert mixed == [True] * 3
+
+
 def test_slice_queue_holds_what_ours_holds() -> None:
     torch.manual_seed(0)
     ours, usual = queue.MomentumQueue(8, 4), queue.SliceQueue(8, 4)
