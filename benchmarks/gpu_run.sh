@@ -68,10 +68,10 @@ suite() { # NAME SECONDS LAST OPTION...: starts no case in the LAST seconds, so 
 stage() {
     case $1 in
         selftest) run selftest 80 "$python" -m densecl_ops.selftest --json "$out/selftest.json" ;;
-        tests) # A test that hangs costs one worker, and the report comes before the limit.
-            run tests 160 "$python" -m pytest tests/test_triton.py tests/test_gpu.py -n 8 -q -rfEs \
-                -o addopts=--import-mode=importlib --timeout $((90 * patience)) --timeout-method thread \
-                --session-timeout $((140 * patience)) ;;
+        tests) # A test that hangs costs one worker; and what is not begun in time is left out, to report on the rest.
+            run tests 160 "$python" -m pytest tests/test_triton.py tests/test_gpu.py -n 8 -v --no-header -rfEs \
+                -o addopts=--import-mode=importlib --timeout $((75 * patience)) --timeout-method thread \
+                --session-timeout $((110 * patience)) ;;
         sanitize) # once plainly: the checked runs shall find every kernel compiled
             run sanitize 60 "$python" -m benchmarks.sanitize && for tool in memcheck racecheck; do
                 # With torch's caching allocator every block is part of a larger one, and no access is out of bounds.
