@@ -28,6 +28,10 @@ fi
 mkdir -p "$1" && out=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.." || exit
+if [[ -z ${COMMIT:-} ]] && ! git rev-parse HEAD > /dev/null 2>&1; then
+    echo "no record without its commit, and there is no .git here: set COMMIT"
+    exit 2
+fi
 python=${PYTHON:-python3} options=${OPTIONS:-} patience=${PATIENCE:-1} failed=()
 end=$((${LIMIT:-540} * patience))
 export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1

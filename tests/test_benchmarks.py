@@ -342,8 +342,11 @@ def test_gpu_run_packs_the_transfer_runs(tmp_path: Path) -> None:
     made = "mkdir -p $5/scratch; touch $5/run.json $5/scratch/run.pt"
     python.write_text(f"#!/bin/sh\nls $5 >> runs/seen\n{made}\nexit 3\n")
     python.chmod(0o755)
+    found = gpu_run(copy / "gpu_run.sh", tmp_path / "out", "transfer", COMMIT="")
+    assert found.returncode == 2
+    assert "set COMMIT" in found.stdout  # before any minute is spent
     for _ in range(2):
-        found = gpu_run(copy / "gpu_run.sh", tmp_path / "out", "transfer", PYTHON=str(python))
+        found = gpu_run(copy / "gpu_run.sh", tmp_path / "out", "transfer", PYTHON=str(python), COMMIT="0123abc")
         assert "transfer: status 3" in found.stdout
         shutil.rmtree(copy.parent / "runs" / "gpu-transfer")
     assert (copy.parent / "runs" / "seen").read_text() == "run.json\n"
