@@ -41,7 +41,7 @@ quick: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow" --hypothesis-profile quick
 
 test-gpu: # in the interpreter that has torch for the GPU, not in .venv, whose torch may be a CPU build
-	PYTHON=$(PYTHON) benchmarks/gpu_run.sh runs/gpu tests headline sanitize
+	PYTHON=$(PYTHON) benchmarks/gpu_run.sh runs/gpu selftest tests headline sanitize
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

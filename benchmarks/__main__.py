@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from pathlib import Path
 from typing import Protocol
 
 from benchmarks import curves, kernels, loss, matching, queue, render, step, tune
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     # A record says how it was made, but not where: no path of the machine.
     words = [word for before, word in zip(["", *argv], argv, strict=False) if "--out" not in (before, word)]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
     arguments.command = shlex.join(["python", "-m", "benchmarks", *words])
     COMMANDS[arguments.name][0].main(arguments)
 

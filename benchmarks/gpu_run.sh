@@ -3,17 +3,23 @@
 #
 #   benchmarks/gpu_run.sh FOLDER STAGE...
 #
-# Three calls of under ten minutes each, in order of worth:
-#   benchmarks/gpu_run.sh runs/gpu tests headline sanitize
-#   benchmarks/gpu_run.sh runs/gpu matching queue step tune
-#   benchmarks/gpu_run.sh runs/gpu loss transfer    # or, after a change of the table of tiles: again
+# Three calls of nine minutes, in order of worth. The last stage of each takes the time that the others leave:
+#   benchmarks/gpu_run.sh runs/gpu selftest tests headline sanitize matching
+#   benchmarks/gpu_run.sh runs/gpu matching queue step tune loss
+#   benchmarks/gpu_run.sh runs/gpu transfer loss
+# After a change of the table of tiles, instead of the third:
+#   benchmarks/gpu_run.sh runs/gpu tests again loss
 #
-# Every stage has a limit of its own, the next one runs even if it fails, and a suite goes on where its file in FOLDER
-# ends. FOLDER receives a JSON per suite and logs.tar.gz, renewed after every stage. Variables: PYTHON, the interpreter
-# (with torch for this GPU, triton, einops, numpy, pytest, pytest-timeout, pytest-xdist and hypothesis); COMMIT, what is
-# measured, where .git did not travel along: COMMIT=$(git describe --always --dirty --exclude='*'); OPTIONS, of all
-# suites (a rehearsal: "--toy --device cpu"); GRACE, seconds that a suite's last case may take beyond its limit (60);
-# TRANSFER, of the transfer suite: where its data are, and the options of docs/dense-tasks.md.
+# Every stage has a limit of its own, and the next one runs even if it fails. A suite goes on where its file in FOLDER
+# ends, so FOLDER has to travel from call to call. It receives at most eight files: the JSON of selftest and of five
+# suites, transfer.tar.gz, and logs.tar.gz, renewed after every stage. Variables:
+#   PYTHON    the interpreter: with torch and torchvision for this GPU, triton, einops, numpy, pytest, pytest-timeout,
+#             pytest-xdist and hypothesis; for the transfer suite pillow and scikit-image too
+#   COMMIT    what is measured, where .git did not travel along: COMMIT=$(git describe --always --dirty --exclude='*')
+#   TRANSFER  options of the transfer suite: where its data are, and those of docs/dense-tasks.md
+#   LIMIT     seconds of a call (540)
+#   OPTIONS   of all suites, and PATIENCE, a factor on every limit: for a rehearsal on a slow machine without a GPU,
+#             TRITON_INTERPRET=1 OPTIONS="--toy --device cpu --seconds 0.01" PATIENCE=10
 set -uo pipefail
 if (($# < 2)); then
     sed -n '2,/^set/s/^# \?//p' "$0"
@@ -22,52 +28,80 @@ fi
 mkdir -p "$1" && out=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.." || exit
-python=${PYTHON:-python3} options=${OPTIONS:-} failed=()
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+if [[ -z ${COMMIT:-} ]] && ! git rev-parse HEAD > /dev/null 2>&1; then
+    echo "no record without its commit, and there is no .git here: set COMMIT"
+    exit 2
+fi
+python=${PYTHON:-python3} options=${OPTIONS:-} patience=${PATIENCE:-1} failed=()
+end=$((${LIMIT:-540} * patience))
+export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 logs=$(mktemp -d)
 trap 'rm -r "$logs"' EXIT
 [[ ! -f $out/logs.tar.gz ]] || tar -xzf "$out/logs.tar.gz" -C "$logs"
 
-run() { # LOG SECONDS COMMAND...: the whole output goes to the archive, its end to the terminal
-    local log=$1 limit=$2
-    shift 2
-    timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$logs/$log.txt" | tail -n 40
-    local status=${PIPESTATUS[0]}
+keep() { # NAME TAR-ARGUMENT...: as $out/NAME.tar.gz, whole or not at all
+    tar -czf "$out/$1.part" "${@:2}" && mv "$out/$1.part" "$out/$1.tar.gz"
+}
+
+run() { # LOG SECONDS COMMAND...: at most so long, and never beyond the call; prints the end of the output
+    local log=$1 limit=$(($2 * patience)) status=0
+    ((limit <= end - SECONDS)) || limit=$((end - SECONDS))
+    if ((limit <= 0)); then
+        failed+=("$log: no time left")
+        return 1
+    fi
+    # Not through a pipe: a process that outlives its parent would hold it open.
+    timeout -k 5 "$limit" "${@:3}" >> "$logs/$log.txt" 2>&1 || status=$?
+    tail -n 40 "$logs/$log.txt"
     ((status == 0)) || failed+=("$log: status $status")
-    tar -czf "$out/logs.tar.gz" -C "$logs" .
+    keep logs -C "$logs" .
     return "$status"
 }
 
-suite() { # NAME SECONDS OPTION...: no case is started after so many seconds, and the last one has GRACE to end
+suite() { # NAME SECONDS LAST OPTION...: starts no case in the LAST seconds, so that none is cut off
+    local limit=$(($2 * patience)) last=$(($3 * patience))
+    ((limit <= end - SECONDS)) || limit=$((end - SECONDS))
+    if ((limit <= last)); then
+        failed+=("$1: no time left")
+        return
+    fi
     # shellcheck disable=SC2086  # OPTIONS is a list of words
-    run "$1" $(($2 + ${GRACE:-60})) "$python" -m benchmarks "$1" --out "$out" --limit "$2" "${@:3}" $options
+    run "$1" "$2" "$python" -m benchmarks "$1" --out "$out" --limit $((limit - last)) "${@:4}" $options
 }
 
 stage() {
     case $1 in
-        tests) run tests 240 "$python" -m pytest tests/test_triton.py tests/test_gpu.py -n 8 -q -rs \
-            -o addopts=--import-mode=importlib ;;
+        selftest) run selftest 80 "$python" -m densecl_ops.selftest --json "$out/selftest.json" ;;
+        tests) # A test that hangs costs one worker; and what is not begun in time is left out, to report on the rest.
+            run tests 160 "$python" -m pytest tests/test_triton.py tests/test_gpu.py -n 8 -v --no-header -rfEs \
+                -o addopts=--import-mode=importlib --timeout $((75 * patience)) --timeout-method thread \
+                --session-timeout $((110 * patience)) ;;
         sanitize) # once plainly: the checked runs shall find every kernel compiled
-            run sanitize 40 "$python" -m benchmarks.sanitize && for tool in memcheck racecheck; do
+            run sanitize 60 "$python" -m benchmarks.sanitize && for tool in memcheck racecheck; do
                 # With torch's caching allocator every block is part of a larger one, and no access is out of bounds.
-                run "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+                run "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
                     --error-exitcode 1 --kernel-regex kns=_kernel "$python" -m benchmarks.sanitize
             done ;;
-        headline) suite loss 120 --n 12544 ;;
-        loss) suite loss 240 ;;
-        matching) suite matching 90 ;;
-        queue) suite queue 20 ;;
-        step) suite step 150 ;;
-        tune) suite tune 60 ;;
-        # Stopped at its limit, it goes on in a later call if FOLDER/transfer travels along.
-        # shellcheck disable=SC2086
-        transfer) run transfer 240 "$python" -m benchmarks transfer --out "$out/transfer" ${TRANSFER:-} ;;
-        again) suite loss 120 --n 12544 --again && suite matching 90 --again && suite step 120 --again ;;
+        headline) suite loss 140 40 --n 12544 ;;
+        loss) suite loss 300 45 ;;
+        matching) suite matching 150 30 ;;
+        queue) suite queue 50 20 ;;
+        step) suite step 200 75 ;;
+        tune) suite tune 90 40 ;;
+        transfer) # Its folder holds too many files. On a machine that is kept, a run cut off goes on from its checkpoint.
+            [[ ! -f $out/transfer.tar.gz ]] || tar -xzf "$out/transfer.tar.gz"
+            mkdir -p runs/gpu-transfer
+            # shellcheck disable=SC2086  # TRANSFER is a list of words
+            run transfer 240 "$python" -m benchmarks transfer --out runs/gpu-transfer ${TRANSFER:-}
+            keep transfer --exclude scratch runs/gpu-transfer ;;
+        again)
+            suite loss 140 40 --n 12544 --again
+            suite step 200 75 --again ;;
         *) failed+=("$1: no such stage") ;;
     esac
 }
 
-! command -v nvidia-smi > /dev/null || run device 20 nvidia-smi
+! command -v nvidia-smi > /dev/null || run device 10 nvidia-smi
 for name; do
     echo "== $name"
     stage "$name"

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+import densecl_ops
+
 Row = dict[str, Any]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -226,7 +228,7 @@ def environment() -> dict[str, Any]:
         "triton": _version("triton"),
         "torchvision": _version("torchvision"),
         "pykeops": _version("pykeops"),
-        "densecl_ops": _version("densecl-ops"),
+        "densecl_ops": densecl_ops.__version__,
         "commit": commit(),
     }
 

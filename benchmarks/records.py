@@ -87,7 +87,7 @@ class Suite(NamedTuple):
             write(path, record)
         if left:
             print(f"{left} cases left by --limit; the same command goes on with them")
-        print(f"{path}: {time.perf_counter() - began:.0f} s")
+        print(f"{path.name}: {time.perf_counter() - began:.0f} s")
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:

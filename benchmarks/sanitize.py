@@ -1,4 +1,4 @@
-"""Every Triton kernel once at a small, uneven size: what compute-sanitizer runs."""
+"""Every Triton kernel once at a small, uneven size: what compute-sanitizer runs. On a CPU, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from densecl_ops.functional import dense_correspondence, dense_info_nce
 
 def main() -> None:
     torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in (torch.bfloat16, torch.float32):
-        queue = MomentumQueue(300, 40, init="empty", dtype=dtype).cuda()
-        queue.enqueue(torch.randn(270, 40, device="cuda"))
+        queue = MomentumQueue(300, 40, init="empty", dtype=dtype).to(device)
+        queue.enqueue(torch.randn(270, 40, device=device))
         for temperature in (0.2, 0.01):
-            query, key = (torch.randn(3, 40, 5, 7, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+            query, key = (torch.randn(3, 40, 5, 7, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
             match = dense_correspondence(query, key, mutual=True, backend="triton")
             negatives = queue.rows.detach().requires_grad_()
             for bank in (queue, negatives):
-                own = torch.tensor([1, 70, 200], device="cuda")
+                own = torch.tensor([1, 70, 200], device=device)
                 loss, _ = dense_info_nce(
                     query, key, bank, match, temperature=temperature, exclude=own, return_rank=True, backend="triton"
                 )
                 loss.backward()  # type: ignore[no-untyped-call]
-        wide = torch.randn(2, 40, 13, 11, device="cuda", dtype=dtype)
+        wide = torch.randn(2, 40, 13, 11, device=device, dtype=dtype)
         dense_correspondence(wide, wide, mutual=True, backend="triton")
-    torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     print("every kernel ran")
 
 

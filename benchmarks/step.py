@@ -138,7 +138,9 @@ class Trainer(nn.Module):
             torch.autograd.grad(out, [features, *self.head_q.dense_mlp.parameters()], torch.ones_like(out))
 
         def loss(_: Tensor) -> None:
-            torch.autograd.grad(self.criterion(dense, key.dense, self.dense_queue, found), dense)
+            with self.autocast():
+                out = self.criterion(dense, key.dense, self.dense_queue, found)
+            torch.autograd.grad(out, dense)
 
         return {
             "part: dense head": head,
@@ -209,7 +211,7 @@ def largest_batch(shape: Shape, device: torch.device) -> dict[str, int]:
                 images = torch.randn(fits + step, 3, shape["pixels"], shape["pixels"], device=device)
                 getattr(trainer, method)(images.to(memory_format=torch.channels_last))
                 fits += step
-            except torch.OutOfMemoryError:
+            except RuntimeError:  # cuDNN and cuBLAS report a lack of memory in words of their own
                 step //= 2
             trainer = images = None  # type: ignore[assignment]
             if fits >= 4096:

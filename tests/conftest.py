@@ -62,6 +62,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _shared_gpu() -> Iterator[None]:
+    """Several workers share its memory; and after an illegal access, no later call of a process succeeds."""
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # another worker takes over
+        raise
+
+
 @pytest.fixture(params=[(torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")], ids=str)
 def defaults(request: pytest.FixtureRequest) -> Iterator[None]:
     """Other defaults than torch's own; the meta device stands for any that is not the CPU."""

@@ -35,8 +35,22 @@ LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "every_other", "swa
 
 
 def to_device(backend: str, *values: Any) -> Any:
+    """With their strides, whatever tuples, dictionaries and namespaces (queues) hold them."""
     device = DEVICES.get(backend, "cpu")
-    return tree_map(lambda x: x.to(device) if isinstance(x, (Tensor, torch.nn.Module)) else x, values)
+
+    def move(x: Any) -> Any:
+        if isinstance(x, SimpleNamespace):
+            return SimpleNamespace(**tree_map(move, vars(x)))
+        if not isinstance(x, (Tensor, torch.nn.Module)):
+            return x
+        moved = x.to(device)
+        if isinstance(x, torch.nn.Module) or moved.stride() == x.stride():
+            return moved
+        # `to` closes gaps: what lies in a larger tensor would arrive contiguous. NaN keeps the gaps poisoned.
+        span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return x.new_full((span,), float("nan"), device=device).as_strided(x.shape, x.stride()).copy_(x)
+
+    return tree_map(move, values)
 
 
 def info_nce(backend: str, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +214,7 @@ def expected(case: Case) -> oracle.LossResult:
 def run(
     backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: bool = True, through: str = "function"
 ) -> SimpleNamespace:
-    """Loss, rank and the wanted gradients of one call."""
+    """Loss, rank and the wanted gradients of one call, all on the host."""
     leaves = {"query": case.query, "key": case.key, "negatives": case.negatives, "weight": case.weight}
     leaves["temperature"] = torch.tensor(case.temperature, dtype=torch.float64)
     leaves = {
@@ -231,7 +245,8 @@ def run(
         upstream = torch.ones_like(loss) if case.upstream is None else case.upstream.to(loss)
         loss.backward(upstream if case.reduction == "none" else None)
     gradients = {name: x.grad for name, x in leaves.items() if x.grad is not None}
-    return SimpleNamespace(loss=loss.detach(), rank=ranks, **{name: gradients.get(name) for name in GRADIENTS})
+    loss, ranks = (None if x is None else x.detach().cpu() for x in (loss, ranks))
+    return SimpleNamespace(loss=loss, rank=ranks, **{name: gradients.get(name) for name in GRADIENTS})
 
 
 def check(
@@ -255,7 +270,7 @@ def check(
     if rank:
         low, high = oracle.rank_bounds(truth, tolerance / case.temperature)
         assert seen.rank.dtype == torch.int64
-        assert ((low <= seen.rank.cpu().numpy()) & (seen.rank.cpu().numpy() <= high)).all()
+        assert ((low <= seen.rank.numpy()) & (seen.rank.numpy() <= high)).all()
     for name in wanted:
         if getattr(truth, name) is None:
             continue

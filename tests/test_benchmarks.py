@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -108,6 +109,18 @@ def test_both_ways_of_a_dense_step_give_the_same_loss() -> None:
     ]
     torch.testing.assert_close(trainer.dense_ours(images), twin.dense_usual(images))
     torch.testing.assert_close(trainer.dense_queue.rows.t(), twin.dense_slices.queue)
+
+
+def test_every_loss_of_a_mixed_step_is_mixed() -> None:
+    """As on a GPU: outside of autocast the float32 queue would make the products float32, also of a part alone."""
+    trainer = step.Trainer({"backbone": "small", "batch": 4, "pixels": 32, "k": 16, "dtype": "bfloat16"}, CPU)
+    mixed: list[bool] = []
+    trainer.criterion.register_forward_pre_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
+    images = torch.randn(4, 3, 32, 32)
+    trainer.dense_ours(images)
+    for part in trainer.parts(images).values():
+        part(images)
+    assert mixed == [True] * 3
 
 
 def test_slice_queue_holds_what_ours_holds() -> None:
@@ -258,14 +271,20 @@ def test_smooth() -> None:
     assert smooth([1.0] * 19 + [5.0, 1.0]) == [1.0] * 19 + [pytest.approx(7 / 3), pytest.approx(3.0)]
 
 
+GPU_RUN = Path(records.__file__).with_name("gpu_run.sh")
+
+
+def gpu_run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """SCRIPT FOLDER STAGE..."""
+    variables = os.environ | {"PYTHON": sys.executable} | variables
+    return subprocess.run(["bash", *map(str, words)], env=variables, capture_output=True, text=True)
+
+
 def test_gpu_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Rehearsed on the CPU: a stage that is done is not measured again, and one that fails stops no other."""
-    script = Path(records.__file__).with_name("gpu_run.sh")
-    variables = {"PYTHON": sys.executable, "GRACE": "250"}  # of a test's 600 seconds
-    variables["OPTIONS"] = "--toy --device cpu --seconds 0.01 --limit 1000"
+    rehearsal = {"OPTIONS": "--toy --device cpu --seconds 0.01", "PATIENCE": "10"}
     for stages, status in ((["queue"], 0), (["nosuch", "queue"], 1)):
-        command = ["bash", str(script), str(tmp_path), *stages]
-        found = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+        found = gpu_run(GPU_RUN, tmp_path, *stages, **rehearsal)
         assert found.returncode == status, found.stdout
     assert "nosuch: no such stage" in found.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"queue.json", "logs.tar.gz"}
@@ -275,6 +294,71 @@ def test_gpu_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         text = log.read().decode()
     assert text.count("queue.json: ") == 2
     assert text.count("4 keys into 64 x 16") == 1
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs of the machine with the GPU that note how they are called, in the returned file, and do nothing."""
+    notes = tmp_path / "notes"
+    for name in ("timeout", "nvidia-smi"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\necho "$@" >> {notes}\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return notes
+
+
+def test_gpu_run_fits_three_calls(tmp_path: Path, stand_ins: Path) -> None:
+    """The limits of every call that the script's head names, but for the last stage, which takes what is left."""
+    plans = [line.split()[3:] for line in GPU_RUN.read_text().splitlines() if line.startswith("#   benchmarks/gpu_run")]
+    plans = [plan for plan in plans if plan[0].islower()]
+    assert len(plans) == 4
+    for plan in plans:
+        stand_ins.unlink(missing_ok=True)
+        found = gpu_run(GPU_RUN, tmp_path / "out", *plan[:-1])
+        assert found.returncode == 0, found.stdout
+        limits = [int(line.split()[2]) for line in stand_ins.read_text().splitlines() if line.startswith("-k 5 ")]
+        assert len(limits) >= len(plan)
+        assert sum(limits) <= 540
+        assert gpu_run(GPU_RUN, tmp_path / "out", plan[-1]).returncode == 0  # the stage exists
+
+
+def test_gpu_run_starts_nothing_beyond_its_call(tmp_path: Path, stand_ins: Path) -> None:
+    found = gpu_run(GPU_RUN, tmp_path / "out", "selftest", "headline", LIMIT="35")
+    limits = [line.split()[2] for line in stand_ins.read_text().splitlines()]
+    assert limits[0] == "10"
+    assert 30 <= int(limits[1]) <= 35
+    assert len(limits) == 2
+    assert found.returncode == 1
+    assert "loss: no time left" in found.stdout  # its last case alone may take 40 s
+
+
+def test_gpu_run_packs_the_transfer_runs(tmp_path: Path) -> None:
+    """Finished runs come back in one file and are not run again, though the folder they were made in is gone."""
+    copy, python = tmp_path / "copy" / "benchmarks", tmp_path / "python"
+    copy.mkdir(parents=True)
+    shutil.copy(GPU_RUN, copy)
+    made = "mkdir -p $5/scratch; touch $5/run.json $5/scratch/run.pt"
+    python.write_text(f"#!/bin/sh\nls $5 >> runs/seen\n{made}\nexit 3\n")
+    python.chmod(0o755)
+    found = gpu_run(copy / "gpu_run.sh", tmp_path / "out", "transfer", COMMIT="")
+    assert found.returncode == 2
+    assert "set COMMIT" in found.stdout  # before any minute is spent
+    for _ in range(2):
+        found = gpu_run(copy / "gpu_run.sh", tmp_path / "out", "transfer", PYTHON=str(python), COMMIT="0123abc")
+        assert "transfer: status 3" in found.stdout
+        shutil.rmtree(copy.parent / "runs" / "gpu-transfer")
+    assert (copy.parent / "runs" / "seen").read_text() == "run.json\n"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs.tar.gz", "transfer.tar.gz"}
+
+
+@pytest.mark.parametrize("place", ["/somewhere/data", "data"])
+def test_a_command_names_no_path_of_the_machine(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("benchmarks.transfer.suite.main", lambda arguments: seen.append(arguments.command))
+    main(["transfer", "--out", "/somewhere/runs", "--camvid", place, "--steps", "3"])
+    assert seen == ["python -m benchmarks transfer --camvid data --steps 3"]
 
 
 def test_records_of_a_gpu_are_shown_in_the_same_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,25 +35,21 @@ def inputs(images: int, side: int, dtype: torch.dtype, channels: int = 128, nega
     }
 
 
-def in_float64(arguments: dict[str, Any], images: int = 32, **options: Any) -> tuple[Tensor, Tensor]:
-    """Row losses and query gradient by the blockwise backend in float64, some images at a time."""
+def in_float64(arguments: dict[str, Any], temperature: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Row losses and query gradient from the equation, four images at a time: 784 rows of logits take 411 MB."""
     losses, gradients = [], []
-    rows = arguments["negatives"].rows.double()
-    for first in range(0, len(arguments["query"]), images):
-        part = slice(first, first + images)
+    negatives = arguments["negatives"].rows.double()
+    for image in range(0, len(arguments["query"]), 4):
+        part = slice(image, image + 4)
         query = arguments["query"].detach()[part].double().requires_grad_()
-        loss = dense_info_nce(
-            query,
-            arguments["key"][part].double(),
-            rows,
-            arguments["correspondence"][part],
-            reduction="none",
-            backend="blockwise",
-            **options,
-        )
-        loss.sum().backward()
+        unit, key = (F.normalize(x.flatten(2), dim=1) for x in (query, arguments["key"][part].double()))
+        matched = key.gather(2, arguments["correspondence"][part, None].expand_as(unit))
+        positive = (unit * matched).sum(1) / temperature
+        logits = torch.einsum("bdp,kd->bpk", unit, negatives) / temperature
+        loss = F.softplus(logits.logsumexp(2) - positive)
+        (gradient,) = torch.autograd.grad(loss.sum(), query)
         losses.append(loss.detach())
-        gradients.append(query.grad)
+        gradients.append(gradient)
     return torch.cat(losses), torch.cat(gradients)
 
 
@@ -71,11 +68,11 @@ def error(actual: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize(("images", "side"), SIZES)
 @pytest.mark.parametrize("temperature", [0.2, 0.01])
 def test_error_at_real_sizes(images: int, side: int, dtype: torch.dtype, temperature: float) -> None:
-    """At most twice the error of the eager form, which is given as many images as its logits leave room for."""
+    """At most twice the error of the eager form on 1,568 rows: its logits take 2 GB, and other tests run beside it."""
     arguments = inputs(images, side, dtype)
     exact = in_float64(arguments, temperature=temperature)
     seen = rows_and_gradient("triton", arguments, temperature=temperature)
-    few = slice(0, 6272 // side**2)
+    few = slice(0, 1568 // side**2)
     fewer = arguments | {name: arguments[name][few] for name in ("query", "key", "correspondence")}
     eager = rows_and_gradient("eager", fewer, temperature=temperature)
     for ours, theirs, truth in zip(seen, eager, exact, strict=True):
@@ -112,20 +109,36 @@ def test_bitwise_equal_over_ten_runs() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
+def exact_rows(*shape: int) -> Tensor:
+    """(*shape, 128) vectors of length 8: half of the channels are 1 or -1, so that bfloat16 holds the unit vectors."""
+    signs, places = (torch.randint(2, (*shape, 64), device="cuda") for _ in range(2))
+    signs = 2 * signs - 1
+    return torch.stack([signs * places, signs * (1 - places)], -1).flatten(-2).to(torch.bfloat16)
+
+
 @pytest.mark.parametrize("descriptor", [False, True], ids=["pointers", "descriptor"])
-def test_no_race_with_every_multiprocessor_busy(monkeypatch: pytest.MonkeyPatch, descriptor: bool) -> None:
-    """A tile that is read before its copy has landed shows in some row of some run (docs/kernels.md)."""
+@pytest.mark.parametrize("scale", [8, 128], ids=["no shift", "running max"])
+def test_no_race_with_every_multiprocessor_busy(monkeypatch: pytest.MonkeyPatch, scale: int, descriptor: bool) -> None:
+    """A tile that is read before its copy has landed shows, in some row of some run or in all of them alike.
+
+    With a 1 / t of 8 or 128 times ln 2 the scaled queries are exact in bfloat16 too, and so are all logits. What is
+    left of the loss's error is float32's: 1e-6 at a scale of 8, where one tile of 128 other negatives in the place of
+    the right ones moves half of the losses by 9e-5 and more.
+    """
     choose = triton_configs.choose
     monkeypatch.setattr(triton_configs, "choose", lambda *of: choose(*of)._replace(descriptor=descriptor))
+    temperature = math.log2(math.e) / scale
     arguments = inputs(256, 7, torch.bfloat16)
-    exact, _ = in_float64(arguments)
-    first = rows_and_gradient("triton", arguments)
-    few = slice(0, 64)
-    fewer = arguments | {name: arguments[name][few] for name in ("query", "key", "correspondence")}
-    eager, _ = rows_and_gradient("eager", fewer)
-    assert float((first[0] - exact).abs().max()) <= 4 * float((eager - exact[few]).abs().max())
+    arguments["query"] = exact_rows(256, 49).mT.unflatten(2, (7, 7))
+    arguments["key"] = exact_rows(256, 49).mT.unflatten(2, (7, 7))
+    arguments["negatives"].enqueue(exact_rows(QUEUE))
+    exact, gradient = in_float64(arguments, temperature)
+    first = rows_and_gradient("triton", arguments, temperature=temperature)
+    torch.testing.assert_close(first[0].double(), exact, rtol=2e-6, atol=1e-5)
+    assert error(first[1], gradient) < 4e-3
     for _ in range(200):
-        assert all(torch.equal(a, b) for a, b in zip(first, rows_and_gradient("triton", arguments), strict=True))
+        again = rows_and_gradient("triton", arguments, temperature=temperature)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
@@ -192,6 +205,14 @@ def test_no_synchronisation_in_a_step() -> None:
     without_synchronisation(step)
 
 
+@pytest.fixture
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's own: in TF32, or with atomics, another kernel for the same convolution is another result."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.usefixtures("exact_convolutions")
 def test_cuda_graph_equals_eager_steps() -> None:
     torch.manual_seed(0)
     step = Step()
@@ -221,6 +242,7 @@ def test_cuda_graph_equals_eager_steps() -> None:
     assert int(step.queues[1].count) == 16 * 7
 
 
+@pytest.mark.usefixtures("exact_convolutions")
 def test_compiled_step_has_no_graph_break() -> None:
     torch.manual_seed(0)
     maps = torch.randn(2, 16, 256, 7, 7, device="cuda")

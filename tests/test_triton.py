@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import helpers
 import numpy as np
 import oracle
 import pytest
@@ -24,6 +25,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", minversion="3.6")
 
+from benchmarks import sanitize  # noqa: E402
 from densecl_ops import _backends, _launch  # noqa: E402
 from densecl_ops.correspondence import triton_launch as fused_matching  # noqa: E402
 from densecl_ops.functional import dense_correspondence, dense_info_nce  # noqa: E402
@@ -75,6 +77,17 @@ def test_layouts(layout: str) -> None:
     case = case_of()
     case = replace(case, query=lay_out(case.query, layout), key=lay_out(case.key, layout))
     check("triton", case, FLOAT32)
+
+
+def test_a_layout_outlives_the_way_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of maps, and of a queue's rows: on the CPU nothing moves, so only a GPU would show it."""
+    monkeypatch.setitem(helpers.DEVICES, "triton", "meta")
+    for layout in LAYOUTS:
+        x = lay_out(torch.randn(2, 3, 4, 5), layout)
+        moved, queue = helpers.to_device("triton", x, SimpleNamespace(rows=x, count=torch.tensor(2)))
+        for there in (moved, queue.rows):
+            assert (there.device.type, there.shape, there.stride()) == ("meta", x.shape, x.stride())
+        assert queue.count.device.type == "meta"
 
 
 @pytest.mark.parametrize("layout", ["columns", "slice", "unaligned"])
@@ -142,7 +155,7 @@ def test_float32_queue_under_autocast() -> None:
     case = replace(case_of(count=150), reduction="none")
     halves = replace(case, query=case.query.bfloat16(), key=case.key.bfloat16())
     truth = expected(halves)
-    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast(helpers.DEVICES["triton"], torch.bfloat16):
         eager, seen = (run(name, halves, wanted=("query", "negatives")) for name in ("eager", "triton"))
     for name in ("loss", "query", "negatives"):
         wish = getattr(truth, name)
@@ -199,7 +212,7 @@ def test_zero_vectors_and_nan() -> None:
     check("triton", case, FLOAT32, wanted=("query", "key", "negatives"))
     case.query[0, 0, 1, 1] = float("nan")
     seen = run("triton", case, wanted=("query",))
-    assert torch.equal(seen.loss.isnan().nonzero(), torch.tensor([[0, 8]], device=seen.loss.device))
+    assert torch.equal(seen.loss.isnan().nonzero(), torch.tensor([[0, 8]]))
     assert torch.equal(seen.query.isnan().flatten(2).any(1), seen.loss.isnan())
 
 
@@ -260,6 +273,29 @@ def test_matching_ties_and_nan(positions: int) -> None:
     seen = match("triton", query, key)
     assert not seen.index.any()
     assert torch.equal(seen.score.isnan().nonzero(), torch.tensor([[0, 3]]))
+
+
+# ---- both ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = set()
+
+    class Noted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            launched.add(self.name)
+            return self.kernel[grid]
+
+    names = set()
+    for kernels in (fused.kernels, fused_matching.kernels):
+        for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
+            names.add(name)
+            monkeypatch.setattr(kernels, name, Noted(name, getattr(kernels, name)))
+    sanitize.main()
+    assert launched == names
 
 
 # ---- registration --------------------------------------------------------------------------------------------------
@@ -435,7 +471,7 @@ def test_squares_that_overflow_give_nan(backend: str) -> None:
     """A vector of 1e20 has a direction, but float32 cannot square it: NaN shows that, a zero vector would hide it."""
     case = case_of(reduction="none")
     case.query[0, :, 0, 0] = 1e20
-    assert torch.equal(run(backend, case, wanted=()).loss.isnan().nonzero().cpu(), torch.tensor([[0, 0]]))
+    assert torch.equal(run(backend, case, wanted=()).loss.isnan().nonzero(), torch.tensor([[0, 0]]))
     for side in (3, 10):  # one tile and many
         key = torch.randn(1, 16, side, side)
         key[0, :, 0, 0] = 1e20
