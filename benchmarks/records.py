@@ -14,9 +14,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,11 +54,16 @@ class Suite(NamedTuple):
         parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
         parser.add_argument("--seconds", type=float, default=8, help="aimed at per case (default: %(default)s)")
         parser.add_argument("--limit", type=float, default=540, help="start no case after so many seconds")
+        parser.add_argument("--busy", type=int, default=0, metavar="N", help="cores kept busy, as data loaders do it")
         parser.add_argument("--again", action="store_true", help="measure cases that the file holds already")
         self.add_options(parser)
 
     def main(self, arguments: argparse.Namespace) -> None:
         """Measures every shape the file does not hold yet."""
+        with busy(arguments.busy):
+            self._measure_all(arguments)
+
+    def _measure_all(self, arguments: argparse.Namespace) -> None:
         path = arguments.out / f"{self.name}.json"
         record: dict[str, Any] = {"suite": self.name, "runs": [], "cases": []}
         if path.exists():
@@ -88,6 +96,18 @@ class Suite(NamedTuple):
         if left:
             print(f"{left} cases left by --limit; the same command goes on with them")
         print(f"{path.name}: {time.perf_counter() - began:.0f} s")
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many processes that do nothing but compute."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:

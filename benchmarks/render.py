@@ -136,6 +136,8 @@ def others(folder: str) -> str:
         ("queue", "{n:,} keys into {k:,} x {d}"),
         ("step", "{backbone} encoder, batch {batch}, {pixels} px, K = {k:,}"),
     ):
+        if not (RESULTS / folder / f"{suite}.json").exists():
+            continue
         cases = load(folder, suite)["cases"]
         names = [name for name in cases[0]["rows"] if name != OURS]
         heads = [f"{suite}: ms, then times ours", OURS, *names]

@@ -207,6 +207,12 @@ def test_tune(tmp_path: Path) -> None:
     assert all(row["error_loss"] < 1e-5 for row in rows.values())
 
 
+def test_busy_processes_live_as_long_as_the_measurement() -> None:
+    with records.busy(2) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+    assert all(process.poll() is not None for process in processes)
+
+
 def test_running_out_of_memory_is_a_result() -> None:
     def greedy(_: object) -> None:
         raise torch.OutOfMemoryError
