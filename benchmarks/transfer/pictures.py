@@ -19,13 +19,18 @@ from benchmarks.transfer.pretraining import ARMS
 from benchmarks.transfer.records import TASKS, Record
 from benchmarks.transfer.tasks import STRIDE
 
-SHORT = {"random": "random", "image": "image\nterm", "nearest": "nearest", "mutual": "mutual", "place": "place"}
+SHORT = {
+    **{"random": "random", "image": "image\nterm", "nearest": "nearest", "mutual": "mutual", "place": "place"},
+    **{"inbatch": "in-batch", "inbatch_nearest": "in-batch,\nnearest"},
+}
 TITLES = {
     "random": "random weights",
     "image": "image term alone",
     "nearest": "image + dense, nearest",
     "mutual": "image + dense, mutual",
     "place": "image + dense, same place",
+    "inbatch": "image term, in-batch negatives",
+    "inbatch_nearest": "image + dense, in-batch",
 }
 # Okabe and Ito's colours and three neutrals; void is white.
 COLOURS = (
