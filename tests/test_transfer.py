@@ -219,7 +219,7 @@ def test_in_batch_losses_against_a_loop() -> None:
     image_loss, dense_loss = model.in_batch(*pair, setting.arm)
     with encoder.autocast(torch.device("cpu")):
         maps = [encoder.encode(model.backbone_q, view.images) for view in pair]
-        sides = [(map_.double(), *(x.double() for x in model.head_q(map_))) for map_ in maps]
+        sides = [(map_.detach().double(), *(x.detach().double() for x in model.head_q(map_))) for map_ in maps]
 
     def loss(query: torch.Tensor, key: torch.Tensor, others: torch.Tensor, own: int) -> float:
         similar = [F.cosine_similarity(query, other, 0) for b, other in enumerate(others) if b != own]
