@@ -234,8 +234,8 @@ def test_in_batch_losses_against_a_loop() -> None:
                 cosine = F.cosine_similarity(map_a[b].flatten(1)[:, i : i + 1], map_b[b].flatten(1), 0)
                 match = int(cosine.argmax())
                 dense.append(loss(dense_a[b].flatten(1)[:, i], dense_b[b].flatten(1)[:, match], pooled_b, b))
-    assert float(image_loss) == pytest.approx(np.mean(image), rel=2e-2)  # products in bfloat16 where that is fast
-    assert float(dense_loss) == pytest.approx(np.mean(dense), rel=2e-2)
+    assert image_loss.item() == pytest.approx(np.mean(image), rel=2e-2)  # products in bfloat16 where that is fast
+    assert dense_loss.item() == pytest.approx(np.mean(dense), rel=2e-2)
 
 
 def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
