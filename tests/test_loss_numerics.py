@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -264,7 +265,9 @@ def test_bfloat16_in_several_calls_of_the_attention_operator(
     seen, usual = (helpers.run(backend, case, rank=False) for backend in ("blockwise", "eager"))
     without = helpers.run("blockwise", case, wanted=(), rank=False)
     assert_close(without.loss, seen.loss, 1e-6)
-    problem, _ = _normal_form(case.query, case.key, case.negatives, case.index, case.temperature, None)
+    rows = case.negatives
+    queue = rows if count is None else SimpleNamespace(rows=rows, count=torch.tensor(count))
+    problem, _ = _normal_form(case.query, case.key, queue, case.index, case.temperature, None)
     assert blockwise.forward(problem, want_grad=False, want_rank=False).grad_query.numel() == 0
     for name in ("loss", "query", "key", "negatives"):
         wish, tolerance = getattr(truth, name), 2 * helpers.error(getattr(usual, name), getattr(truth, name))

@@ -13,8 +13,8 @@ from densecl_ops._numerics import accumulation_dtype, inverse_root
 TILE_SCORES_CPU = 2**20
 TILE_SCORES = 2**24  # 64 MiB: few enough launches, still small beside the features
 # Feature values of both maps in a tile on a CPU: their squares, or the float32 copies of half-precision maps, are then
-# small enough to be reused. Half of it for the copies, which are there besides. Smaller tiles are up to 10% faster on a
-# quiet machine and twice as slow on a loaded one, whose threads wait for each other at the end of every pass.
+# small enough to be reused. Half of it for the copies, which are there besides. Smaller tiles are a little faster on a
+# quiet machine and much slower on a loaded one, whose threads wait for each other at the end of every pass.
 TILE_FEATURES = 2**22
 
 
@@ -70,9 +70,9 @@ class _Tiles:
     """
 
     def __init__(self, query: Tensor, key: Tensor, per_tile: int, dtype: torch.dtype) -> None:
-        self.maps, self.per_tile, self.dtype = (query, key), per_tile, dtype
+        self.maps, self.per_tile = (query, key), per_tile
         self.copies = [None if x.dtype == dtype else torch.empty_like(x[:per_tile], dtype=dtype) for x in self.maps]
-        # A norm along contiguous channels needs no squares; along others it takes ten times as long as they do.
+        # A norm along contiguous channels needs no squares; along others it takes many times as long as they do.
         tiles = [x[:per_tile] if copy is None else copy for x, copy in zip(self.maps, self.copies, strict=True)]
         sizes = [x.numel() for x in tiles if x.stride(1) != 1]
         self.squares = query.new_empty(max(sizes, default=0), dtype=dtype)

@@ -230,15 +230,17 @@ def _flash_attend(scaled: Tensor, problem: Problem, want_mean: bool) -> _Attenti
         rows = rows.expand(1, heads, -1, -1)
         results = _FLASH(operand, rows, rows, 0.0, False, scale=1.0)
         part_mean, part_sum = (x.transpose(1, 2).reshape(queries, -1) for x in results)
-        if log_sum_exp is None or mean is None:
-            log_sum_exp, mean = part_sum, part_mean.to(scaled.dtype)
+        if log_sum_exp is None:
+            log_sum_exp, mean = part_sum, part_mean.to(scaled.dtype) if want_mean else None
             continue
         both = torch.logaddexp(log_sum_exp, part_sum)
-        mean.lerp_(part_mean.to(mean.dtype), (part_sum - both).exp_())
+        if mean is not None:
+            mean.lerp_(part_mean.to(mean.dtype), (part_sum - both).exp_())
         log_sum_exp = both
     if log_sum_exp is None:
-        return _Attention(scaled.new_full((queries,), float("-inf")), torch.zeros_like(scaled), None)
-    return _Attention(log_sum_exp.view(-1), mean if want_mean else None, None)
+        log_sum_exp = scaled.new_full((queries,), float("-inf"))
+        mean = torch.zeros_like(scaled) if want_mean else None
+    return _Attention(log_sum_exp.view(-1), mean, None)
 
 
 def _finite(x: Tensor) -> Tensor:
