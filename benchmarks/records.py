@@ -177,6 +177,13 @@ def validate(record: dict[str, Any]) -> None:
             need(all(0 <= error < 1 for error in errors), f"{where}: errors {errors}")
 
 
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """In Markdown."""
+    heads = list(heads)
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+
+
 def print_rows(title: str, rows: dict[str, Row], columns: dict[str, str]) -> None:
     """One table: time, ratio, memory, then `columns` (key of a row: heading)."""
     print(f"\n{title}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.curves import BROKEN, HEALTHY
 from benchmarks.loss import HEADLINE, HEADLINE_CPU
-from benchmarks.records import OURS
+from benchmarks.records import OURS, table
 from benchmarks.transfer import page as transfer
 
 ROOT = Path(__file__).parent.parent
@@ -117,14 +117,14 @@ def grid(folder: str) -> str:
     for mode, title in MODES.items():
         cases = [case for case in every if case["shape"]["mode"] == mode]
         heads = ["N, K, D, dtype", "ours", "extra memory", *(NAMES[name][1] for name in names)]
-        lines = [f"{title}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines = []
         for case in sorted(cases, key=lambda c: [c["shape"][key] for key in ("dtype", "d", "k", "n", "cache")]):
             rows = case["rows"]
             start = "{n:,}, {k:,}, {d}, {dtype}".format(**case["shape"]) + _cold(case)
             memory = f"{rows[OURS]['peak_extra_mib']:,.0f} MiB"
             cells = [start, _median(rows[OURS]), memory, *(_multiple(rows.get(name)) for name in names)]
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+            lines.append(cells)
+        parts.append(f"{title}:\n\n{table(heads, lines)}")
     return "\n\n".join(parts)
 
 
@@ -141,12 +141,12 @@ def others(folder: str) -> str:
         cases = load(folder, suite)["cases"]
         names = [name for name in cases[0]["rows"] if name != OURS]
         heads = [f"{suite}: ms, then times ours", OURS, *names]
-        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines = []
         for case in cases:
             start, rows = title.format(**case["shape"]) + _cold(case), case["rows"]
             cells = [start, _median(rows[OURS]), *(_multiple(rows.get(name)) for name in names)]
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
+            lines.append(cells)
+        parts.append(table(heads, lines))
     return "\n\n".join(parts)
 
 
@@ -260,7 +260,10 @@ def plots() -> Iterator[tuple[Path, Path, str]]:
     """Results, picture, and what is drawn (a dtype, or which curves), of every plot there should be."""
     images = ROOT / "docs" / "images"
     for source in sorted(RESULTS.glob("*/loss.json")):
-        dtypes = {case["shape"]["dtype"] for case in json.loads(source.read_text())["cases"]}
+        shapes = [case["shape"] for case in json.loads(source.read_text())["cases"]]
+        if len({shape["n"] for shape in shapes if shape["k"] == 65536}) < 2:  # nothing to draw against N
+            continue
+        dtypes = {shape["dtype"] for shape in shapes}
         for dtype in sorted(dtypes):
             yield source, images / f"loss-{source.parent.name}-{dtype}.png", dtype
     for what in ("healthy", "broken"):

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from benchmarks.records import table
 from benchmarks.transfer.data import CLASSES
 from benchmarks.transfer.pretraining import ARMS, IMAGE
 from benchmarks.transfer.records import TASKS, Record, chosen_rate, load, on_val
@@ -21,6 +22,7 @@ NAMES = {
     "inbatch": "image term, in-batch negatives (SimCLR)",
     "inbatch_nearest": "image + dense, nearest, in-batch negatives",
 }
+HEADINGS = [heading for _, heading in TASKS.values()]
 # 0.975 quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -41,32 +43,30 @@ def spread(values: list[float]) -> str:
 def results(folder: str) -> str:
     """Mean over the seeds and standard deviation, an arm per row."""
     records = load(RESULTS / folder)
-    lines = ["| | seeds | " + " | ".join(heading for _, heading in TASKS.values()) + " |"]
-    lines += ["|---" * (len(TASKS) + 2) + "|"]
+    rows = []
     for arm in ARMS:
         runs = by_seed(records, arm).values()
         if runs:
             cells = [spread([value(run, task) for run in runs]) for task in TASKS]
-            lines.append(f"| {NAMES[arm]} | {len(runs)} | " + " | ".join(cells) + " |")
+            rows.append([NAMES[arm], str(len(runs)), *cells])
     unmoved = f"{records[0]['test.unmoved']['miou']:.3f}"
-    lines.append("| no features: labels left where they were | | | | " + unmoved + " | |")
-    return "\n".join(lines)
+    rows.append(["no features: labels left where they were", "", "", "", unmoved, ""])
+    return table(["", "seeds", *HEADINGS], rows)
 
 
 def differences(folder: str) -> str:
     """Each arm minus the image term of the same seed."""
     records = load(RESULTS / folder)
     base = by_seed(records, IMAGE)
-    lines = ["| minus the image term of the same seed | " + " | ".join(heading for _, heading in TASKS.values()) + " |"]
-    lines += ["|---" * (len(TASKS) + 1) + "|"]
+    rows = []
     for arm in ARMS:
         runs = by_seed(records, arm)
         seeds = sorted(runs.keys() & base.keys())
         if arm == IMAGE or not seeds:
             continue
         cells = [paired([value(runs[s], task) - value(base[s], task) for s in seeds]) for task in TASKS]
-        lines.append(f"| {NAMES[arm]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([NAMES[arm], *cells])
+    return table(["minus the image term of the same seed", *HEADINGS], rows)
 
 
 def paired(values: list[float]) -> str:
@@ -81,26 +81,25 @@ def paired(values: list[float]) -> str:
 
 def each_run(folder: str) -> str:
     """Every run that is reported."""
-    lines = ["| seed | arm | rate | " + " | ".join(heading for _, heading in TASKS.values()) + " |"]
-    lines += ["|---" * (len(TASKS) + 3) + "|"]
+    rows = []
     records = load(RESULTS / folder)
     for record in sorted(records, key=lambda r: (r["setting"]["seed"], ARMS.index(r["setting"]["arm"]))):
         setting = record["setting"]
         cells = [f"{value(record, task):.3f}" for task in TASKS]
-        lines.append(f"| {setting['seed']} | {setting['arm']} | {setting['rate']:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([str(setting["seed"]), setting["arm"], f"{setting['rate']:g}", *cells])
+    return table(["seed", "arm", "rate", *HEADINGS], rows)
 
 
 def each_class(folder: str) -> str:
     """IoU of k-NN retrieval per class, mean over the seeds."""
     records = load(RESULTS / folder)
-    lines = ["| k-NN, IoU | " + " | ".join(CLASSES) + " |", "|---" * (len(CLASSES) + 1) + "|"]
+    rows = []
     for arm in ARMS:
         runs = [record["test.knn"]["classes"] for record in by_seed(records, arm).values()]
         if runs:
             cells = [f"{statistics.mean(column):.2f}" for column in zip(*runs, strict=True)]
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([arm, *cells])
+    return table(["k-NN, IoU", *CLASSES], rows)
 
 
 def search(folder: str) -> str:
@@ -117,15 +116,14 @@ def search_stereo(folder: str) -> str:
 
 def _by_rate(records: list[Record], heading: str, value: Callable[[Record], float], bold: bool) -> str:
     rates = sorted({record["setting"]["rate"] for record in records})
-    lines = [f"| {heading} | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |"]
-    lines += ["|---" * (len(rates) + 1) + "|"]
+    rows = []
     for arm in ARMS:
         found = {record["setting"]["rate"]: value(record) for record in records if record["setting"]["arm"] == arm}
         if found:
             taken = chosen_rate(records, arm) if bold else None
             cells = [f"**{found[rate]:.3f}**" if rate == taken else f"{found[rate]:.3f}" for rate in rates]
-            lines.append(f"| {NAMES[arm]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append([NAMES[arm], *cells])
+    return table([heading, *(f"rate {rate:g}" for rate in rates)], rows)
 
 
 STUDIED: dict[str, Callable[[Record], float]] = {
@@ -147,19 +145,19 @@ def study(folder: str) -> str:
     """One choice changed at a time: image term, nearest and place in every cell."""
     records = load(RESULTS / folder / "study")
     base = {key: statistics.mode(record["setting"][key] for record in records) for key in CHANGES}
-    rows: dict[str, dict[str, Record]] = {}
+    runs: dict[str, dict[str, Record]] = {}
     for record in records:
         setting = record["setting"]
         changed = [text.format(setting[key]) for key, text in CHANGES.items() if setting[key] != base[key]]
-        rows.setdefault(", ".join(changed), {})[setting["arm"]] = record
-    lines = ["| one change | " + " | ".join(STUDIED) + " |", "|---" * (len(STUDIED) + 1) + "|"]
-    for change in sorted(rows):
+        runs.setdefault(", ".join(changed), {})[setting["arm"]] = record
+    rows = []
+    for change in sorted(runs):
         cells = []
         for value in STUDIED.values():
-            found = {arm: f"{value(record):.3f}" for arm, record in rows[change].items()}
+            found = {arm: f"{value(record):.3f}" for arm, record in runs[change].items()}
             cells.append(" / ".join(found.get(arm, "") for arm in ("image", "nearest", "place")))
-        lines.append(f"| {change or 'none'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([change or "none", *cells])
+    return table(["one change", *STUDIED], rows)
 
 
 # What benchmarks.render shows between two marks, by kind.

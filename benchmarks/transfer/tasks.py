@@ -218,19 +218,18 @@ def measure(
 
     The stereo pair is in neither split. It stands beside val where test is not looked at; nothing is chosen by it.
     """
-    following = val
-    train, val = (Frames(s.names[::EVERY], s.images[::EVERY], s.truth[::EVERY]) for s in (train, val))
-    seen = look_at(network, train)
+    seen = look_at(network, Frames(train.names[::EVERY], train.images[::EVERY], train.truth[::EVERY]))
     probe, memory = fit_probe(seen), remember(seen)
     del seen
-    cells = look_at(network, val)
+    every = look_at(network, val)  # propagation needs neighbours
+    cells = Cells(every.features[::EVERY], every.counts[::EVERY], [])
     probed = [score(probe.predict(rows_of(cells), i), cells.counts) for i in range(len(DECAYS))]
     best = max(range(len(DECAYS)), key=lambda i: probed[i]["miou"])
     facts = [fact | {"val": result["miou"]} for fact, result in zip(probe.facts, probed, strict=True)]
     on_val = {
         "probe": probed[best],
         "knn": retrieved(memory, cells),
-        "propagation": propagate(look_at(network, following)),
+        "propagation": propagate(every),
     }
     results: dict[str, Any] = {"probe_fits": facts, "val": on_val}
     if test is None:
