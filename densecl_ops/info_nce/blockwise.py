@@ -186,10 +186,10 @@ def _product_dtype(problem: Problem) -> torch.dtype:
 
 
 def _tile_rows(queries: int, device_type: str) -> int:
-    """Queue rows per tile; measured on 2 cores, see docs/performance.md."""
+    """Queue rows per tile; docs/design-notes.md says how they were chosen."""
     if device_type != "cpu":
         return max(128, 2**24 // queries)  # 64 MiB of logits: few launches, still nothing like N x K
-    return max(128, min(1024, 2**20 // queries))  # 4 MiB of logits
+    return max(128, min(4096, 2**21 // queries))  # 8 MiB of logits
 
 
 def _is_bounded(problem: Problem) -> bool:
