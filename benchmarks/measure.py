@@ -25,6 +25,8 @@ import densecl_ops
 
 Row = dict[str, Any]
 
+HOPELESS = 20  # on two cores one rival takes 79 times our time: half of a grid's hours would be its repetitions
+
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _NVIDIA_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 
@@ -66,7 +68,8 @@ def compare(
         inputs: Rotated from round to round, so that no run finds its operands where the last one left them.
         device: Where the contestants run.
         cold: Whether a GPU's L2 cache is overwritten before every run.
-        seconds: Aimed at for all rounds together; 3 to 25 rounds are run.
+        seconds: Aimed at for all rounds together; 3 to 25 rounds are run. A contestant that takes longer than that for
+            one run, and HOPELESS times as long as the fastest, is timed once.
         needs: Bytes that a contestant is known to take: on a CPU there is no error to catch where they are too many.
 
     Returns:
@@ -74,7 +77,7 @@ def compare(
         `peak_extra_mib`, or `failed` with the reason: running out of memory is a result.
     """
     rows: dict[str, Row] = {}
-    expected: dict[str, float] = {}
+    first_samples: dict[str, tuple[float, float]] = {}
     torch._dynamo.reset()
     for name, run in contestants.items():
         need = (needs or {}).get(name, 0)
@@ -85,7 +88,7 @@ def compare(
             first = functools.partial(run, inputs[0])
             first()  # compiles, loads libraries
             rows[name] = {"peak_extra_mib": _mib(peak_extra_bytes(first, device))}
-            expected[name] = _timed(first, device, cold)[0]
+            first_samples[name] = _timed(first, device, cold)
         except torch.OutOfMemoryError:
             rows[name] = {"failed": "out of memory"}
         except Exception as error:  # a rival that cannot serve this dtype or width says so in many ways
@@ -93,15 +96,17 @@ def compare(
             rows[name] = {"failed": f"{type(error).__name__}: {text[:160]}"}
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    rounds = min(25, max(3, round(seconds / max(sum(expected.values()), 1e-9))))
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in expected}
+    fastest = min((spent for spent, _ in first_samples.values()), default=0.0)
+    worth = {name: spent for name, (spent, _) in first_samples.items() if spent <= max(seconds, HOPELESS * fastest)}
+    rounds = min(25, max(3, round(seconds / max(sum(worth.values()), 1e-9))))
+    samples = {name: [] if name in worth else [sample] for name, sample in first_samples.items()}
     for index in range(rounds):
-        for name in expected:
+        for name in worth:
             one = inputs[index % len(inputs)]
             samples[name].append(_timed(functools.partial(contestants[name], one), device, cold))
     for name, taken in samples.items():
         rows[name]["milliseconds"] = [significant(1e3 * x) for x in quartiles([device for device, _ in taken])]
-        rows[name]["rounds"] = rounds
+        rows[name]["rounds"] = len(taken)
         if device.type == "cuda":
             rows[name]["host_us"] = significant(1e6 * quartiles([host for _, host in taken])[1])
     return rows

@@ -171,7 +171,7 @@ def validate(record: dict[str, Any]) -> None:
                 continue
             low, middle, high = row["milliseconds"]
             need(0 < low <= middle <= high, f"{where}: milliseconds {row['milliseconds']}")
-            need(row["rounds"] >= 3, f"{where}: {row['rounds']} rounds")
+            need(row["rounds"] >= 3 or (row["rounds"] == 1 and low == high), f"{where}: {row['rounds']} rounds")
             need(row["peak_extra_mib"] is None or row["peak_extra_mib"] >= 0, f"{where}: {row['peak_extra_mib']} MiB")
             errors = [value for key, value in row.items() if key.startswith("error_")]
             need(all(0 <= error < 1 for error in errors), f"{where}: errors {errors}")

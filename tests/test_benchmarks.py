@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,16 @@ def test_running_out_of_memory_is_a_result() -> None:
     assert rows["greedy"] == {"failed": "out of memory"}
     assert rows["known"] == {"failed": "not run: needs about 1048576 GiB"}
     assert rows["densecl_ops"]["rounds"] >= 3
+
+
+def test_a_hopeless_contestant_is_timed_once() -> None:
+    entries = {"slow": lambda _: time.sleep(0.2), "fast": lambda _: time.sleep(0.005)}
+    rows = compare(entries, [None], CPU, cold=False, seconds=0.1)
+    assert rows["slow"]["rounds"] == 1
+    assert rows["fast"]["rounds"] >= 3
+    low, middle, high = rows["slow"]["milliseconds"]
+    assert 200 <= low == middle == high
+    assert compare(entries, [None], CPU, cold=False, seconds=0.4)["slow"]["rounds"] == 3
 
 
 def test_torch_compile_is_compiled_in_every_case() -> None:
