@@ -80,8 +80,8 @@ def strides(prefix: str, stride: tuple[int, ...], dims: str) -> dict[str, int]:
     return {start + dim: step for dim, step in zip(dims, stride, strict=True)}
 
 
-def exact_precision(dtype: torch.dtype, architecture: str) -> str:
-    """The `input_precision` of tl.dot that is float32 to the last bits, where Triton's own default would be tf32.
+def float32_precision(dtype: torch.dtype, architecture: str) -> str:
+    """The `input_precision` of tl.dot that is float32 to its last bit or two; Triton's own default is tf32.
 
     Three tf32 products on NVIDIA's tensor cores; true float32 has none there and spills at every useful tile.
     """

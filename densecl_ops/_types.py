@@ -1,4 +1,4 @@
-"""Public tuples, protocols and choices that several rooms share."""
+"""Public tuples, protocols and choices that several modules share."""
 
 from __future__ import annotations
 

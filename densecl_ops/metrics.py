@@ -110,7 +110,7 @@ def mutual_share(
         key_features: The same of the other view. Its grid may differ: with fewer keys than queries the share cannot
             exceed P_k / P_q.
         grid_size: Average-pools both maps to S x S (or (H, W)) first. Default: none.
-        backend: "auto" (default), "eager", "blockwise" or "triton".
+        backend: As in `dense_correspondence`. Default "auto".
 
     Returns:
         0-d float32 in [0, 1].

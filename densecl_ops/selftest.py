@@ -328,10 +328,10 @@ def main(arguments: list[str] | None = None) -> int:
     for case in cases(real, images=256 if device.type == "cuda" else FEW_IMAGES):
         rows.append(check(case, backend, device))
         print(_line(rows[-1]), flush=True)
+        if options.json:  # after every check: what ends the process early loses one
+            options.json.write_text(json.dumps({"environment": about, "checks": rows}, indent=1) + "\n")
     failures = sum("failed" in row for row in rows)
     print(f"\n{len(rows)} checks, {failures} failed")
-    if options.json:
-        options.json.write_text(json.dumps({"environment": about, "checks": rows}, indent=1) + "\n")
     return 1 if failures else 0
 
 

@@ -133,6 +133,25 @@ def test_no_correspondence_and_vectors() -> None:
     check("triton", replace(vectors, query=vectors.query[..., 0], key=vectors.key[..., 0], index=None), FLOAT32)
 
 
+def test_indices_of_any_strides() -> None:
+    """The identity as an expanded arange, a transposed index, a column of a table; and an upstream gradient."""
+    case = case_of(exclude=torch.tensor([70, 3]), reduction="none")
+    for index in (torch.arange(35)[None].expand(2, 35) % 16, case.index.t().contiguous().t()):
+        for exclude in (torch.tensor([[70, 1], [3, 2]])[:, 0], torch.tensor([3]).expand(2)):
+            check("triton", replace(case, index=index, exclude=exclude), FLOAT32)
+    check("triton", replace(case, index=torch.arange(16).repeat(2, 3)[:, :35], exclude=None), FLOAT32)
+    check("triton", replace(case, index=torch.arange(35).expand(2, 35) // 3, upstream=torch.rand(35, 2).t()), FLOAT32)
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "triton"])
+def test_small_losses(backend: str) -> None:
+    """log(1 + x) for x from 1e-4 to 0.4: 1 + x in float32 keeps 11 to 22 bits of x."""
+    query, negatives = torch.eye(4)[:1], torch.eye(4)[1:2]
+    for temperature in torch.linspace(0.108, 1.0, 60):
+        case = Case(query, query, negatives, temperature=float(temperature), reduction="none")
+        np.testing.assert_allclose(run(backend, case, wanted=()).loss.cpu().numpy(), expected(case).loss, rtol=3e-6)
+
+
 def test_many_queries_share_a_key() -> None:
     case = case_of()
     check("triton", replace(case, index=torch.zeros_like(case.index)), FLOAT32)
@@ -273,6 +292,24 @@ def test_matching_ties_and_nan(positions: int) -> None:
     seen = match("triton", query, key)
     assert not seen.index.any()
     assert torch.equal(seen.score.isnan().nonzero(), torch.tensor([[0, 3]]))
+
+
+@pytest.mark.parametrize("grids", [((7, 7), (7, 7)), ((3, 3), (14, 14))], ids=str)
+@pytest.mark.parametrize("mutual", [False, True])
+def test_an_infinite_feature_matches_inside_the_grid(
+    grids: tuple[tuple[int, int], tuple[int, int]], mutual: bool
+) -> None:
+    """Every key is negative in its channel: -inf is below the nothing beyond the grid, if that is inf * 0 = NaN."""
+    query, key = torch.randn(2, 16, *grids[0]), torch.randn(2, 16, *grids[1])
+    key[:, 5] = -key[:, 5].abs()
+    finite = match("triton", query, key)
+    query[1, 5, 1, 2] = float("inf")
+    where = grids[0][1] + 2
+    seen = match("triton", query, key, mutual=mutual)
+    assert seen.index.max() < key[0, 0].numel()
+    assert seen.score[1, where].isnan()
+    finite.index[1, where] = seen.index[1, where]
+    assert torch.equal(seen.index, finite.index)
 
 
 # ---- both ----------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def boxes_from_kornia(augmentation: Any) -> Tensor:
         on the CPU. x0 > x1 where the view is mirrored left to right, y0 > y1 where top to bottom.
 
     Raises:
-        TypeError: augmentation is none of kornia's.
+        TypeError: augmentation is not one of kornia's.
         ValueError: It was not called yet; or it moved pixels in a way that no box describes: rotation, shear, padding,
             mixing of images, ...; or it holds a module that keeps no record, such as a plain torch.nn.Module.
 

@@ -40,7 +40,9 @@ def dense_correspondence(
             was given, so that index and projection speak of the same positions.
         mutual: Marks as valid only pairs that are each other's nearest neighbour.
         min_score: Marks as valid only pairs of at least this cosine similarity, in [-1, 1].
-        backend: "auto", "eager", "blockwise" or "triton".
+        backend: "auto" takes the Triton kernels on CUDA and ROCm devices, and "blockwise" elsewhere or, with one
+            warning, where they cannot serve. "blockwise" is plain PyTorch in tiles, "eager" the textbook formula, to
+            check with. "triton" is the kernels or an error.
 
     Returns:
         Correspondence of index (B, P_q) int64, score (B, P_q) float32 (cosine similarity) and valid (B, P_q) bool.

@@ -20,7 +20,9 @@ class DenseCorrespondence(nn.Module):
         grid_size: Average-pools both maps to S x S (or (H, W)) first. Give it the head's grid_size. Default: none.
         mutual: Marks as valid only mutual nearest neighbours. Default: every query has a valid match.
         min_score: Marks as valid only pairs of at least this cosine similarity. Default: no threshold.
-        backend: "auto" (default), "eager", "blockwise" or "triton".
+        backend: "auto" (default) takes the Triton kernels on CUDA and ROCm devices, "blockwise" elsewhere or, with one
+            warning, where they cannot serve. "blockwise" is plain PyTorch in tiles, "eager" the textbook formula, to
+            check with. "triton" is the kernels or an error.
 
     Raises:
         TypeError: An option has the wrong type.

@@ -54,7 +54,7 @@ def inverse_norm_kernel(
 @triton.jit
 def _best(score, exists, AXIS: tl.constexpr):
     """Largest score along AXIS and its lowest index. NaN counts as the largest, as in torch, and comes as inf."""
-    score = tl.where(score != score, float("inf"), tl.where(exists, score, float("-inf")))
+    score = tl.where(exists, tl.where(score != score, float("inf"), score), float("-inf"))
     return tl.max(score, AXIS, return_indices=True, return_indices_tie_break_left=True)
 
 

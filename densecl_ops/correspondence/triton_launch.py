@@ -77,7 +77,7 @@ def _search(
             channels=channels,
             **_launch.strides("query", query.stride(), "bcp"),
             **_launch.strides("key", key.stride(), "bcp"),
-            PRECISION=_launch.exact_precision(query.dtype, _launch.describe(query.device).architecture),
+            PRECISION=_launch.float32_precision(query.dtype, _launch.describe(query.device).architecture),
             UPCAST=query.device.type == "cpu",
             EVEN_C=channels % config.block_c == 0,
             BLOCK_Q=config.block_q,

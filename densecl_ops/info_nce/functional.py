@@ -97,11 +97,13 @@ def dense_info_nce(
             position i, and the two grids must agree.
         temperature: t, at least 1e-18; a number, or a 0-d tensor, which receives a gradient if it asks for one.
         reduction: "mean" (over the total weight), "sum" or "none".
-        weight: (B, P_q) scales the rows. A row of weight 0 or with an invalid match is left out (NaN
-            and all, except in the gradients of "eager").
+        weight: (B, P_q) scales the rows. A row of weight 0 or with an invalid match is left out,
+            even if it holds NaN (in the gradients of "eager" a NaN stays).
         exclude: (B,) integer, the row of `negatives` that belongs to the same image, left out of its sum.
         return_rank: Also return how many negatives score above each positive (0: the positive wins).
-        backend: "auto", "eager", "blockwise" or "triton".
+        backend: "auto" takes the Triton kernels on CUDA and ROCm devices, and "blockwise" elsewhere or, with one
+            warning, where they cannot serve. "blockwise" is plain PyTorch in tiles, "eager" the textbook formula, to
+            check with. "triton" is the kernels or an error.
 
     Returns:
         The loss in float32 (float64 if query, key or negatives are), under autocast too. It is 0-d, or (B, P_q) for
@@ -109,7 +111,7 @@ def dense_info_nce(
 
         Gradients flow to query, to key, negatives and temperature where they require grad, and to weight. The
         products run in the autocast dtype under autocast, else in the wider of the query's and the negatives' dtype.
-        Except in "eager", nothing of size N x K is held, `negatives` may change before backward(), and the result
+        Except in "eager", nothing of size (B P_q) x K is held, `negatives` may change before backward(), and the result
         can be differentiated once.
 
     Raises:

@@ -22,8 +22,10 @@ class DenseInfoNCELoss(nn.Module):
         temperature: t, at least 1e-18. Default 0.2, DenseCL's and MoCo-v2's.
         reduction: "mean" (default, over the total weight), "sum" or "none".
         learnable_temperature: Learns log(1/t) as the parameter `logit_scale` (as CLIP does), from `temperature` on.
-            Default: t is constant.
-        backend: "auto" (default), "eager", "blockwise" or "triton".
+            Give `criterion.parameters()` to the optimizer, and move the loss to the device. Default: t is constant.
+        backend: "auto" (default) takes the Triton kernels on CUDA and ROCm devices, "blockwise" elsewhere or, with one
+            warning, where they cannot serve. "blockwise" is plain PyTorch in tiles, "eager" the textbook formula, to
+            check with. "triton" is the kernels or an error.
 
     Raises:
         TypeError: An option has the wrong type.

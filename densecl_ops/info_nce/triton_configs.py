@@ -1,7 +1,7 @@
 """Tile shapes of the loss kernels: a fixed table, so that results and start-up never depend on a tuning run.
 
 Rows were chosen by compiling (`make kernels`): the largest tiles whose registers do not spill and whose shared memory
-fits. Which of several such tiles is fastest waits for a GPU; docs/kernels.md says what is predicted.
+fits. Which of several such tiles is fastest waits for a GPU.
 """
 
 from __future__ import annotations

@@ -159,7 +159,8 @@ def attend_kernel(
     if CHUNK_D == BLOCK_D:
         scaled = _load_tile(scaled_ptr, row, channel, row_exists, CHANNELS)
     if exclude_ptr is not None:
-        excluded = tl.load(exclude_ptr + row // positions, mask=row_exists, other=-1).to(tl.int32)
+        excluded = tl.load(exclude_ptr + row // positions, mask=row_exists, other=-1)
+        excluded = tl.where((excluded >= 0) & (excluded < size), excluded, -1).to(tl.int32)
 
     denominator = tl.zeros([BLOCK_N], tl.float32)
     if shift_ptr is not None:
@@ -287,9 +288,10 @@ def combine_kernel(
 
     log_sum_exp = (shift + tl.log2(denominator)) * LN_2
     margin = log_sum_exp - tl.load(positive_ptr + row, mask=row_exists, other=0.0) * LN_2
-    # softplus and sigmoid of the margin without overflow; log1p by its series where 1 + x would round x away.
+    # softplus and sigmoid of the margin without overflow; log1p with what rounding 1 + x loses given back.
     small = tl.exp(-tl.abs(margin))
-    log1p = tl.where(small < 1e-3, small * (1.0 - small * (0.5 - small * (1.0 / 3.0))), tl.log(1.0 + small))
+    above_one = 1.0 + small
+    log1p = tl.log(above_one) + (small - (above_one - 1.0)) / above_one
     loss = tl.where(margin != margin, margin, tl.maximum(margin, 0.0) + log1p)
     pull = tl.where(margin < 0, small, 1.0) / (1.0 + small)
     tl.store(loss_ptr + row, loss, mask=row_exists)

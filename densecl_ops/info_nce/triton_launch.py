@@ -54,7 +54,7 @@ class Parts(NamedTuple):
 
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | None = None) -> Result:
-    """As in Backend. `splits` overrides the plan, for tests and tuning."""
+    """As in Backend. `splits` overrides the plan, for tests."""
     plan = _plan(problem, want_rank, splits)
     with _launch.launching_on(problem.query):
         scaled, positive = _prepare(problem, plan)
@@ -146,7 +146,7 @@ def _attend(
         positive_ptr=positive,
         negatives_ptr=negatives,
         negatives_descriptor=_descriptor(negatives, plan.tile),
-        exclude_ptr=problem.exclude,
+        exclude_ptr=_flat(problem.exclude),
         count_ptr=problem.count,
         **parts._asdict(),
         **plan.attend_arguments,
@@ -191,10 +191,15 @@ def _maps(problem: Problem) -> dict[str, Any]:
     return {
         "query_ptr": problem.query,
         "key_ptr": problem.key,
-        "index_ptr": problem.index,
+        "index_ptr": _flat(problem.index),
         "scale_ptr": problem.scale if learned else None,
         "scale": 0.0 if learned else problem.scale,
     }
+
+
+def _flat(indices: Tensor | None) -> Tensor | None:
+    """As the kernels read them: an expanded arange or a column of a table has other strides."""
+    return None if indices is None else indices.contiguous()
 
 
 def _operand(problem: Problem) -> Tensor:
@@ -218,7 +223,7 @@ def _descriptor(negatives: Tensor, tile: list[int] | None) -> TensorDescriptor |
 
 
 def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, splits: int | None = None) -> Tensor:
-    """As in Backend. `splits` overrides the plan, for tests and tuning."""
+    """As in Backend. `splits` overrides the plan, for tests."""
     batch, channels, positions = problem.query.shape
     rows, size = batch * positions, problem.negatives.shape[0]
     device = _launch.describe(problem.query.device)
@@ -241,7 +246,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
             weighted_ptr=weighted.to(dtype),
             negatives_ptr=_operand(problem),
             log_sum_exp_ptr=shift,
-            exclude_ptr=problem.exclude,
+            exclude_ptr=_flat(problem.exclude),
             count_ptr=problem.count,
             out_ptr=parts,
             rows=rows,
@@ -266,14 +271,14 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
     batch, channels, positions = query.shape
     key_positions, block_d = key.shape[2], triton_configs.block_d(channels)
     # The weight of a row whose index is out of range is NaN, which then reaches the first or the last key of its image.
-    matched, order = index.clamp(0, key_positions - 1).sort(dim=1, stable=True)
+    matched, order = index.contiguous().clamp(0, key_positions - 1).sort(dim=1, stable=True)
     targets = torch.arange(key_positions + 1, device=index.device).expand(batch, -1).contiguous()
     grad = query.new_empty((batch, key_positions, channels), dtype=torch.float32)
     with _launch.launching_on(query):
         kernels.grad_key_kernel[(batch * key_positions,)](
             query_ptr=query,
             key_ptr=key,
-            weight_ptr=row_weight.neg(),
+            weight_ptr=row_weight.neg().contiguous(),  # the strides of the upstream gradient
             order_ptr=order,
             bound_ptr=torch.searchsorted(matched, targets),
             out_ptr=grad,
@@ -309,7 +314,7 @@ def plan_split(items: int, length: int, block: int, step: int, slots: int, split
 
 def _precision(problem: Problem) -> str:
     """float32 products follow torch's setting for float32 products on CUDA."""
-    exact = _launch.exact_precision(problem.matmul_dtype, _launch.describe(problem.query.device).architecture)
+    exact = _launch.float32_precision(problem.matmul_dtype, _launch.describe(problem.query.device).architecture)
     return "tf32" if exact == "tf32x3" and _tf32_is_allowed() else exact
 
 

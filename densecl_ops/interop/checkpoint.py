@@ -98,7 +98,7 @@ class Checkpoint:
             extra: Kept as it is and written beside the model, for example {"meta": {"epoch": 3, "iter": 900}}.
 
         Raises:
-            TypeError: A module is none.
+            TypeError: An argument is neither None nor a torch.nn.Module.
         """
         modules = _given(backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue)
         checkpoint = cls(extra=dict(extra or {}))
@@ -137,7 +137,7 @@ class Checkpoint:
             The entries that keep_dense left as they were, such as "head_q.dense_mlp.0.weight".
 
         Raises:
-            TypeError: A module is none.
+            TypeError: An argument is neither None nor a torch.nn.Module.
             ValueError: No module is given, or a part or an entry is missing, unexpected or of another shape: all of
                 them in one message.
         """

@@ -49,7 +49,8 @@ def read_checkpoint(
         source: A file, read with torch.load(weights_only=True) onto the CPU, or what is in it: a state dict, or a
             mapping with one under "state_dict" or "model". Tensors of a mapping are not copied, but for the queues.
         format: "densecl" (the official code, mmselfsup 0.x), "mmpretrain" (mmselfsup 1.x too), "moco" (v2), "lightly",
-            or one of our recipes by the name of its file: "with_moco", "moco_loop", ... "backbone": plain ResNet names,
+            or one of our recipes by the name of its file: "with_moco", "moco_loop", ... (both
+            of lightly: "with_lightly"). "backbone": plain ResNet names,
             or the query backbone alone of any of these, all else being `unmapped`. Default "auto": told from the names.
         prefix: What stands before all names of the model, such as "model."; entries outside it go to `unmapped`.
             Default None: "module." (DistributedDataParallel) and "_orig_mod." (torch.compile) are taken off. Inside

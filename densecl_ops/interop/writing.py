@@ -33,7 +33,8 @@ def write_checkpoint(
         checkpoint: From read_checkpoint or Checkpoint.from_modules.
         path: Where to save. Default None: nowhere.
         format: "densecl" (the official code, mmselfsup 0.x), "mmpretrain" (mmselfsup 1.x too), "moco" (v2),
-            "backbone", or one of our recipes by the name of its file: "with_moco", "moco_loop", ... Default: the one
+            "backbone", or one of our recipes by the name of its file: "with_moco", "moco_loop", ... (both of
+            lightly: "with_lightly"). Default: the one
             that was read; "densecl" for the state of live modules.
         prefix: Put before all names. Default None: the source's where the format is the same; else "module." for
             "moco" and "with_moco", which train under DistributedDataParallel only, and none for the others.
