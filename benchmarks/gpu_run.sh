@@ -3,19 +3,20 @@
 #
 #   benchmarks/gpu_run.sh FOLDER STAGE...
 #
-# Three calls of nine minutes, in order of worth. The last stage of each takes the time that the others leave:
-#   benchmarks/gpu_run.sh runs/gpu selftest tests headline sanitize matching
-#   benchmarks/gpu_run.sh runs/gpu matching queue step tune loss
+# All of it in three calls of nine minutes, in order of worth. The last stage of a call takes the time that is left, so
+# that a shorter call (LIMIT=300) loses only that:
+#   benchmarks/gpu_run.sh runs/gpu selftest tests headline tune sanitize
+#   benchmarks/gpu_run.sh runs/gpu sanitize matching queue step loss
 #   benchmarks/gpu_run.sh runs/gpu transfer loss
 # After a change of the table of tiles, instead of the third:
 #   benchmarks/gpu_run.sh runs/gpu tests again loss
 #
 # Every stage has a limit of its own, and the next one runs even if it fails. A suite goes on where its file in FOLDER
-# ends, so FOLDER has to travel from call to call. It receives at most eight files: the JSON of selftest and of five
-# suites, transfer.tar.gz, and logs.tar.gz, renewed after every stage. Variables:
+# ends, so keep FOLDER. In it: the JSON of selftest and of five suites, transfer.tar.gz, and logs.tar.gz, renewed after
+# every stage. Variables:
 #   PYTHON    the interpreter: with torch and torchvision for this GPU, triton, einops, numpy, pytest, pytest-timeout,
 #             pytest-xdist and hypothesis; for the transfer suite pillow and scikit-image too
-#   COMMIT    what is measured, where .git did not travel along: COMMIT=$(git describe --always --dirty --exclude='*')
+#   COMMIT    what is measured, where there is no .git: COMMIT=$(git describe --always --dirty --exclude='*')
 #   TRANSFER  options of the transfer suite: where its data are, and those of docs/dense-tasks.md
 #   LIMIT     seconds of a call (540)
 #   OPTIONS   of all suites, and PATIENCE, a factor on every limit: for a rehearsal on a slow machine without a GPU,
@@ -77,16 +78,17 @@ stage() {
                 -o addopts=--import-mode=importlib --timeout $((75 * patience)) --timeout-method thread \
                 --session-timeout $((110 * patience)) ;;
         sanitize) # once plainly: the checked runs shall find every kernel compiled
+            local kernels='(prepare|attend|combine|grad_negatives|grad_key|match|inverse_norm)_kernel' # and none of torch's
             run sanitize 60 "$python" -m benchmarks.sanitize && for tool in memcheck racecheck; do
                 # With torch's caching allocator every block is part of a larger one, and no access is out of bounds.
-                run "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-                    --error-exitcode 1 --kernel-regex kns=_kernel "$python" -m benchmarks.sanitize
+                run "$tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+                    --error-exitcode 1 --kernel-regex "kns=$kernels" "$python" -m benchmarks.sanitize
             done ;;
         headline) suite loss 140 40 --n 12544 ;;
         loss) suite loss 300 45 ;;
         matching) suite matching 150 30 ;;
         queue) suite queue 50 20 ;;
-        step) suite step 200 75 ;;
+        step) suite step 180 75 ;;
         tune) suite tune 90 40 ;;
         transfer) # Its folder holds too many files. On a machine that is kept, a run cut off goes on from its checkpoint.
             [[ ! -f $out/transfer.tar.gz ]] || tar -xzf "$out/transfer.tar.gz"
@@ -96,7 +98,7 @@ stage() {
             keep transfer --exclude scratch runs/gpu-transfer ;;
         again)
             suite loss 140 40 --n 12544 --again
-            suite step 200 75 --again ;;
+            suite step 180 75 --again ;;
         *) failed+=("$1: no such stage") ;;
     esac
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from benchmarks import rivals
 from benchmarks.measure import Row, compare, relative_error, significant
 from benchmarks.records import OURS, Shape, Suite, print_rows
 from benchmarks.rivals import TEMPERATURE, Inputs, Loss
-from densecl_ops._types import BackendName
+from densecl_ops._types import BackendName, NegativeQueue
 from densecl_ops.functional import dense_info_nce
 
 NS, KS, DS = (256, 1568, 12544, 50176), (4096, 65536, 1048576), (64, 128, 256)
+PLAIN = f"{OURS}, negatives in a plain tensor"
 HEADLINE = {"n": 12544, "k": 65536, "d": 128}
 HEADLINE_CPU = {"n": 1568, "k": 65536, "d": 128}
 # Forms that hold N x K logits: copies alive at once, in elements of the input's type (measured at N = 1,568).
@@ -30,16 +32,23 @@ COPIES = {"eager": 6, "materialise": 4, "materialise, autocast": 6, "torch.compi
 
 
 def ours(inputs: Inputs, backend: BackendName = "auto") -> Tensor:
-    return dense_info_nce(*inputs, temperature=TEMPERATURE, backend=backend)
+    return dense_info_nce(*_arguments(inputs), temperature=TEMPERATURE, backend=backend)
 
 
 def ours_with_rank(inputs: Inputs, backend: BackendName = "auto") -> Tensor:
-    return dense_info_nce(*inputs, temperature=TEMPERATURE, backend=backend, return_rank=True)[0]
+    return dense_info_nce(*_arguments(inputs), temperature=TEMPERATURE, backend=backend, return_rank=True)[0]
+
+
+def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | NegativeQueue]:
+    """A queue's rows are known to be unit rows: on a GPU that saves the running maximum, which a plain tensor needs."""
+    query, key, rows, filled = inputs
+    return query, key, rows if filled is None else SimpleNamespace(rows=rows, count=filled)
 
 
 def contestants(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
     own: dict[str, Loss] = {OURS: ours, f"{OURS}, with rank": ours_with_rank}
     if device.type == "cuda":
+        own[PLAIN] = lambda inputs: ours(inputs._replace(filled=None))
         own["blockwise"] = lambda inputs: ours(inputs, "blockwise")
     return own | {"eager": lambda inputs: ours(inputs, "eager")} | rivals.all_rivals(device, dtype)
 
@@ -69,7 +78,8 @@ def make_inputs(n: int, k: int, d: int, dtype: torch.dtype, device: torch.device
     def random(rows: int) -> Tensor:
         return torch.randn(rows, d, generator=generator, device=device)
 
-    return Inputs(random(n).to(dtype), random(n).to(dtype), F.normalize(random(k), dim=1).to(dtype))
+    query, key, queue = random(n).to(dtype), random(n).to(dtype), F.normalize(random(k), dim=1).to(dtype)
+    return Inputs(query, key, queue, torch.tensor(k, device=device) if device.type == "cuda" else None)
 
 
 def step(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -61,15 +61,18 @@ def compare(
     seconds: float,
     needs: Mapping[str, float] | None = None,
 ) -> dict[str, Row]:
-    """Times all contestants, one run each per round, so that a slow spell of the machine hits all alike.
+    """Times all contestants in rounds, so that a slow spell of the machine hits all alike.
+
+    Every contestant gets the same share of the time, so a fast one takes part in more rounds. Who starts a round
+    changes from round to round: the first one meets the memory that the last one left.
 
     Args:
         contestants: Each takes one element of `inputs`.
         inputs: Rotated from round to round, so that no run finds its operands where the last one left them.
         device: Where the contestants run.
         cold: Whether a GPU's L2 cache is overwritten before every run.
-        seconds: Aimed at for all rounds together; 3 to 25 rounds are run. A contestant that takes longer than that for
-            one run, and HOPELESS times as long as the fastest, is timed once.
+        seconds: Aimed at for all rounds together, of which there are 3 to 25. A contestant that takes longer than
+            its share for one run, and HOPELESS times as long as the fastest, is timed once.
         needs: Bytes that a contestant is known to take: on a CPU there is no error to catch where they are too many.
 
     Returns:
@@ -97,13 +100,21 @@ def compare(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     fastest = min((spent for spent, _ in first_samples.values()), default=0.0)
-    worth = {name: spent for name, (spent, _) in first_samples.items() if spent <= max(seconds, HOPELESS * fastest)}
-    rounds = min(25, max(3, round(seconds / max(sum(worth.values()), 1e-9))))
-    samples = {name: [] if name in worth else [sample] for name, sample in first_samples.items()}
-    for index in range(rounds):
-        for name in worth:
-            one = inputs[index % len(inputs)]
-            samples[name].append(_timed(functools.partial(contestants[name], one), device, cold))
+    share = seconds / max(1, len(first_samples))
+    hopeless = {name for name, (spent, _) in first_samples.items() if spent > max(share, HOPELESS * fastest)}
+    rounds = {
+        name: min(25, max(3, round(share / max(spent, 1e-9))))
+        for name, (spent, _) in first_samples.items()
+        if name not in hopeless
+    }
+    samples = {name: [first_samples[name]] if name in hopeless else [] for name in first_samples}
+    for index in range(max(rounds.values(), default=0)):
+        names = list(rounds)
+        start = index % len(names)
+        for name in names[start:] + names[:start]:
+            if index < rounds[name]:
+                one = inputs[index % len(inputs)]
+                samples[name].append(_timed(functools.partial(contestants[name], one), device, cold))
     for name, taken in samples.items():
         rows[name]["milliseconds"] = [significant(1e3 * x) for x in quartiles([device for device, _ in taken])]
         rows[name]["rounds"] = len(taken)

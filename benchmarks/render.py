@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.curves import BROKEN, HEALTHY
-from benchmarks.loss import HEADLINE, HEADLINE_CPU
+from benchmarks.loss import HEADLINE, HEADLINE_CPU, PLAIN
 from benchmarks.records import OURS, table
 from benchmarks.transfer import page as transfer
 
@@ -36,6 +36,7 @@ NAMES = {  # contestant: (in a row of its own, at the head of a column)
     "eager": ('`backend="eager"`, the textbook formula', "eager"),
     "blockwise": ('`backend="blockwise"`, without a kernel', "blockwise"),
     OURS: ("**densecl_ops**", ""),
+    PLAIN: ("**densecl_ops**, with negatives in a plain tensor", "plain tensor"),
     f"{OURS}, with rank": ("**densecl_ops**, with the rank of every positive", "with rank"),
 }
 README_NAMES = ("materialise", "torch.compile", "chunked", "attention, flash", OURS, f"{OURS}, with rank")

@@ -20,6 +20,7 @@ class Inputs(NamedTuple):
     query: Tensor  # (N, D) raw
     key: Tensor  # (N, D) raw, row i the positive of query i
     queue: Tensor  # (K, D) unit rows
+    filled: Tensor | None = None  # K on the device, 0-d, as a MomentumQueue has it
 
 
 Loss = Callable[[Inputs], Tensor]

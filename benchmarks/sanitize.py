@@ -24,6 +24,8 @@ def main() -> None:
                     query, key, bank, match, temperature=temperature, exclude=own, return_rank=True, backend="triton"
                 )
                 loss.backward()  # type: ignore[no-untyped-call]
+        plain = torch.randn(3, 64, 49, device=device, dtype=dtype, requires_grad=True)  # the tile without any mask
+        dense_info_nce(plain, plain.detach(), MomentumQueue(300, 64).to(device), backend="triton").backward()  # type: ignore[no-untyped-call]
         wide = torch.randn(2, 40, 13, 11, device=device, dtype=dtype)
         dense_correspondence(wide, wide, mutual=True, backend="triton")
     if device.type == "cuda":

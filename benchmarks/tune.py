@@ -66,10 +66,14 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     for config in (table(lean=False), *WITH_RANK):
         entries[f"rank, {_name(config)}"] = entry(config._replace(chunk_d=present.chunk_d), loss.ours_with_rank)
     rows = compare(entries, inputs, device, cold=False, seconds=arguments.seconds)
-    exact, _ = loss.exact(inputs[0])
+    exact_loss, exact_gradient = loss.exact(inputs[0])
     for name, row in rows.items():
-        if "failed" not in row:
-            row["error_loss"] = relative_error(entries[name](inputs[0])[0], exact)
+        if "failed" in row:
+            continue
+        value, gradient = entries[name](inputs[0])
+        row["error_loss"] = relative_error(value, exact_loss)
+        if gradient is not None:
+            row["error_gradient"] = relative_error(gradient, exact_gradient)
     rows[OURS]["config"] = _name(present)
     return dict(sorted(rows.items(), key=lambda item: item[1].get("milliseconds", [0, float("inf")])[1]))
 
@@ -83,7 +87,11 @@ def _name(config: Config) -> str:
 
 def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
     title = "N = {n:,}, K = {k:,}, D = {d}, {dtype}, {mode}".format(**shape)
-    print_rows(f"{title}; {OURS} is the table's {rows[OURS].get('config')}", rows, {"error_loss": "err loss"})
+    print_rows(
+        f"{title}; {OURS} is the table's {rows[OURS].get('config')}",
+        rows,
+        {"error_loss": "err loss", "error_gradient": "err grad"},
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
