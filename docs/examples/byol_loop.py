@@ -25,7 +25,8 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = nn.Sequential(  # for a torchvision ResNet: nn.Sequential(*list(resnet50().children())[:-2])
+        # For a torchvision ResNet: nn.Sequential(OrderedDict(list(resnet50().named_children())[:-2]))
+        self.backbone = nn.Sequential(
             *(nn.Conv2d(3, 32, 8, 8, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)),
             *(nn.Conv2d(32, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)),
         )

@@ -26,7 +26,7 @@ class DenseBYOL(nn.Module):
 
     Args:
         backbone: Images to a map (B, channels, H, W): without pooling and fc. Of a torchvision ResNet,
-            nn.Sequential(*list(resnet.children())[:-2]).
+            nn.Sequential(OrderedDict(list(resnet.named_children())[:-2])).
         channels: Of that map: 512 for a ResNet-18, 2048 for a ResNet-50.
         temperature: Of the dense term. Default 0.2.
     """

@@ -22,7 +22,7 @@ class DenseMoCo(nn.Module):
 
     Args:
         backbone: Images to a map (B, channels, H, W): without pooling and fc. Of a torchvision ResNet,
-            nn.Sequential(*list(resnet.children())[:-2]).
+            nn.Sequential(OrderedDict(list(resnet.named_children())[:-2])).
         channels: Of that map: 512 for a ResNet-18, 2048 for a ResNet-50.
         queue_size: Rows of each queue. Default 4,096, the size of lightly's memory bank.
         temperature: Of both terms. Default 0.5, that of lightly's NTXentLoss.
