@@ -1,4 +1,4 @@
-"""Draws records: the loss suite's (time against N and K, memory and share of the matrix rate against N), and curves."""
+"""Draws records: the loss suite's (time against N and K, memory and rate against N), and curves."""
 
 from __future__ import annotations
 
@@ -42,13 +42,15 @@ def draw_loss(record: dict[str, Any], dtype: str) -> Figure:
     against_k = sorted((c for c in cases if c["shape"]["n"] == n), key=lambda c: int(c["shape"]["k"]))
 
     figure = Figure(figsize=(9.6, 7.2), layout="constrained", dpi=110)
-    (time_n, time_k), (memory, share) = figure.subplots(2, 2)
+    (time_n, time_k), (memory, rate) = figure.subplots(2, 2)
     _panel(time_n, against_n, "n", "milliseconds", "time against N, K = 65,536", "ms")
     _panel(time_k, against_k, "k", "milliseconds", f"time against K, N = {n:,}", "ms")
     _panel(memory, against_n, "n", "peak_extra_mib", "extra memory against N, K = 65,536", "MiB")
-    _panel(share, against_n, "n", "share_of_matmul", "4 N K D operations, share of the measured matrix rate", "share")
-    share.set_yscale("linear")
-    share.set_ylim(bottom=0)
+    _panel(rate, against_n, "n", "tflops", "4 N K D operations; dashed: large matrix products", "TFLOP/s")
+    best = max(run["rates"][f"matmul_{dtype}_tflops"] for run in record["runs"])  # a busy moment can only lower it
+    rate.axhline(best, color="0.4", linestyle="--", linewidth=1)
+    rate.set_yscale("linear")
+    rate.set_ylim(bottom=0)
     environment = record["runs"][-1]["environment"]
     device = environment["gpu"] or environment["device"]
     figure.suptitle(f"Loss forward + backward, {dtype}, D = 128; {device}, torch {environment['torch']}", fontsize=11)
