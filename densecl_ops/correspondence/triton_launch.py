@@ -11,6 +11,8 @@ from torch import Tensor
 from densecl_ops import _launch
 from densecl_ops.correspondence import triton_kernels as kernels
 
+ONE_TILE = 64  # positions; 128 x 128 tiles that find the norms on the way spill up to 396 bytes (sm_80)
+
 
 class Config(NamedTuple):
     """Tile of query positions, key positions and channels, warps per program, tiles in flight."""
@@ -30,7 +32,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     queries, keys = query.shape[2], key.shape[2]
     architecture = _launch.describe(query.device).architecture
     config = choose(architecture, query.dtype, max(queries, keys))
-    one_tile = queries <= config.block_q and keys <= config.block_k
+    one_tile = max(queries, keys) <= ONE_TILE
     inverse_norms = (None, None) if one_tile else (_inverse_norm(query), _inverse_norm(key))
     index, score, back = _search(query, key, inverse_norms, config, both_ways=mutual and one_tile)
     if not mutual:
@@ -41,13 +43,15 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
 
 
 def choose(architecture: str, dtype: torch.dtype, positions: int) -> Config:
-    """The tile for a grid of so many positions; a whole image in one tile where it fits, which saves the norms."""
+    """The tile for a grid of so many positions; up to ONE_TILE it holds a whole image, which saves the norms."""
     if _launch.family(architecture) == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(64, 64, 128, 4, 1)
-    if positions <= 64:  # 7x7: bound by reading the maps; few registers, so that several programs share a processor
+    if (
+        positions <= ONE_TILE
+    ):  # 7x7: bound by reading the maps; few registers, so that several programs share a processor
         return Config(64, 64, 16, 4, 4) if dtype == torch.float32 else Config(64, 64, 32, 4, 4)
     if dtype == torch.float32:  # three tf32 products of split operands need three times the registers
-        return Config(64, 64, 32, 4, 3)
+        return Config(64, 64, 32, 8, 3)  # with 4 warps 14x14 maps spill up to 564 bytes (sm_120)
     return Config(128, 128, 64, 8, 3)
 
 
