@@ -28,9 +28,9 @@ def peak_of(function: Callable[[], object]) -> float:
     ("options", "limit"),
     [
         ({}, 12),
-        ({"rank": True, "key": True, "exclude": True}, 32),
+        ({"rank": True, "key": True, "exclude": True}, 24),
         ({"negatives": True}, 24 + 32),  # and their gradient
-        ({"rank": True, "autocast": True}, 40),
+        ({"rank": True, "autocast": True}, 32),
     ],
     ids=["plain", "rank-key-exclude", "negatives", "autocast"],
 )

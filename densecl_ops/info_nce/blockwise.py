@@ -112,7 +112,7 @@ def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor 
     mean = torch.zeros_like(scaled) if want_mean else None
     rank = None if positive is None else total.new_zeros(total.shape, dtype=torch.int64)
     top = None if _is_bounded(problem) else torch.full_like(total, float("-inf"))
-    for tile in _tiles(scaled, problem):
+    for tile in _tiles(scaled, problem, of_the_caller=0 if rank is None else total.element_size()):
         logits = tile.logits
         if rank is not None and positive is not None:
             above = torch.gt(logits, positive, out=torch.empty_like(logits))  # float sums: 0.2 of the time of bool ones
@@ -139,12 +139,16 @@ def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor 
     return _Attention(log_sum_exp, mean, rank)
 
 
-def _tiles(scaled: Tensor, problem: Problem) -> Iterator[_Tile]:
-    """Cuts over the queue only: cutting the query rows too makes the products slower on a CPU."""
+def _tiles(scaled: Tensor, problem: Problem, of_the_caller: int = 0) -> Iterator[_Tile]:
+    """Cuts over the queue only: cutting the query rows too makes the products slower on a CPU.
+
+    The caller's own buffers take `of_the_caller` bytes for every logit of a tile.
+    """
     negatives = _existing_negatives(problem)
     dtype = _product_dtype(problem)
     queries, size = scaled.shape[0], negatives.shape[0]
-    width = min(max(size, 1), _tile_rows(queries, scaled.device.type))
+    bytes_per_logit = problem.dtype.itemsize + of_the_caller + (dtype.itemsize if dtype != problem.dtype else 0)
+    width = min(max(size, 1), _tile_rows(queries, bytes_per_logit, scaled.device.type))
     excluded = None
     if problem.exclude is not None:
         excluded = repeat(problem.exclude, "b -> (b p)", p=problem.query.shape[2])
@@ -185,11 +189,11 @@ def _product_dtype(problem: Problem) -> torch.dtype:
     return problem.matmul_dtype
 
 
-def _tile_rows(queries: int, device_type: str) -> int:
+def _tile_rows(queries: int, bytes_per_logit: int, device_type: str) -> int:
     """Queue rows per tile; docs/design-notes.md says how they were chosen."""
     if device_type != "cpu":
         return max(128, 2**24 // queries)  # 64 MiB of logits: few launches, still nothing like N x K
-    rows = max(128, min(4096, 2**21 // queries))  # 8 MiB of logits
+    rows = max(128, min(4096, 2**23 // (queries * bytes_per_logit)))  # 8 MiB of buffers
     return -(-rows // 64) * 64  # products and exp over 167 or 1,337 columns take a sixth longer than over 192 or 1,344
 
 
