@@ -6,11 +6,13 @@ every layout, every gradient, one tile and many. tests/test_kernels.py shows how
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -333,6 +335,9 @@ def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
             monkeypatch.setattr(kernels, name, Noted(name, getattr(kernels, name)))
     sanitize.main()
     assert launched == names
+    shown = re.search(r"local kernels='(.*?)'", Path(sanitize.__file__).with_name("gpu_run.sh").read_text())
+    assert shown is not None
+    assert {name for name in (*names, "vectorized_elementwise_kernel") if re.search(shown[1], name)} == names
 
 
 # ---- registration --------------------------------------------------------------------------------------------------
