@@ -250,10 +250,11 @@ def _problem(case: Case) -> Any:
         query=projections(),
         key=projections(),
         negatives=negatives,
-        scale=empty(dtype=torch.float32) if "learned" in case.variant else 5.0,
-        index=empty(batch, positions, dtype=torch.int64),
+        scale=None if "learned" in case.variant else 5.0,
+        learned_scale=empty(dtype=torch.float32) if "learned" in case.variant else None,
+        matches=empty(batch, positions, dtype=torch.int64),
         exclude=empty(batch, dtype=torch.int64) if "exclude" in case.variant else None,
-        count=empty(dtype=torch.int64),
+        existing=empty(dtype=torch.int64),
         unit_negatives="running" not in case.variant,
         dtype=torch.float32,
         matmul_dtype=dtype,
@@ -271,7 +272,7 @@ def _run_grad_negatives(case: Case) -> None:
 
 def _run_grad_key(case: Case) -> None:
     problem, rows = _problem(case), torch.empty(32, 49, device="meta")
-    _info_nce().grad_key(problem.query, problem.key, problem.index, rows, torch.float32)
+    _info_nce().grad_key(problem.query, problem.key, problem.matches, rows, torch.float32)
 
 
 def _matching() -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TypeVar, get_args
+from types import ModuleType
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,9 +15,6 @@ from torch import Tensor
 from densecl_ops import _launch
 from densecl_ops._checks import is_plain, require_choice
 from densecl_ops._types import BackendName
-
-Module = TypeVar("Module")
-Answer = TypeVar("Answer")
 
 BACKENDS = get_args(BackendName)
 HAS_TRITON = find_spec("triton") is not None  # looked up here, imported at need: that costs half a second
@@ -38,8 +36,8 @@ def _dotted(numbers: tuple[int, int]) -> str:
     return ".".join(map(str, numbers))
 
 
-def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str:
-    """Turns a `backend` argument into what `run` takes: "eager", "blockwise", "triton", or "auto" for triton if it can.
+def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str:
+    """Turns a `backend` argument into "eager", "blockwise", "triton", or "auto" for triton if it can.
 
     Args:
         requested: As the user gave it.
@@ -68,7 +66,7 @@ def resolve(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 
 
 
 def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str | None:
-    """Why the kernels cannot serve a call, or None. The arguments are those of `resolve`."""
+    """Why the kernels cannot serve a call, or None. The arguments are those of `choose`."""
     device_type = tensor.device.type
     version = triton_version()
     if version is None:
@@ -89,35 +87,69 @@ def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> st
     return None
 
 
-def run(backend: str, load: Callable[[str], Module], compute: Callable[[Module], Answer], *kind: object) -> Answer:
-    """Calls an operation of the backend that `resolve` chose.
+def call(backend: str, operation: str, function: str, kind: tuple[object, ...], *arguments: Any) -> Any:
+    """Calls a function of the backend that `choose` chose. Inside the operators, so that compiled code does the same.
 
     Under "auto", kernels that do not compile or launch are a warning with the reason, and the blockwise backend serves
-    this call and, without another try, every later one of its kind. Under "triton" the error is raised. Called inside
-    the operators, so that compiled code does the same.
+    this call and, without another try, every later one of its kind. Under "triton" the error is raised.
 
     Args:
         backend: "blockwise", "triton" or "auto".
-        load: Returns the module of the backend of that name.
-        compute: Does the operation with that module.
-        kind: The operation and what its kernels are compiled for, such as its dtype.
+        operation: Name of the package that holds the backends.
+        function: Name of a function that each of them has.
+        kind: What the kernels are compiled for, such as a dtype.
+        arguments: Of the function.
     """
     if backend != "auto":
-        return compute(load(backend))
+        return getattr(_module(operation, backend), function)(*arguments)
+    kind = (f"{operation}.{function}", *kind)
     if kind not in _failed:
         try:
-            return compute(load("triton"))
-        except torch.OutOfMemoryError:  # nothing is wrong with the kernels
-            raise
+            return getattr(_module(operation, "triton"), function)(*arguments)
         except Exception as error:  # the compiler, its assembler, the driver: each has its own
+            if _is_no_fault_of_the_kernels(error):
+                raise
             _failed.add(kind)
             _warn_slow(
                 f"its kernels failed ({', '.join(map(str, kind))}): {_short(error)}; "
                 "backend='triton' raises this error, and python -m densecl_ops.selftest tries every kernel"
             )
-    return compute(load("blockwise"))
+    return getattr(_module(operation, "blockwise"), function)(*arguments)
 
 
+@functools.cache
+def _module(operation: str, backend: str) -> ModuleType:
+    """Imported on first use: the kernels need the triton package."""
+    return importlib.import_module(f"densecl_ops.{operation}.{'triton_launch' if backend == 'triton' else backend}")
+
+
+def _is_no_fault_of_the_kernels(error: Exception) -> bool:
+    """Whether another call may well succeed (no memory was free), or no call could (an earlier kernel, also a user's
+    own, has failed since, and the driver tells whoever asks next).
+
+    torch says so by types of their own; Triton raises a RuntimeError with the driver's words.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(symptom in words for symptom in _SYMPTOMS)
+
+
+# Of the driver: no memory, and the errors after which a process can use its device no more.
+_SYMPTOMS = (
+    "out of memory",
+    "cuda error",
+    "hip error",
+    "illegal memory access",
+    "illegal address",
+    "misaligned address",
+    "illegal instruction",
+    "invalid program counter",
+    "device-side assert",
+    "launch failure",
+    "launch timed out",
+    "ecc error",
+)
 _failed: set[tuple[object, ...]] = set()
 
 

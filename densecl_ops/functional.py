@@ -1,10 +1,10 @@
 """Stateless forms of the operations; the modules are thin over them."""
 
 from densecl_ops.correspondence.boxes import boxes_from_kornia, boxes_from_torchvision
-from densecl_ops.correspondence.functional import dense_correspondence
+from densecl_ops.correspondence.function import dense_correspondence
 from densecl_ops.correspondence.location import location_correspondence
 from densecl_ops.in_batch import in_batch_negatives
-from densecl_ops.info_nce.functional import dense_info_nce
+from densecl_ops.info_nce.function import dense_info_nce
 
 __all__ = [
     "boxes_from_kornia",

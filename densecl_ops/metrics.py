@@ -10,7 +10,7 @@ from torch import Tensor
 
 from densecl_ops import _checks
 from densecl_ops._types import BackendName, Correspondence
-from densecl_ops.correspondence.functional import dense_correspondence
+from densecl_ops.correspondence.function import dense_correspondence
 
 __all__ = ["contrastive_accuracy", "match_score", "mutual_share"]
 

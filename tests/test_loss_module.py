@@ -12,9 +12,9 @@ import torch.distributed as dist
 from helpers import FUSED, check, make_case
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from densecl_ops import DenseInfoNCELoss, MomentumQueue
+from densecl_ops import DenseInfoNCELoss, MomentumQueue, _backends
 from densecl_ops.functional import dense_info_nce
-from densecl_ops.info_nce import autograd, functional
+from densecl_ops.info_nce import function
 
 
 def test_temperature_can_be_set_where_it_is_constant() -> None:
@@ -80,7 +80,7 @@ def test_deferred_initialisation() -> None:
 
 @pytest.fixture
 def fresh_warnings() -> None:
-    functional._warn_of_length.cache_clear()
+    function._warn_of_length.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_warnings")
@@ -113,7 +113,7 @@ def test_tokens_are_told_how_to_pass() -> None:
 @pytest.mark.parametrize("wanted", ["key", "negatives"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_no_gradient_is_made_that_nobody_wants(backend: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, asked = autograd._backend(backend), []
+    module, asked = _backends._module("info_nce", backend), []
 
     def forward(problem: Any, want_grad: bool, want_rank: bool) -> Any:
         asked.append(want_grad)

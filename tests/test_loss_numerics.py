@@ -14,7 +14,7 @@ from helpers import assert_close, check, error, make_case
 
 from densecl_ops import DenseInfoNCELoss
 from densecl_ops.info_nce import blockwise
-from densecl_ops.info_nce.functional import _normal_form
+from densecl_ops.info_nce.function import _normal_form
 
 LOW = (torch.float16, torch.bfloat16)
 

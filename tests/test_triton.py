@@ -188,12 +188,13 @@ def test_an_index_out_of_range_gives_the_row_nan() -> None:
     case, device = case_of(), "cuda" if torch.cuda.is_available() else "cpu"
     query, key = (x.flatten(2).to(device) for x in (case.query, case.key))
     index = case.index.to(device)
-    problem = Problem(query, key, case.negatives.to(device), 5.0, index, None, None, True, torch.float32, torch.float32)
+    float32 = torch.float32
+    problem = Problem(query, key, case.negatives.to(device), 5.0, None, index, None, None, True, float32, float32)
     whole = fused.forward(problem, True, False)
     for wrong in (-1, 16, 2**40):
         broken = index.clone()
         broken[1, 3] = wrong
-        result = fused.forward(problem._replace(index=broken), True, False)
+        result = fused.forward(problem._replace(matches=broken), True, False)
         for name in ("loss", "log_sum_exp", "pull", "grad_query", "grad_scale"):
             seen, wish = getattr(result, name), getattr(whole, name).clone()
             if name != "log_sum_exp":  # of the negatives alone
@@ -396,11 +397,11 @@ def test_an_architecture_that_was_never_compiled_for(
     _backends._warn_slow.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert [_backends.resolve("auto", tensor, torch.float32, 128) for _ in range(2)] == [chosen] * 2
+        assert [_backends.choose("auto", tensor, torch.float32, 128) for _ in range(2)] == [chosen] * 2
     assert [architecture in str(warning.message) for warning in seen] == [True] * (chosen == "blockwise")
     if chosen == "blockwise":
         with pytest.raises(ValueError, match=rf"backend: got 'triton'.*never compiled for {architecture}"):
-            _backends.resolve("triton", tensor, torch.float32, 128)
+            _backends.choose("triton", tensor, torch.float32, 128)
         with pytest.raises(ValueError, match=rf"never compiled for {architecture}"):  # from compiled code
             fused_matching.choose(architecture, torch.float32, 49)
 
@@ -408,7 +409,7 @@ def test_an_architecture_that_was_never_compiled_for(
 def test_kernels_that_fail_are_a_warning_under_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     """One warning and one try for each kind of call; then blockwise serves, forward and backward."""
     monkeypatch.setattr(_backends, "_failed", set())
-    monkeypatch.setattr(_backends, "resolve", lambda requested, *_: "auto" if requested == "auto" else requested)
+    monkeypatch.setattr(_backends, "choose", lambda requested, *_: "auto" if requested == "auto" else requested)
     _backends._warn_slow.cache_clear()
     tried: list[str] = []
 
@@ -448,7 +449,7 @@ def test_kernels_that_fail_are_a_warning_under_auto(monkeypatch: pytest.MonkeyPa
 
 def test_compiled_code_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backends, "_failed", set())
-    monkeypatch.setattr(_backends, "resolve", lambda *_: "auto")
+    monkeypatch.setattr(_backends, "choose", lambda *_: "auto")
     monkeypatch.setattr(fused, "forward", None)
     _backends._warn_slow.cache_clear()
     case = case_of()
@@ -458,19 +459,34 @@ def test_compiled_code_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
         return dense_info_nce(query, case.key, case.negatives, case.index)
 
     query = case.query.requires_grad_()
-    with pytest.warns(UserWarning, match="its kernels failed .loss, torch.float32, D = 24.: TypeError"):
+    with pytest.warns(UserWarning, match="its kernels failed .info_nce.forward, torch.float32, D = 24.: TypeError"):
         seen = loss(query)
     assert_close(torch.autograd.grad(seen, query)[0], expected(case_of()).query, FLOAT32)
 
 
-def test_a_lack_of_memory_is_no_fault_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 80 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("Triton Error [HIP]:  Code: 2, Message: out of memory"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    ],
+    ids=str,
+)
+def test_what_is_no_fault_of_the_kernels_does_not_retire_them(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A passing lack of memory, or an error of the user's own kernels that the driver tells at our launch."""
     monkeypatch.setattr(_backends, "_failed", set())
 
     def match(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
-        _backends.run("auto", lambda name: SimpleNamespace(match=match), lambda module: module.match(), "matching")
+    monkeypatch.setattr(fused_matching, "match", match)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        _backends.call("auto", "correspondence", "match", ())
     assert not _backends._failed
 
 
@@ -483,7 +499,7 @@ from densecl_ops.info_nce import triton_launch
 from densecl_ops.info_nce.problem import Problem
 _launch.describe = lambda device: _launch.Device("sm_90", 132)
 query, negatives = torch.zeros(1, 16, 4), torch.zeros(8, 16)
-problem = Problem(query, query, negatives, 5.0, None, None, None, False, torch.float32, torch.float32)
+problem = Problem(query, query, negatives, 5.0, None, None, None, None, False, torch.float32, torch.float32)
 found = [triton_launch._precision(problem)]
 for setting in ("high", "medium", "highest"):
     torch.set_float32_matmul_precision(setting)

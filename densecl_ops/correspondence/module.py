@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from densecl_ops import _backends, _checks
 from densecl_ops._types import BackendName, Correspondence
-from densecl_ops.correspondence.functional import dense_correspondence
+from densecl_ops.correspondence.function import dense_correspondence
 
 
 class DenseCorrespondence(nn.Module):

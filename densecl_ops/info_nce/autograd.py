@@ -8,8 +8,7 @@ again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +19,7 @@ from densecl_ops import _backends, _checks
 from densecl_ops._numerics import no_autocast
 from densecl_ops._operators import operator
 from densecl_ops._recomputation import note_run
-from densecl_ops.info_nce import blockwise
-from densecl_ops.info_nce.problem import Backend, Problem, Result
-
-Answer = TypeVar("Answer")
+from densecl_ops.info_nce.problem import Problem, Result
 
 
 def row_loss(problem: Problem, want_rank: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -34,10 +30,10 @@ def row_loss(problem: Problem, want_rank: bool, backend: str) -> tuple[Tensor, T
         )
     wanted = [isinstance(x, Tensor) and _checks.requires_grad(x) for x in problem]
     if torch.is_grad_enabled() and any(wanted):
-        want_grad = wanted[Problem._fields.index("query")] or wanted[Problem._fields.index("scale")]
+        want_grad = wanted[Problem._fields.index("query")] or wanted[Problem._fields.index("learned_scale")]
         loss, rank, *_ = _InfoNCE.apply(*problem, want_grad, want_rank, backend)  # type: ignore[no-untyped-call]
     else:
-        loss, rank, *_ = _forward(*_flatten(problem), False, want_rank, backend)
+        loss, rank, *_ = _forward(*problem, False, want_rank, backend)
     return loss, rank
 
 
@@ -46,7 +42,7 @@ def _takes_anything(*arguments: Any) -> None:
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The fields of a Problem -> the fields of a Result. Differentiable once, by its first four arguments.
+    """The fields of a Problem -> the fields of a Result. Differentiable once: by query, key, negatives, learned scale.
 
     All that backward needs of the result is an output, as torch.func asks.
     """
@@ -55,8 +51,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        *fields, want_grad, want_rank, backend = arguments
-        return _forward(*_flatten(Problem(*fields)), want_grad, want_rank, backend)
+        return _forward(*arguments)
 
     # Function.apply inspects the signature at every call, which is quick where one is given outright.
     forward.__func__.__signature__ = inspect.signature(_takes_anything)  # type: ignore[attr-defined]
@@ -70,13 +65,12 @@ class _InfoNCE(torch.autograd.Function):
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
-        views = (problem.query, problem.key, problem.index) if needs_key or needs_negatives else (None,) * 3
-        queue = (problem.negatives, problem.exclude, problem.count) if needs_negatives else (None,) * 3
-        learned = problem.scale if isinstance(problem.scale, Tensor) else None
+        views = (problem.query, problem.key, problem.matches) if needs_key or needs_negatives else (None,) * 3
+        queue = (problem.negatives, problem.exclude, problem.existing) if needs_negatives else (None,) * 3
         ctx.save_for_backward(
-            result.log_sum_exp, result.pull, result.grad_query, result.grad_scale, learned, *views, *queue
+            result.log_sum_exp, result.pull, result.grad_query, result.grad_scale, problem.learned_scale, *views, *queue
         )
-        ctx.number = None if learned is not None else problem.scale
+        ctx.scale = problem.scale
         ctx.precision = (problem.unit_negatives, problem.dtype, problem.matmul_dtype)
         ctx.query_dtype, ctx.backend = problem.query.dtype, backend
 
@@ -93,23 +87,23 @@ class _InfoNCE(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    log_sum_exp, pull, grad_query, grad_scale, learned, query, key, index, negatives, exclude, count = saved
-    needs_query, needs_key, needs_negatives, needs_scale, *not_differentiable = ctx.needs_input_grad
-    scale = ctx.number if learned is None else learned
+    log_sum_exp, pull, grad_query, grad_scale, learned_scale, query, key, matches, negatives, exclude, existing = saved
+    needs_query, needs_key, needs_negatives, _, needs_scale, *not_differentiable = ctx.needs_input_grad
     row_weight = _weigh(grad_loss, pull)
     to_query = to_key = to_negatives = to_scale = None
     if needs_query:
         to_query = _weigh(grad_loss[:, :, None], grad_query).transpose(1, 2).to(ctx.query_dtype)
     if needs_key:
-        grad = _grad_key(query, key, index, row_weight * scale, grad_loss.dtype, ctx.backend)
+        scale = ctx.scale if learned_scale is None else learned_scale
+        grad = _grad_key(query, key, matches, row_weight * scale, grad_loss.dtype, ctx.backend)
         to_key = grad.transpose(1, 2).to(key.dtype)
     if needs_negatives:
-        problem = Problem(query, key, negatives, scale, index, exclude, count, *ctx.precision)
-        grad = _grad_negatives(*_flatten(problem), log_sum_exp, row_weight, ctx.backend)
+        problem = (query, key, negatives, ctx.scale, learned_scale, matches, exclude, existing, *ctx.precision)
+        grad = _grad_negatives(*problem, log_sum_exp, row_weight, ctx.backend)
         to_negatives = grad.to(negatives.dtype)
     if needs_scale:
-        to_scale = _weigh(grad_loss, grad_scale).sum().to(scale.dtype)
-    return to_query, to_key, to_negatives, to_scale, *(None,) * len(not_differentiable)
+        to_scale = _weigh(grad_loss, grad_scale).sum().to(learned_scale.dtype)
+    return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
 
 
 def _is_forward_mode(problem: Problem) -> bool:
@@ -137,42 +131,20 @@ def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     return (grad * row).masked_fill_(grad == 0, 0.0)
 
 
-def _backend(name: str) -> Backend:
-    if name == "blockwise":
-        return blockwise
-    from densecl_ops.info_nce import triton_launch  # imported on first use: it needs the triton package
-
-    return triton_launch
-
-
-def _run(
-    backend: str, compute: Callable[[Backend], Answer], operation: str, query: Tensor, dtype: torch.dtype
-) -> Answer:
-    with no_autocast(query):
-        return _backends.run(backend, _backend, compute, operation, dtype, f"D = {query.shape[1]}")
-
-
-def _flatten(problem: Problem) -> tuple[Any, ...]:
-    """An operator's schema has no "number or tensor": the scale takes two places."""
-    query, key, negatives, scale, *rest = problem
-    number, learned = (None, scale) if isinstance(scale, Tensor) else (scale, None)
-    return query, key, negatives, number, learned, *rest
-
-
-def _unflatten(arguments: list[Any]) -> Problem:
-    query, key, negatives, number, learned, *rest = arguments
-    return Problem(query, key, negatives, number if learned is None else learned, *rest)
+def _kind(query: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
+    """What the kernels of a call are compiled for."""
+    return dtype, f"D = {query.shape[1]}"
 
 
 _PROBLEM = (
-    "Tensor query, Tensor key, Tensor negatives, float? scale, Tensor? learned_scale, Tensor? index, "
-    "Tensor? exclude, Tensor? count, bool unit_negatives, ScalarType dtype, ScalarType matmul_dtype"
+    "Tensor query, Tensor key, Tensor negatives, float? scale, Tensor? learned_scale, Tensor? matches, "
+    "Tensor? exclude, Tensor? existing, bool unit_negatives, ScalarType dtype, ScalarType matmul_dtype"
 )
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, want_grad, want_rank, _ = arguments
-    problem = _unflatten(fields)
+    problem = Problem(*fields)
     batch, channels, positions = problem.query.shape
     row = problem.query.new_empty((batch, positions), dtype=problem.dtype)
     none = (0,)
@@ -194,17 +166,15 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, want_grad, want_rank, backend = arguments
-    problem = _unflatten(fields)
+    problem = Problem(*fields)
     note_run(problem.negatives)
-
-    def compute(module: Backend) -> Result:
-        return module.forward(problem, want_grad, want_rank)
-
-    return _run(backend, compute, "loss", problem.query, problem.matmul_dtype)
+    with no_autocast(problem.query):
+        kind = _kind(problem.query, problem.matmul_dtype)
+        return _backends.call(backend, "info_nce", "forward", kind, problem, want_grad, want_rank)  # type: ignore[no-any-return]
 
 
 def _fake_grad_negatives(*arguments: Any) -> Tensor:
-    problem = _unflatten(list(arguments[:-3]))
+    problem = Problem(*arguments[:-3])
     return problem.negatives.new_empty(problem.negatives.shape, dtype=problem.dtype)
 
 
@@ -215,12 +185,10 @@ def _fake_grad_negatives(*arguments: Any) -> Tensor:
 )
 def _grad_negatives(*arguments: Any) -> Tensor:
     *fields, log_sum_exp, row_weight, backend = arguments
-    problem = _unflatten(fields)
-
-    def compute(module: Backend) -> Tensor:
-        return module.grad_negatives(problem, log_sum_exp, row_weight)
-
-    return _run(backend, compute, "gradient to the negatives", problem.query, problem.matmul_dtype)
+    problem = Problem(*fields)
+    with no_autocast(problem.query):
+        kind = _kind(problem.query, problem.matmul_dtype)
+        return _backends.call(backend, "info_nce", "grad_negatives", kind, problem, log_sum_exp, row_weight)  # type: ignore[no-any-return]
 
 
 def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtype: torch.dtype, backend: str) -> Tensor:
@@ -236,7 +204,6 @@ def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtyp
 def _grad_key(
     query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    def compute(module: Backend) -> Tensor:
-        return module.grad_key(query, key, index, row_weight, dtype)
-
-    return _run(backend, compute, "gradient to the keys", query, query.dtype)
+    with no_autocast(query):
+        kind = _kind(query, query.dtype)
+        return _backends.call(backend, "info_nce", "grad_key", kind, query, key, index, row_weight, dtype)  # type: ignore[no-any-return]

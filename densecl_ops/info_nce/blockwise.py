@@ -44,12 +44,12 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     """As in Backend."""
     query, query_inverse = unit_vectors(problem.query, problem.dtype)
     key = rows_of(problem.key, problem.dtype)  # raw: its norms are factors of what follows
-    key_inverse = gather_matches(inverse_norm(key, dim=2), problem.index)
-    key = gather_matches(key, problem.index)
+    key_inverse = gather_matches(inverse_norm(key, dim=2), problem.matches)
+    key = gather_matches(key, problem.matches)
     buffer = query * key  # one for all passes
-    positive = (buffer.sum(2, keepdim=True) * (key_inverse * problem.scale)).squeeze(2)
+    positive = (buffer.sum(2, keepdim=True) * (key_inverse * problem.inverse_temperature)).squeeze(2)
 
-    scaled = torch.mul(query, problem.scale, out=buffer)
+    scaled = torch.mul(query, problem.inverse_temperature, out=buffer)
     seen = _attend(scaled.flatten(0, 1), problem, want_grad, positive.view(-1, 1) if want_rank else None)
 
     log_sum_exp = seen.log_sum_exp.view_as(positive)
@@ -62,7 +62,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     # o - k^, then what lies across q^ of it, then d loss / d query
     grad = seen.mean.view_as(query).addcmul_(key, key_inverse, value=-1)
     along = torch.mul(grad, query, out=buffer).sum(2, keepdim=True)
-    grad.addcmul_(query, along, value=-1).mul_(query_inverse * pull[:, :, None] * problem.scale)
+    grad.addcmul_(query, along, value=-1).mul_(query_inverse * pull[:, :, None] * problem.inverse_temperature)
     return Result(loss, rank, log_sum_exp, pull, grad, along.squeeze(2) * pull)
 
 
@@ -71,7 +71,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     query, _ = unit_vectors(problem.query, problem.dtype)
     weight = row_weight.reshape(-1, 1)
     left_out = weight == 0  # such a row may hold NaN
-    scaled = (query.flatten(0, 1) * problem.scale).masked_fill(left_out, 0.0)
+    scaled = (query.flatten(0, 1) * problem.inverse_temperature).masked_fill(left_out, 0.0)
     weighted = scaled * weight
     shift = _finite(log_sum_exp).reshape(-1, 1).masked_fill(left_out, 0.0)
     grad = torch.zeros(problem.negatives.shape, dtype=problem.dtype, device=query.device)
@@ -152,7 +152,7 @@ def _tiles(scaled: Tensor, problem: Problem, of_the_caller: int = 0) -> Iterator
     excluded = None
     if problem.exclude is not None:
         excluded = repeat(problem.exclude, "b -> (b p)", p=problem.query.shape[2])
-    count = problem.count if scaled.device.type != "cpu" else None  # on a CPU, `negatives` ends there
+    count = problem.existing if scaled.device.type != "cpu" else None  # on a CPU, `negatives` ends there
     scaled = scaled.to(dtype)
     # Buffers made once: a fresh float32 copy per tile costs bfloat16 a sixth of its time in page faults.
     products = scaled.new_empty(queries * width)
@@ -177,9 +177,9 @@ def _tiles(scaled: Tensor, problem: Problem, of_the_caller: int = 0) -> Iterator
 
 def _existing_negatives(problem: Problem) -> Tensor:
     """The rows filled so far, where the host can read the count without waiting for a device."""
-    if problem.count is None or problem.query.device.type != "cpu":
+    if problem.existing is None or problem.query.device.type != "cpu":
         return problem.negatives
-    return problem.negatives[: int(problem.count)]
+    return problem.negatives[: int(problem.existing)]
 
 
 def _product_dtype(problem: Problem) -> torch.dtype:
@@ -206,7 +206,7 @@ def _is_bounded(problem: Problem) -> bool:
         torch.linalg.vector_norm(part, dim=1, dtype=problem.dtype).max()
         for part in torch.split(problem.negatives, 8192)
     ]
-    return float(torch.stack(norms).max()) * float(problem.scale) <= UNSHIFTED_LIMIT
+    return float(torch.stack(norms).max()) * float(problem.inverse_temperature) <= UNSHIFTED_LIMIT
 
 
 def _flash_is_better(problem: Problem, want_mean: bool) -> bool:

@@ -26,17 +26,17 @@ def _snapshot(negatives: Tensor) -> Tensor:
 def row_loss(problem: Problem) -> tuple[Tensor, Tensor]:
     """Returns loss (B, P_q) and rank (B, P_q) int64."""
     query, _ = unit_vectors(problem.query, problem.dtype)
-    key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.index)
+    key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.matches)
     negatives = problem.negatives if requires_grad(problem.negatives) else _snapshot(problem.negatives)
 
     positive = einsum(query, key, "b p d, b p d -> b p")
     negative = einsum(query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype), "b p d, k d -> b p k")
-    positive = positive * problem.scale
-    negative = negative.to(problem.dtype) * problem.scale
+    positive = positive * problem.inverse_temperature
+    negative = negative.to(problem.dtype) * problem.inverse_temperature
 
     column = torch.arange(negatives.shape[0], device=negatives.device)
-    if problem.count is not None:
-        negative = negative.masked_fill(column >= problem.count, float("-inf"))
+    if problem.existing is not None:
+        negative = negative.masked_fill(column >= problem.existing, float("-inf"))
     if problem.exclude is not None:
         negative = negative.masked_fill(column == problem.exclude[:, None, None], float("-inf"))
 

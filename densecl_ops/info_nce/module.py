@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from densecl_ops import _backends, _checks
 from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
-from densecl_ops.info_nce.functional import REDUCTIONS, dense_info_nce
+from densecl_ops.info_nce.function import REDUCTIONS, dense_info_nce
 
 
 class DenseInfoNCELoss(nn.Module):

@@ -16,14 +16,17 @@ UNSHIFTED_LIMIT = 70.0
 class Problem(NamedTuple):
     """One dense InfoNCE problem: B images, P_q query and P_k key positions, D channels, K negatives.
 
+    The fields are the arguments of the operator, in the order of its schema.
+
     Attributes:
         query: (B, D, P_q) raw projections, any strides.
         key: (B, D, P_k) raw projections, any strides.
         negatives: (K, D) rows, used as they are.
-        scale: 1 / t, a number or a 0-d tensor (learned, hence unknown to the host).
-        index: (B, P_q) int64 positions in the key grid, or None where position i matches position i.
+        scale: 1 / t, a number, or None where it is learned.
+        learned_scale: 1 / t, a 0-d tensor (unknown to the host), or None where it is a number.
+        matches: (B, P_q) int64 positions in the key grid, or None where position i matches position i.
         exclude: (B,) int64 row of `negatives` that image b must not see, or None.
-        count: 0-d int64, how many of the first negatives exist; None for all.
+        existing: 0-d int64, how many of the first negatives exist; None for all.
         unit_negatives: Whether the negatives are known to be unit rows, as those of a queue are; bounds the logits.
         dtype: float32 or float64, for norms, sums, logits and the loss.
         matmul_dtype: What the products with the negatives run in.
@@ -32,13 +35,21 @@ class Problem(NamedTuple):
     query: Tensor
     key: Tensor
     negatives: Tensor
-    scale: float | Tensor
-    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
+    scale: float | None
+    learned_scale: Tensor | None
+    matches: Tensor | None
     exclude: Tensor | None
-    count: Tensor | None  # type: ignore[assignment]  # hides tuple.count
+    existing: Tensor | None
     unit_negatives: bool
     dtype: torch.dtype
     matmul_dtype: torch.dtype
+
+    @property
+    def inverse_temperature(self) -> float | Tensor:
+        """1 / t, whichever of the two scales it is."""
+        scale = self.scale if self.learned_scale is None else self.learned_scale
+        assert scale is not None
+        return scale
 
 
 class Result(NamedTuple):
@@ -130,4 +141,4 @@ def is_bounded_by_contract(problem: Problem) -> bool:
     """Whether the host knows, without looking at any value, that no logit can overflow exp() unshifted."""
     if not problem.unit_negatives or problem.matmul_dtype == torch.float16:  # whose range is too small
         return False
-    return isinstance(problem.scale, float) and problem.scale <= UNSHIFTED_LIMIT
+    return problem.scale is not None and problem.scale <= UNSHIFTED_LIMIT

@@ -147,7 +147,7 @@ def _attend(
         negatives_ptr=negatives,
         negatives_descriptor=_descriptor(negatives, plan.tile),
         exclude_ptr=_flat(problem.exclude),
-        count_ptr=problem.count,
+        count_ptr=problem.existing,
         **parts._asdict(),
         **plan.attend_arguments,
     )
@@ -187,13 +187,12 @@ def _combine(problem: Problem, plan: Plan, positive: Tensor, parts: Parts) -> Re
 
 def _maps(problem: Problem) -> dict[str, Any]:
     """Arguments of the kernels that read the projections as the user has them."""
-    learned = isinstance(problem.scale, Tensor)
     return {
         "query_ptr": problem.query,
         "key_ptr": problem.key,
-        "index_ptr": _flat(problem.index),
-        "scale_ptr": problem.scale if learned else None,
-        "scale": 0.0 if learned else problem.scale,
+        "index_ptr": _flat(problem.matches),
+        "scale_ptr": problem.learned_scale,
+        "scale": problem.scale or 0.0,
     }
 
 
@@ -242,12 +241,12 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
     parts = unit.new_empty(splits, size, channels)
     with _launch.launching_on(unit):
         kernels.grad_negatives_kernel[(triton.cdiv(size, config.block_k), splits)](
-            scaled_ptr=(unit * (problem.scale * _LOG2_E)).to(dtype),
+            scaled_ptr=(unit * (problem.inverse_temperature * _LOG2_E)).to(dtype),
             weighted_ptr=weighted.to(dtype),
             negatives_ptr=_operand(problem),
             log_sum_exp_ptr=shift,
             exclude_ptr=_flat(problem.exclude),
-            count_ptr=problem.count,
+            count_ptr=problem.existing,
             out_ptr=parts,
             rows=rows,
             positions=positions,
@@ -261,7 +260,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return parts.sum(0) * (peak * problem.scale)
+    return parts.sum(0) * (peak * problem.inverse_temperature)
 
 
 def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -139,7 +139,7 @@ def dense_info_nce(
     _checks.require_bool("return_rank", return_rank)
     problem, valid = _normal_form(query, key, negatives, correspondence, temperature, exclude)
     row_weight = _row_weight(weight, valid, problem)
-    chosen = _backends.resolve(backend, problem.query, problem.dtype, problem.query.shape[1])
+    chosen = _backends.choose(backend, problem.query, problem.dtype, problem.query.shape[1])
     if not torch.compiler.is_compiling():
         note_call(problem.negatives)
     with no_autocast(problem.query):
@@ -202,14 +202,16 @@ def _normal_form(
         matmul_dtype = torch.float64
     elif torch.is_autocast_enabled(q.device.type):
         matmul_dtype = torch.get_autocast_dtype(q.device.type)
+    scale, learned_scale = _scales(temperature, q, dtype)
     problem = Problem(
         query=_checks.outside_inference(q),
         key=_checks.outside_inference(k),
         negatives=rows,
-        scale=_scale(temperature, q, dtype),
-        index=index,
+        scale=scale,
+        learned_scale=learned_scale,
+        matches=index,
         exclude=exclude,
-        count=count,
+        existing=count,
         unit_negatives=count is not None,  # only a queue brings a count, and it normalises what it stores
         dtype=dtype,
         matmul_dtype=matmul_dtype,
@@ -255,7 +257,8 @@ def _correspondence_contents(
     return index, _checks.require_mask("correspondence.valid", valid, shape, "query", query)
 
 
-def _scale(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> float | Tensor:
+def _scales(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> tuple[float | None, Tensor | None]:
+    """1 / t, as a number or as a tensor."""
     if isinstance(temperature, Tensor):
         _checks.require_float("temperature", temperature)
         if temperature.ndim != 0:
@@ -265,8 +268,8 @@ def _scale(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> fl
         _checks.require_same_device("temperature", temperature, "query", query)
         if _checks.host_may_look(temperature):
             _checks.require_temperature("temperature", float(temperature.detach()))
-        return temperature.to(dtype).reciprocal()
-    return 1.0 / _checks.require_temperature("temperature", temperature)
+        return None, temperature.to(dtype).reciprocal()
+    return 1.0 / _checks.require_temperature("temperature", temperature), None
 
 
 def _row_weight(weight: Tensor | None, valid: Tensor | None, problem: Problem) -> Tensor | None:

@@ -11,7 +11,7 @@ from densecl_ops import _backends, _checks
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._operators import operator
 from densecl_ops._types import BackendName, Correspondence
-from densecl_ops.correspondence import blockwise, eager
+from densecl_ops.correspondence import eager
 
 
 def dense_correspondence(
@@ -68,7 +68,7 @@ def dense_correspondence(
         min_score = _checks.require_cosine("min_score", min_score)
     query, key = _pooled("query_features", query_features, grid), _pooled("key_features", key_features, grid)
     _checks.require_paired_maps("query_features", query, "key_features", key)
-    chosen = _backends.resolve(backend, query, accumulation_dtype(query, key))
+    chosen = _backends.choose(backend, query, accumulation_dtype(query, key))
     with torch.no_grad(), no_autocast(query):
         if chosen == "eager":  # left open to compilers, which fuse it
             index, score, agreed = eager.match(query, key, mutual)
@@ -100,14 +100,6 @@ class Backend(Protocol):
         """
 
 
-def _backend(name: str) -> Backend:
-    if name == "blockwise":
-        return blockwise
-    from densecl_ops.correspondence import triton_launch  # imported on first use: it needs the triton package
-
-    return triton_launch
-
-
 def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     index = query.new_empty((query.shape[0], query.shape[2]), dtype=torch.int64)
     return index, torch.empty_like(index, dtype=torch.float32), torch.empty_like(index, dtype=torch.bool)
@@ -115,7 +107,5 @@ def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple
 
 @operator("match", "(Tensor query, Tensor key, bool mutual, str backend) -> (Tensor, Tensor, Tensor)", _fake_match)
 def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    def compute(module: Backend) -> tuple[Tensor, Tensor, Tensor]:
-        return module.match(query, key, mutual)
-
-    return _backends.run(backend, _backend, compute, "matching", query.dtype, key.dtype)
+    kind = (query.dtype, key.dtype)
+    return _backends.call(backend, "correspondence", "match", kind, query, key, mutual)  # type: ignore[no-any-return]
