@@ -68,6 +68,7 @@ class Compiled(NamedTuple):
     matrix: str = ""
     copies: str = ""
     serialised: bool = False
+    racing: bool = False
     error: str = ""
 
 
@@ -95,15 +96,15 @@ def compile_case(case: Case) -> Compiled:
     return Compiled(case, config, *read(case.target, compiled))
 
 
-Read = Callable[[str, Any], tuple[int, int, int, str, str, bool]]
+Read = Callable[[str, Any], tuple[int, int, int, str, str, bool, bool]]
 
 
 def _remembered(read: Read) -> Read:
     """Kept in build/kernels by Triton's hash of source, arguments, options and compiler, and by the reader's source."""
-    reader = inspect.getsource(read)
+    reader = inspect.getsource(read) + inspect.getsource(overwrites)
 
     @functools.wraps(read)
-    def call(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool]:
+    def call(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool, bool]:
         key = hashlib.sha256((compiled.hash + reader).encode()).hexdigest()
         path = Path(__file__).parent.parent / "build" / "kernels" / f"{key}.json"
         if not path.exists():
@@ -111,14 +112,46 @@ def _remembered(read: Read) -> Read:
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
                 json.dump(read(target, compiled), file)
             Path(file.name).replace(path)
-        registers, spills, shared, matrix, copies, serialised = json.loads(path.read_text())
-        return registers, spills, shared, matrix, copies, serialised
+        registers, spills, shared, matrix, copies, serialised, racing = json.loads(path.read_text())
+        return registers, spills, shared, matrix, copies, serialised, racing
 
     return call
 
 
+def overwrites(ttgir: str) -> bool:
+    """Whether a loop copies a tile into a buffer that a wgmma in flight still reads.
+
+    A loop that copies n tiles ahead fills buffer (i + n) mod B in its step i, while products of step i and of the one
+    before may be in flight. The steps are played in the order of the text.
+    """
+    view_of = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
+    buffers = {x: int(n) for x, n in re.findall(r"(%\w+) = ttg\.local_alloc : .*?memdesc<(\d+)x\d+x\d+x", ttgir)}
+
+    def base(view: str) -> str:
+        return base(view_of[view]) if view in view_of else view
+
+    events = re.compile(
+        r"async_(?:copy_global_to_local %\w+,|tma_copy_global_to_local %\w+\[.*?\]) (?P<copy>%\w+)"
+        r"|warp_group_dot (?P<left>%\w+), (?P<right>%\w+)|warp_group_dot_wait .*?pendings = (?P<pending>\d+)"
+    )
+    copied = [base(event["copy"]) for event in events.finditer(ttgir) if event["copy"]]
+    for body in re.findall(r"scf\.for((?:(?!scf\.for).)*?)scf\.yield", ttgir, re.S):
+        in_flight: list[tuple[int, set[str]]] = []
+        for step in range(4):
+            for event in events.finditer(body):
+                if event["pending"] is not None:
+                    in_flight = in_flight[max(0, len(in_flight) - int(event["pending"])) :]
+                elif event["left"]:
+                    in_flight.append((step, {base(event["left"]), base(event["right"])}))
+                elif (to := base(event["copy"])) in buffers:
+                    ahead = copied.count(to) - 1
+                    if any(to in read and (step + ahead - at) % buffers[to] == 0 for at, read in in_flight):
+                        return True
+    return False
+
+
 @_remembered
-def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool]:
+def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool, bool]:
     import triton
 
     assembly = compiled.asm["sass"]
@@ -135,11 +168,12 @@ def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, str, b
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
     found = [label for mark, label in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)]
     copies = "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly)
-    return registers, spills, compiled.metadata.shared, found[0] if found else "none", copies, "C751" in report
+    racing = overwrites(compiled.asm["ttgir"])
+    return registers, spills, compiled.metadata.shared, found[0] if found else "none", copies, "C751" in report, racing
 
 
 @_remembered
-def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool]:
+def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool, bool]:
     assembly = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -147,7 +181,7 @@ def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool
 
     spills = field("vgpr_spill_count") + field("sgpr_spill_count")
     matrix = "mfma" if "v_mfma" in assembly else "none"
-    return field("vgpr_count"), spills, compiled.metadata.shared, matrix, "", False
+    return field("vgpr_count"), spills, compiled.metadata.shared, matrix, "", False, False
 
 
 def _specialise(
@@ -329,7 +363,9 @@ def cases(targets: list[str]) -> Iterator[Case]:
         for channels in (128, 512):
             yield Case(target, "grad_key_kernel", "bfloat16", channels, "")
         for dtype in ("bfloat16", "float32"):
-            for variant in ("7x7 mutual", "7x7 mutual channels_last", "14x14", "56x56", "56x56 channels_last"):
+            for variant in ("7x7 mutual", "7x7 mutual channels_last", "8x8 mutual", "14x14"):
+                yield Case(target, "match_kernel", dtype, 2048, variant)
+            for variant in ("56x56", "56x56 channels_last"):
                 yield Case(target, "match_kernel", dtype, 2048, variant)
         yield Case(target, "inverse_norm_kernel", "bfloat16", 256, "56x56")
 
@@ -350,7 +386,7 @@ def main(arguments: argparse.Namespace) -> None:
         if row.error:
             print(f"{line} {row.error}")
             continue
-        flags = f"{row.matrix:8} {row.copies or 'no'}{' SERIALISED' if row.serialised else ''}"
+        flags = f"{row.matrix:8} {row.copies or 'no'}{' SERIALISED' * row.serialised}{' RACE' * row.racing}"
         print(f"{line} {row.registers:4} {row.spills:5} {row.shared // 1024:4}K  {flags}")
     if arguments.json:
         write(arguments.json, [{**row._asdict(), "case": row.case._asdict()} for row in rows])

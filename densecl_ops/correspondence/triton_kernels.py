@@ -59,6 +59,12 @@ def _best(score, exists, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _diagonal(square):
+    at = tl.arange(0, square.shape[0])
+    return tl.sum(tl.where(at[:, None] == at[None, :], square, 0.0), 1)
+
+
+@triton.jit
 def match_kernel(
     query_ptr,  # (B, C, P_q)
     key_ptr,  # (B, C, P_k)
@@ -74,6 +80,7 @@ def match_kernel(
     key_stride_b, key_stride_c, key_stride_p,
     PRECISION: tl.constexpr,  # input_precision of the products
     UPCAST: tl.constexpr,  # for the interpreter, which miscomputes bfloat16
+    GRAM: tl.constexpr,  # whether the squares are diagonals of products
     EVEN_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program b * tiles + i: the i-th BLOCK_Q query positions of image b against all its key positions."""
@@ -89,12 +96,14 @@ def match_kernel(
     best = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     index = tl.zeros([BLOCK_Q], tl.int32)
     query_squares = tl.zeros([BLOCK_Q], tl.float32)
+    query_gram = tl.zeros([BLOCK_Q, BLOCK_Q], tl.float32)
     for first_key in tl.range(0, key_positions, BLOCK_K):
         key_position = first_key + tl.arange(0, BLOCK_K)
         key_exists = key_position < key_positions
         key_base = key_ptr + image * key_stride_b + key_position[None, :].to(tl.int64) * key_stride_p
         products = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         key_squares = tl.zeros([BLOCK_K], tl.float32)
+        key_gram = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
         for first_channel in tl.range(0, channels, BLOCK_C):
             channel = first_channel + tl.arange(0, BLOCK_C)
             step = channel[:, None].to(tl.int64)
@@ -103,10 +112,15 @@ def match_kernel(
             if UPCAST:
                 query, key = query.to(tl.float32), key.to(tl.float32)
             products = tl.dot(tl.trans(query), key, products, input_precision=PRECISION)
-            if key_inverse_ptr is None:
+            if key_inverse_ptr is None and GRAM:
+                query_gram = tl.dot(tl.trans(query), query, query_gram, input_precision=PRECISION)
+                key_gram = tl.dot(tl.trans(key), key, key_gram, input_precision=PRECISION)
+            elif key_inverse_ptr is None:
                 query_squares += tl.sum(query.to(tl.float32) * query.to(tl.float32), 0)
                 key_squares += tl.sum(key.to(tl.float32) * key.to(tl.float32), 0)
         if key_inverse_ptr is None:
+            if GRAM:
+                query_squares, key_squares = _diagonal(query_gram), _diagonal(key_gram)
             key_inverse = _inverse(key_squares)
             if back_ptr is not None:
                 # The key norm cannot change an argmax over queries, nor the query norm one over keys.

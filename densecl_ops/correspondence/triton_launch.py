@@ -64,6 +64,7 @@ def _search(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     images, channels, queries = query.shape
     keys = key.shape[2]
+    architecture = _launch.describe(query.device).architecture
     index = query.new_empty((images, queries), dtype=torch.int64)
     score = query.new_empty((images, queries), dtype=torch.float32)
     back = query.new_empty((images, keys), dtype=torch.int64) if both_ways else None
@@ -81,8 +82,11 @@ def _search(
             channels=channels,
             **_launch.strides("query", query.stride(), "bcp"),
             **_launch.strides("key", key.stride(), "bcp"),
-            PRECISION=_launch.float32_precision(query.dtype, _launch.describe(query.device).architecture),
+            PRECISION=_launch.float32_precision(query.dtype, architecture),
             UPCAST=query.device.type == "cpu",
+            # A second use of a tile, beside a wgmma in flight, makes Triton 3.6 to 3.9 allot one buffer too few (issue
+            # 6691 there): the next copy overwrites it. Products are no second use. float32 is split in registers.
+            GRAM=_launch.family(architecture) == "wgmma" and query.element_size() == 2,
             EVEN_C=channels % config.block_c == 0,
             BLOCK_Q=config.block_q,
             BLOCK_K=config.block_k,
