@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from torch import Tensor
 from densecl_ops import _checks
 from densecl_ops._types import Correspondence
 
-if TYPE_CHECKING:
+try:
     from matplotlib.axes import Axes
+    from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError('densecl_ops.visualize needs matplotlib: pip install "densecl-ops[plot]"') from error
 
 __all__ = ["plot_correspondence"]
 
@@ -22,12 +26,19 @@ COLOURS = "viridis_r"  # dark is high: the best matches stand out from the pale 
 GAP = 0.04  # of the longest side, between the images
 PALE = 0.4  # of the images' contrast is kept, so that lines stand out
 
-Image = Any  # a torch.Tensor or a numpy array; numpy is no dependency of this package
+
+class _Picture(Figure):
+    """A notebook shows it as the last line of a cell: pyplot, which does that for other figures, is not imported."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
 
 
 def plot_correspondence(
-    image_q: Image,
-    image_k: Image,
+    image_q: Any,
+    image_k: Any,
     correspondence: Correspondence,
     ax: Axes | None = None,
     top_k: int | None = 40,
@@ -41,9 +52,10 @@ def plot_correspondence(
     """Draws two views beside each other and a line from the centre of each query cell to that of its match.
 
     Lines are coloured by score (viridis, dark is high), best ones on top. With `truth`, right matches are solid blue
-    with dots, wrong ones dashed orange with crosses, and those without truth dotted grey. pyplot, its backend and its
-    open figures are left alone, so the result suits TensorBoard:
-    `writer.add_figure("matches", plot_correspondence(...), step)`.
+    with dots, wrong ones dashed orange with crosses, and those without truth dotted grey. A notebook shows the
+    result of a cell's last line, and TensorBoard takes it:
+    `writer.add_figure("matches", plot_correspondence(...), step)`. pyplot, its backend and its open figures
+    are left alone.
 
     Args:
         image_q: Query view: a (3, H, W), (1, H, W) or (H, W) tensor, or a (H, W, 3), (H, W, 1) or (H, W) numpy
@@ -66,7 +78,6 @@ def plot_correspondence(
         The Figure drawn into; of `ax`, if that was given.
 
     Raises:
-        ImportError: matplotlib is missing.
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes, grids or numbers do not fit.
 
@@ -86,15 +97,13 @@ def plot_correspondence(
     _checks.require_bool("vertical", vertical)
     grid_q = _grid("query_grid", query_grid, len(index))
     grid_k = _checks.require_grid_size("key_grid", key_grid) or grid_q
-    low, high, keys = int(index.min()), int(index.max()), grid_k[0] * grid_k[1]
-    if low < 0 or high >= keys:
-        raise ValueError(f"key_grid: got {grid_k} for indices {low} to {high}, expected a grid that holds them")
-    known, right = _judge(index, truth, keys)
+    _require_within("key_grid", index, 0, grid_k[0] * grid_k[1])
+    if truth is not None:
+        truth = _checks.require_integer("truth", truth)
+        _checks.require_shape("truth", truth, tuple(index.shape))
+        truth = truth.detach().cpu().long()
+        _require_within("truth", truth, -1, grid_k[0] * grid_k[1])
     picture_q, picture_k = _pixels("image_q", image_q), _pixels("image_k", image_k)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('densecl_ops.visualize needs matplotlib: pip install "densecl-ops[plot]"') from error
 
     (height_q, width_q), (height_k, width_k) = picture_q.shape[:2], picture_k.shape[:2]
     gap = max(1.0, GAP * max(height_q, width_q, height_k, width_k))
@@ -102,29 +111,25 @@ def plot_correspondence(
     width, height = max(width_q, shift_x + width_k), max(height_q, shift_y + height_k)
     if ax is None:
         wide = min(10.0, 10.0 * width / height)
-        tall = wide * height / width
-        margin = 0.9 + 0.04 * tall if truth is None else 0.8  # title, and colour bar or legend
-        size = (max(wide, 5.0), tall + margin)  # in inches; a title takes 4
-        ax = Figure(figsize=size, dpi=100, layout="constrained").add_subplot()
+        tall = wide * height / width + 1.0  # title, and colour bar or legend
+        ax = _Picture(figsize=(max(wide, 5.0), tall), layout="constrained").add_subplot()
     for picture, x, y in ((picture_q, 0.0, 0.0), (picture_k, shift_x, shift_y)):
-        bottom, right_edge = y + picture.shape[0], x + picture.shape[1]
-        pale = (PALE * picture + 1 - PALE).numpy()
-        ax.imshow(pale, extent=(x, right_edge, bottom, y), interpolation="antialiased")
+        extent = (x, x + picture.shape[1], y + picture.shape[0], y)
+        ax.imshow((PALE * picture + 1 - PALE).numpy(), extent=extent, interpolation="antialiased")
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     ax.set_axis_off()
 
     drawn = torch.where(valid, score.nan_to_num(-math.inf), -math.inf).argsort(descending=True, stable=True)
     drawn = drawn[: int(valid.sum())][:top_k].flip(0)  # the best are drawn last, on top
-    start_xy = _centres(drawn, grid_q, height_q, width_q)
-    end_xy = _centres(index[drawn], grid_k, height_k, width_k, shift_x, shift_y)
-    kind = torch.where(known, right.long(), 2)[drawn]
+    start = _centres(drawn, grid_q, height_q, width_q)
+    end = _centres(index[drawn], grid_k, height_k, width_k) + torch.tensor([shift_x, shift_y], device="cpu")
     if truth is None:
-        _draw_by_score(ax, start_xy, end_xy, score[drawn])
+        _draw_by_score(ax, start, end, score[drawn])
         title = f"{len(drawn)} of {int(valid.sum())} valid matches, by score"
     else:
-        _draw_by_truth(ax, start_xy, end_xy, kind)
-        judged = valid & known
-        count, total = int((right & judged).sum()), int(judged.sum())
+        _draw_by_truth(ax, start, end, torch.where(truth < 0, 2, (truth == index).long())[drawn])
+        judged = valid & (truth >= 0)
+        count, total = int((judged & (truth == index)).sum()), int(judged.sum())
         share = f"{count / total:.1%} right ({count} of {total})" if total else "no match with known truth"
         title = f"{share}, {len(drawn)} drawn"
     ax.set_title(title, fontsize=12)
@@ -132,39 +137,29 @@ def plot_correspondence(
 
 
 def _draw_by_score(ax: Axes, start: Tensor, end: Tensor, score: Tensor) -> None:
-    from matplotlib.collections import LineCollection
-
-    segments = torch.stack([start, end], 1).numpy()
-    lines = LineCollection(list(segments), cmap=COLOURS, linewidths=1.3, zorder=2)
-    lines.set_array(score.numpy())
+    lines = LineCollection(list(torch.stack([start, end], 1).numpy()), cmap=COLOURS, linewidths=1.3)
     finite = score[score.isfinite()]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     margin = max(0.0, 0.005 - (high - low) / 2)  # equal scores: no colour bar of rounding errors
-    lines.set_clim(low - margin, high + margin)
+    lines.set(array=score.numpy(), clim=(low - margin, high + margin))
     ax.add_collection(lines, autolim=False)
-    x, y = torch.cat([start, end]).T.numpy()
-    low, high = lines.get_clim()
-    ax.scatter(x, y, 16, score.repeat(2).numpy(), cmap=COLOURS, vmin=low, vmax=high, zorder=3)
     bar = ax.figure.colorbar(lines, ax=ax, orientation="horizontal", fraction=0.05, pad=0.02, shrink=0.5, aspect=30)
     bar.set_label("score")
 
 
 def _draw_by_truth(ax: Axes, start: Tensor, end: Tensor, kind: Tensor) -> None:
-    looks = {  # wrong ones last, on top of the many right ones
-        2: ("truth unknown", {"color": UNKNOWN, "linestyle": ":", "marker": ".", "linewidth": 1.0, "markersize": 4}),
-        1: ("right", {"color": RIGHT, "linestyle": "-", "marker": "o", "linewidth": 1.1, "markersize": 3.5}),
-        0: ("wrong", {"color": WRONG, "linestyle": "--", "marker": "X", "linewidth": 1.1, "markersize": 5}),
-    }
-    handles = {}
-    for zorder, (number, (label, look)) in enumerate(looks.items(), 2):
+    for number, label, look in (  # wrong ones last, on top of the many right ones
+        (2, "truth unknown", {"color": UNKNOWN, "linestyle": ":", "marker": "."}),
+        (1, "right", {"color": RIGHT, "linestyle": "-", "marker": "o"}),
+        (0, "wrong", {"color": WRONG, "linestyle": "--", "marker": "X"}),
+    ):
         chosen = kind == number
         if chosen.any():
-            x, y = (torch.stack([start[chosen, axis], end[chosen, axis]]).numpy() for axis in (0, 1))
-            handles[label] = ax.plot(x, y, zorder=zorder, **look)[0]  # type: ignore[arg-type]
-    if handles:
-        labels = sorted(handles)
-        lines = [handles[label] for label in labels]
-        ax.legend(lines, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=len(lines), frameon=False)
+            x, y = torch.stack([start[chosen], end[chosen]]).permute(2, 0, 1).numpy()
+            lines = ax.plot(x, y, linewidth=1.1, markersize=4, **look)  # type: ignore[arg-type]
+            lines[0].set_label(label)
+    if len(kind):
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False)
 
 
 def _one_sample(correspondence: Correspondence, sample: int) -> Correspondence:
@@ -197,45 +192,31 @@ def _grid(name: str, value: object, positions: int) -> tuple[int, int]:
     return grid
 
 
-def _judge(index: Tensor, truth: Tensor | None, keys: int) -> tuple[Tensor, Tensor]:
-    """(P_q,) bool: where the truth is known, and where the match is right."""
-    if truth is None:
-        nothing = torch.zeros_like(index, dtype=torch.bool)
-        return nothing, nothing
-    truth = _checks.require_integer("truth", truth)
-    _checks.require_shape("truth", truth, tuple(index.shape))
-    truth = truth.detach().cpu().long()
-    low, high = int(truth.min()), int(truth.max())
-    if low < -1 or high >= keys:
-        raise ValueError(f"truth: got values from {low} to {high}, expected them within -1 to {keys - 1}")
-    return truth >= 0, truth == index
+def _require_within(name: str, index: Tensor, low: int, keys: int) -> None:
+    lowest, highest = int(index.min()), int(index.max())
+    if lowest < low or highest >= keys:
+        raise ValueError(f"{name}: got indices from {lowest} to {highest}, expected them within {low} to {keys - 1}")
 
 
-def _centres(
-    position: Tensor, grid: tuple[int, int], height: int, width: int, left: float = 0.0, top: float = 0.0
-) -> Tensor:
-    """(n, 2) float32 x and y, in pixels, of the centres of row-major cells of an image that starts at (left, top)."""
-    x = left + ((position % grid[1]).float() + 0.5) * (width / grid[1])
-    y = top + ((position // grid[1]).float() + 0.5) * (height / grid[0])
-    return torch.stack([x, y], 1)
+def _centres(position: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
+    """(n, 2) float32 x and y, in pixels, of the centres of row-major cells."""
+    cells = torch.stack([position % grid[1], position // grid[1]], 1).float() + 0.5
+    return cells * torch.tensor([width / grid[1], height / grid[0]], device="cpu", dtype=torch.float32)
 
 
-def _pixels(name: str, image: Image) -> Tensor:
+def _pixels(name: str, image: Any) -> Tensor:
     """(H, W, 3) float32 in [0, 1] on the host."""
     if isinstance(image, Tensor):
         pixels = _checks.require_real(name, image).detach().cpu()
-        expected, channels_first = "(3, H, W), (1, H, W) or (H, W)", True
+        pixels, expected = pixels.movedim(0, 2) if pixels.ndim == 3 else pixels, "(3, H, W), (1, H, W) or (H, W)"
     elif type(image).__module__ == "numpy" and hasattr(image, "shape"):
         pixels = torch.from_numpy(image.copy())  # a copy: torch refuses negative strides and warns of read-only arrays
-        expected, channels_first = "(H, W, 3), (H, W, 1) or (H, W)", False
+        expected = "(H, W, 3), (H, W, 1) or (H, W)"
     else:
         raise TypeError(f"{name}: got {type(image).__name__}, expected a torch.Tensor or a numpy array")
     if not (pixels.dtype == torch.uint8 or pixels.dtype in _checks.FLOAT_DTYPES):
         raise TypeError(f"{name}: got dtype {pixels.dtype}, expected uint8 or a float dtype")
-    if pixels.ndim == 3 and channels_first:
-        pixels = pixels.permute(1, 2, 0)
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(image.shape)}, expected {expected}")
     scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float().nan_to_num()

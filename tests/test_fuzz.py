@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from densecl_ops import DenseCorrespondence, DenseProjectionHead
 from densecl_ops.functional import (
+    boxes_from_albumentations,
     boxes_from_kornia,
+    boxes_from_matrix,
     boxes_from_torchvision,
     dense_correspondence,
     dense_info_nce,
@@ -308,11 +311,12 @@ FIELDS = st.fixed_dictionaries(
 @given(params=JUNK | TENSORS | FIELDS | st.lists(st.tuples(st.text(max_size=3), FIELDS), max_size=3))
 def test_fuzz_crop_parameters(params: Any) -> None:
     """Junk gives an error or, where it has the form of parameters by chance, (B, 4) numbers."""
-    for convert in (boxes_from_torchvision, boxes_from_kornia):
+    readers = boxes_from_torchvision, boxes_from_kornia, partial(boxes_from_matrix, size=8)
+    for convert in (*readers, partial(boxes_from_albumentations, image_size=(8, 8))):
         try:
             boxes = convert(params)
         except (TypeError, ValueError) as error:
-            assert str(error).startswith(("params", "augmentation")), error  # noqa: PT017
+            assert str(error).startswith(("params", "augmentation", "matrix", "replay")), error  # noqa: PT017
             assert "expected" in str(error), error  # noqa: PT017
         else:
             assert boxes.dtype == torch.float32

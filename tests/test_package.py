@@ -52,8 +52,10 @@ SIGNATURES = {
         "*process_group": None,
     },
     "MomentumQueue.enqueue": {"keys": EMPTY},
+    "functional.boxes_from_albumentations": {"replay": EMPTY, "image_size": EMPTY},
     "functional.boxes_from_kornia": {"augmentation": EMPTY},
-    "functional.boxes_from_torchvision": {"params": EMPTY},
+    "functional.boxes_from_matrix": {"matrix": EMPTY, "size": EMPTY, "image_size": None},
+    "functional.boxes_from_torchvision": {"params": EMPTY, "image_size": None},
     "functional.dense_correspondence": {
         "query_features": EMPTY,
         "key_features": EMPTY,
@@ -122,7 +124,9 @@ def test_public_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'metric'"):
         densecl_ops.metric  # noqa: B018
     assert sorted(functional.__all__) == [
+        "boxes_from_albumentations",
         "boxes_from_kornia",
+        "boxes_from_matrix",
         "boxes_from_torchvision",
         "dense_correspondence",
         "dense_info_nce",

@@ -33,7 +33,8 @@ def location_correspondence(
     Args:
         query_boxes: (B, 4) crop of the first view as (x0, y0, x1, y1): the outer edges, in pixels of the original
             image (any unit that both boxes share will do). x0 > x1 says that the crop was mirrored left to right
-            after cutting, y0 > y1 top to bottom. `boxes_from_torchvision` and `boxes_from_kornia` make them.
+            after cutting, y0 > y1 top to bottom. `boxes_from_torchvision`, `boxes_from_kornia`,
+            `boxes_from_albumentations` and `boxes_from_matrix` make them.
         key_boxes: The same of the second view.
         query_grid: S, or (H, W): the grid the query projections have.
         key_grid: The same of the key projections. Default: query_grid.
