@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
+from torch.serialization import add_safe_globals
 from torch.utils import _pytree
 
 BackendName = Literal["auto", "eager", "blockwise", "triton"]
@@ -54,3 +55,4 @@ class NegativeQueue(Protocol):
 
 for _public in (Correspondence, Projection):  # so that torch.export.save can write a program that returns them
     _pytree._register_namedtuple(_public, serialized_type_name=f"densecl_ops.{_public.__name__}")
+add_safe_globals([Correspondence, Projection])  # so that torch.load takes them back with its default, weights_only

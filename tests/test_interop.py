@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
+import io
 import re
 import sys
 from collections import OrderedDict
@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close
-from standins import byol_learner, lightly_modules, moco_builder, solo_methods
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from densecl_ops import DenseProjectionHead, MomentumQueue
+from densecl_ops import DenseCorrespondence, DenseProjectionHead, MomentumQueue
 from densecl_ops.interop import Checkpoint, read_checkpoint, write_checkpoint
 
 C, HIDDEN, D, K = 6, 5, 4, 8
@@ -113,28 +112,6 @@ def moco(channels: int = C, dim: int = D, size: int = K, version: int = 2) -> nn
     return wrapped
 
 
-class LightlyHead(nn.Module):
-    def __init__(self, normed: bool = False) -> None:
-        super().__init__()
-        norm = [nn.BatchNorm1d(HIDDEN)] if normed else []
-        self.layers = nn.Sequential(nn.Linear(C, HIDDEN, bias=not normed), *norm, nn.ReLU(), nn.Linear(HIDDEN, D))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-def lightly(kind: str) -> nn.Module:
-    model = nn.Module()
-    model.backbone = nn.Sequential(*resnet().children())  # numbers for names
-    for head in ("projection_head_global", "projection_head_local") if kind == "densecl" else ("projection_head",):
-        model.add_module(head, LightlyHead(kind == "byol"))
-    for name, module in list(model.named_children()):
-        model.add_module(f"{name}_momentum", scramble(copy.deepcopy(module)))
-    if kind == "byol":
-        model.prediction_head = nn.Linear(D, D)
-    return scramble(model)
-
-
 def full(model: nn.Module) -> dict[str, Any]:
     """What a trainer saves."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -159,6 +136,10 @@ def assert_same(seen: Any, wanted: Any, where: str = "") -> None:
         assert list(map(str, sorted(seen, key=str))) == list(map(str, sorted(wanted, key=str))), where
         for name in wanted:
             assert_same(seen[name], wanted[name], f"{where}.{name}")
+    elif isinstance(wanted, list):
+        assert len(seen) == len(wanted), where
+        for one, other in zip(seen, wanted, strict=True):
+            assert_same(one, other, where)
     elif isinstance(wanted, Tensor):
         assert seen.dtype == wanted.dtype, where
         assert seen.shape == wanted.shape, where
@@ -331,241 +312,170 @@ def test_moco_without_its_key_side_and_v1() -> None:
     assert_same(write_checkpoint(checkpoint, format="moco"), state)
     with pytest.raises(ValueError, match=r"image_queue: got a checkpoint \(moco\) without it"):
         checkpoint.load_into(image_queue=MomentumQueue(K, D))
-    old = moco(version=1).state_dict()
-    with pytest.raises(ValueError, match=r'single Linear of MoCo v1.*prefix="module.encoder_q."'):
-        read_checkpoint(old)
-    alone = read_checkpoint(old, format="backbone", prefix="module.encoder_q.")
-    assert alone.load_into(backbone_q=resnet()) == []
-    assert_same(write_checkpoint(alone, format="backbone"), dict(old))
+    old = moco(version=1).state_dict()  # its one Linear is no head of ours
+    checkpoint, queue = read_checkpoint(old), MomentumQueue(K, D)
+    assert checkpoint.head_q is checkpoint.head_k is None
+    checkpoint.load_into(backbone_q=resnet(), backbone_k=resnet(), image_queue=queue)
+    assert torch.equal(queue.rows, old["module.queue"].T)
+    assert_same(write_checkpoint(checkpoint), dict(old))
 
 
-@pytest.mark.parametrize("kind", ["moco", "densecl", "byol"])
-@pytest.mark.parametrize("prefix", [None, "model."])
-def test_lightly(kind: str, prefix: str | None) -> None:
-    model = lightly(kind).double().eval()
-    state = {(prefix or "") + name: x for name, x in model.state_dict().items()}
-    if prefix:
-        state["criterion.scale"] = torch.ones(1)
-        with pytest.raises(ValueError, match=r"prefix='model.' may be"):
-            read_checkpoint(state)
-    checkpoint = read_checkpoint({"state_dict": state, "hyper_parameters": {}}, prefix=prefix)
-    assert checkpoint.format == "lightly"
-    assert checkpoint.extra == {"hyper_parameters": {}}
-    outside = {"criterion.scale"} if prefix else set()
-    carried = {f"{prefix or ''}prediction_head.{x}" for x in ("weight", "bias")} if kind == "byol" else set()
-    assert set(checkpoint.unmapped) == outside | carried
-    norm = nn.BatchNorm2d if kind == "byol" else None
-    features = torch.randn(2, C, 3, 3, dtype=torch.float64)
+@pytest.mark.parametrize("dense", [False, True])
+def test_lightly(dense: bool) -> None:
+    """Its MoCo and DenseCL examples: backbones cut into numbers, heads of Linears, over positions 1x1 convs."""
+    model, names = nn.Module(), ("projection_head_global", "projection_head_local") if dense else ("projection_head",)
+    for suffix in ("", "_momentum"):
+        model.add_module(f"backbone{suffix}", nn.Sequential(*resnet().children()))
+        for name in names:
+            layers = nn.Sequential(nn.Linear(C, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, D))
+            model.add_module(f"{name}{suffix}", nn.Sequential(OrderedDict(layers=layers)))
+    state = {f"model.{name}": x for name, x in scramble(model).state_dict().items()}
+    checkpoint = read_checkpoint({"state_dict": {**state, "criterion.memory_bank.bank": torch.ones(K, D)}})
+    assert (checkpoint.format, checkpoint.prefix) == ("lightly", "model.")
+    assert list(checkpoint.unmapped) == ["criterion.memory_bank.bank"]
+    images = torch.randn(2, 3, 16, 16)
     for side, suffix in (("q", ""), ("k", "_momentum")):
-        head, backbone = DenseProjectionHead(C, HIDDEN, D, norm_layer=norm).double().eval(), resnet().double()
-        parts = {f"head_{side}": head, f"backbone_{side}": backbone}
-        kept = checkpoint.load_into(**parts, keep_dense=kind != "densecl")
-        assert bool(kept) == (kind != "densecl")
-        name = "projection_head_global" if kind == "densecl" else "projection_head"
-        theirs = getattr(model, name + suffix)
-        assert_close(head(features).image, theirs(features.mean((2, 3))), 1e-12)
-        if kind == "densecl":
-            tokens = getattr(model, f"projection_head_local{suffix}")(features.flatten(2).transpose(1, 2))
-            assert_close(head(features).dense.flatten(2), tokens.transpose(1, 2), 1e-12)
-        cut = getattr(model, f"backbone{suffix}").state_dict().values()
-        assert all(torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), cut, strict=True))
+        parts: Any = {f"backbone_{side}": resnet(), f"head_{side}": DenseProjectionHead(C, HIDDEN, D)}
+        assert bool(checkpoint.load_into(**parts, keep_dense=not dense)) == (not dense)
+        backbone, head = parts.values()
+        features = getattr(model, f"backbone{suffix}")(images)
+        assert_close(backbone(images), features, 1e-6)
+        assert_close(head(features).image, getattr(model, f"{names[0]}{suffix}")(features.mean((2, 3))), 1e-5)
+        if dense:
+            tokens = getattr(model, f"{names[1]}{suffix}")(features.flatten(2).transpose(1, 2))
+            assert_close(head(features).dense.flatten(2), tokens.transpose(1, 2), 1e-5)
+    with pytest.raises(ValueError, match="format: got 'lightly', expected one of 'densecl'"):
+        write_checkpoint(checkpoint)
 
 
-def test_a_lightly_head_alone_and_its_bank() -> None:
-    head = LightlyHead()
-    state = {f"net.head.{name}": x for name, x in head.state_dict().items()}
-    ours = DenseProjectionHead(C, HIDDEN, D)
-    read_checkpoint(state, prefix="net.head.").load_into(head_q=ours, keep_dense=True)
-    assert torch.equal(ours.image_mlp[2].weight, head.layers[2].weight)
-
-    rows = F.normalize(torch.randn(K, D), dim=1)
-    state = {f"projection_head.{name}": x for name, x in head.state_dict().items()}
-    for bank in (rows, rows.T):  # new and old versions
-        bank_state = {"criterion.memory_bank.bank": bank, "criterion.memory_bank.bank_ptr": torch.tensor([2])}
-        queue = MomentumQueue(K, D)
-        read_checkpoint(state | bank_state).load_into(image_queue=queue)
-        assert torch.equal(queue.rows, rows)
-        assert int(queue.position) == 2
-    bank_state["criterion.memory_bank.bank"] = torch.eye(D)
-    with pytest.raises(ValueError, match=r"memory_bank.bank: got \(4, 4\), expected K other than D"):
-        read_checkpoint(state | bank_state)
+def below(prefix: str, network: nn.Module | None = None) -> dict[str, Tensor]:
+    return {prefix + name: x for name, x in scramble(network or resnet()).state_dict().items()}
 
 
-@pytest.mark.parametrize("before", ["", "backbone."])
-def test_published_backbones(before: str) -> None:
-    state = {before + name: x for name, x in resnet().state_dict().items()}
-    checkpoint = read_checkpoint({"state_dict": state, "meta": {}})
-    assert [part for part in PARTS if getattr(checkpoint, part) is not None] == ["backbone_q"]
-    backbone = resnet()
-    checkpoint.load_into(backbone_q=backbone)
-    assert_same(dict(backbone.state_dict()), dict(resnet().state_dict()) | dict(checkpoint.backbone_q or {}))
-    assert_same(write_checkpoint(checkpoint, format="backbone"), {"state_dict": state, "meta": {}})
-    plain = write_checkpoint(read_checkpoint(full(densecl())), format="backbone")
-    assert list(plain) == list(backbone.state_dict())
+def others(*names: str) -> dict[str, Tensor]:
+    return {name: torch.ones(4, 4) for name in names}
 
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-
-
-class Settings(dict[str, Any]):
-    __getattr__ = dict.__getitem__
-
-
-SOLO = SimpleNamespace(method_kwargs=Settings(proj_hidden_dim=HIDDEN, proj_output_dim=D, temperature=0.2, queue_size=K))
-
-
-# Format -> file of the recipe, model of it, and the places of query backbone, query head, key backbone, key head.
-RECIPES: dict[str, tuple[str, Any, tuple[str, str, str, str]]] = {
-    "with_moco": (
-        "with_moco",
-        lambda recipe: recipe.DenseMoCo(lambda num_classes: resnet(C, num_classes), dim=D, K=K),
-        ("encoder_q", "encoder_q.fc", "encoder_k", "encoder_k.fc"),
+# A training file -> where its query backbone stands.
+BACKBONES: dict[str, tuple[Any, str]] = {
+    "plain": (lambda: below(""), ""),
+    "OpenMMLab's": (lambda: below("backbone."), "backbone."),
+    "with a classifier": (lambda: below("module.", resnet(classes=3)), "module."),
+    "densecl": (lambda: densecl().state_dict(), "encoder_q.0."),
+    "mmpretrain": (lambda: mmpretrain().state_dict(), "backbone."),
+    "moco": (lambda: moco().state_dict(), "module.encoder_q."),
+    "moco v1": (lambda: moco(version=1).state_dict(), "module.encoder_q."),
+    "moco v3": (
+        lambda: below("module.base_encoder.") | below("module.momentum_encoder.") | others("module.predictor.0.weight"),
+        "module.base_encoder.",
     ),
-    "moco_loop": (
-        "moco_loop",
-        lambda recipe: recipe.Trainer(K),
-        ("encoder_q.backbone", "encoder_q.head", "encoder_k.backbone", "encoder_k.head"),
+    "solo-learn": (
+        lambda: below("backbone.") | below("momentum_backbone.") | others("projector.0.weight", "classifier.weight"),
+        "backbone.",
     ),
-    "moco_loop, the demo": (
-        "pretrain",
-        lambda recipe: recipe.DenseCL(recipe.Encoder(recipe.build("small")), K),
-        ("encoder_q.backbone", "encoder_q.head", "encoder_k.backbone", "encoder_k.head"),
+    "BYOL": (lambda: below("online.backbone.") | below("target.backbone.") | others("online.head.0.weight"), "online."),
+    "our MoCo loop": (
+        lambda: (
+            below("encoder_q.backbone.") | below("encoder_k.backbone.") | others("encoder_q.head.image_mlp.0.weight")
+        ),
+        "encoder_q.backbone.",
     ),
-    "with_vit": (
-        "with_vit",
-        lambda recipe: recipe.DenseCL(recipe.ViT(), 96, K),
-        ("encoder_q.vit", "encoder_q.head", "encoder_k.vit", "encoder_k.head"),
+    "SwAV": (
+        lambda: below("module.") | others("module.projection_head.0.weight", "module.prototypes.weight"),
+        "module.",
     ),
-    "with_fpn": (
-        "with_fpn",
-        lambda recipe: recipe.DenseCL(4, K),
-        ("encoder_q.pyramid", "encoder_q.head", "encoder_k.pyramid", "encoder_k.head"),
-    ),
-    "with_lightly": (
-        "with_lightly_moco",
-        lambda recipe: recipe.DenseMoCo(resnet(), C, K),
-        ("backbone", "projection_head", "backbone_momentum", "projection_head_momentum"),
-    ),
-    "with_lightly, BYOL": (
-        "with_lightly_byol",
-        lambda recipe: recipe.DenseBYOL(resnet(), C),
-        ("backbone", "projection_head", "backbone_momentum", "projection_head_momentum"),
-    ),
-    "with_lightning": (
-        "with_lightning",
-        lambda recipe: recipe.DenseCL(queue_size=K),
-        ("backbone", "head", "backbone_k", "head_k"),
-    ),
-    "with_solo_learn": (
-        "with_solo_learn",
-        lambda recipe: recipe.DenseMoCoV2Plus(SOLO),
-        ("backbone", "head", "momentum_backbone", "head_k"),
-    ),
-    "byol_loop": (
-        "byol_loop",
-        lambda recipe: recipe.Trainer(),
-        ("online.backbone", "online.head", "target.backbone", "target.head"),
-    ),
-    "with_byol_pytorch": (
-        "with_byol_pytorch",
-        lambda recipe: recipe.DenseBYOL(byol_learner.BYOL(recipe.TinyResNet(), 64), 64),
-        ("learner.net", "head", "learner.target_encoder.net", "target_head"),
+    "an average beside it": (lambda: below("model.") | below("model_ema.") | others("model.fc.weight"), "model."),
+    "a teacher alone": (lambda: below("teacher.backbone.") | others("teacher.head.mlp.0.weight"), "teacher."),
+    "cut into numbers": (
+        lambda: below("net.0.", nn.Sequential(*resnet().children())) | others("net.1.0.weight"),
+        "net.0.",
     ),
 }
 
 
-@pytest.fixture
-def hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the hosts of the recipes; the recipes' own folders on the path."""
-    named = {"lightly": lightly_modules, "moco": moco_builder, "solo": solo_methods}
-    for name in ("lightly.loss", "lightly.models", "lightly.models.modules", "lightly.models.utils", "moco.builder"):
-        named[name] = named[name.partition(".")[0]]
-    for name in ("solo.methods", "solo.methods.mocov2plus"):
-        named[name] = solo_methods
-    for name, module in named.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    for folder in {path.parent for path in EXAMPLES.rglob("*.py")}:
-        monkeypatch.syspath_prepend(str(folder))
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("case", BACKBONES)
+def test_the_backbone_of_any_training_checkpoint(case: str, given: bool) -> None:
+    """It alone is read, with or without its prefix, and written with plain names and nothing else."""
+    make, place = BACKBONES[case]
+    state = make()
+    place += "backbone." if place in ("online.", "teacher.") else ""
+    source = {"epoch": 3, "optimizer": {"state": {}}, "state_dict": state}
+    checkpoint = read_checkpoint(source, format="backbone", prefix=place if given else None)
+    assert (checkpoint.format, checkpoint.prefix) == ("backbone", place)
+    written, wanted = write_checkpoint(checkpoint), resnet()
+    assert list(written) == list(wanted.state_dict())
+    inside = [x for name, x in state.items() if name.startswith(place) and ".fc." not in f".{name}"]
+    own = [x for x, _ in zip(inside, written, strict=False)]
+    assert_same(list(written.values()), own)
+    assert len(checkpoint.unmapped) == len(state) - len(written)
+    assert checkpoint.load_into(backbone_q=wanted) == []
+    assert next(iter(write_checkpoint(checkpoint, prefix="backbone."))) == "backbone.conv1.weight"
+    assert re.search(r"unmapped=\d+ entries \(\w+", repr(checkpoint)) or case in ("plain", "OpenMMLab's")
 
 
-@pytest.mark.usefixtures("hosts")
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("case", RECIPES)
-def test_files_of_our_recipes(case: str, wrapped: bool, tmp_path: Path) -> None:
-    """Told apart, loaded into the modules of a second model, and written back bit for bit."""
-    name, build, places = RECIPES[case]
-    for package in {"pretrain": ("kornia", "skimage", "tqdm"), "with_lightning": ("lightning",)}.get(name, ()):
-        pytest.importorskip(package)
-    recipe = importlib.import_module(name)
-    model, other = scramble(build(recipe)), build(recipe)
-    saved = {("module." if wrapped else "") + entry: x for entry, x in model.state_dict().items()}
-    source = {"epoch": 3, "model" if name in ("pretrain", "byol_loop") else "state_dict": saved}
-    torch.save(source, tmp_path / "run.pth")
-    checkpoint = read_checkpoint(tmp_path / "run.pth")
-    assert checkpoint.format == case.partition(",")[0]
-    parts = dict(zip(("backbone_q", "head_q", "backbone_k", "head_k"), map(other.get_submodule, places), strict=True))
-    queues = [part for part in ("image_queue", "dense_queue") if hasattr(other, part)]
-    assert (checkpoint.image_queue is None, checkpoint.dense_queue is None) == ((not queues,) * 2)
-    for part, place in zip(list(parts), places, strict=True):
-        if part.startswith("backbone"):  # without its classifier, or the head that stands in its place
-            inside = model.get_submodule(place).state_dict()
-            wanted = {entry: x for entry, x in inside.items() if not entry.startswith("fc.")}
-            assert_same(dict(getattr(checkpoint, part)), wanted, part)
-            del parts[part]
-    parts |= {part: getattr(other, part) for part in queues}
-    assert checkpoint.load_into(**parts) == []
-    for part, place in zip(parts, (places[1], places[3], *queues), strict=True):
-        assert_same(dict(parts[part].state_dict()), dict(model.get_submodule(place).state_dict()), part)
-    assert_same(write_checkpoint(checkpoint), source)
+def test_backbones_that_must_be_chosen() -> None:
+    """Two networks, momentum encoders alone, and a network whose names nobody knows: refused, with what is there."""
+    two = {f"module.{name}": x for name, x in (below("student.") | below("teacher.")).items()}
+    with pytest.raises(ValueError, match=r"2 networks.*'module.student.' \(ResNet\), 'module.teacher.' \(ResNet\)"):
+        read_checkpoint(two, format="backbone")
+    assert len(read_checkpoint(two, format="backbone", prefix="module.teacher.").unmapped) == len(two) // 2
+    with pytest.raises(ValueError, match=r"momentum encoders alone.*'encoder_k.' \(ResNet\)"):
+        read_checkpoint(below("encoder_k."))
+    unknown = others("net.layers.0.norm.weight", "net.neck.conv.weight", "net.fc.weight", "net.projector.0.weight")
+    with pytest.raises(ValueError, match=r"Known networks: ResNet, .*prefix= before its names, of 'net.', ''"):
+        read_checkpoint(unknown, format="backbone")
+    assert list(read_checkpoint(unknown, "backbone", prefix="net.").backbone_q) == [
+        "layers.0.norm.weight",
+        "neck.conv.weight",
+    ]
+    for content, message in (
+        (
+            {"teacher": below("backbone."), "student": {}, "epoch": 3},
+            r"content\['teacher'\] \(ResNet under 'backbone.'\)",
+        ),
+        ({"model": {"a": {"trunk": below("")}}}, r"content\['model'\]\['a'\]\['trunk'\] \(ResNet under ''\)"),
+        ({"state_dict": {"a": others("x.weight")}}, r"content\['state_dict'\]\['a'\] \(no known network\)"),
+        ({"teacher": {}}, "none of them holds tensors"),
+    ):
+        with pytest.raises(ValueError, match=f"got a mapping of mappings.*{message}"):
+            read_checkpoint(content)
 
 
-@pytest.mark.usefixtures("hosts")
-def test_into_the_names_of_a_recipe() -> None:
-    """DenseCL's file, as that of a model that has those parts."""
-    checkpoint = read_checkpoint(densecl().state_dict())
-    for name in ("moco_loop", "with_moco"):
-        written = write_checkpoint(checkpoint, format=name)["state_dict"]
-        again = read_checkpoint(written)
-        assert again.format == name
-        for part in PARTS:
-            assert_same(dict(getattr(again, part)), dict(getattr(checkpoint, part)), part)
-    assert "module.encoder_q.fc.dense_mlp.0.weight" in written
-    with pytest.raises(ValueError, match=r"unmapped: got module.predictor of a with_moco run"):
-        write_checkpoint(read_checkpoint(written | {"module.predictor": torch.ones(1)}), format="densecl")
+# One name of the stem, one of the stages, and all kinds of others; then what such files hold beside the network.
+NETWORKS = {
+    "timm, DINO, MAE": (
+        "patch_embed.proj.weight blocks.0.attn.qkv.weight cls_token pos_embed reg_token norm.weight",
+        "decoder_pos_embed decoder_blocks.0.weight head.mlp.0.weight",
+    ),
+    "mmpretrain's ViT": ("patch_embed.projection.weight layers.0.ln1.weight cls_token ln1.weight", "neck.fc0.weight"),
+    "ViT of torchvision": (
+        "conv_proj.weight encoder.layers.encoder_layer_0.ln_1.weight class_token",
+        "heads.head.weight",
+    ),
+    "ViT of transformers": (
+        "embeddings.patch_embeddings.projection.weight layers.0.attention.q_proj.weight layernorm.weight",
+        "pooler.dense.weight classifier.weight",
+    ),
+    "ResNet of transformers": (
+        "embedder.embedder.convolution.weight encoder.stages.0.layers.0.shortcut.convolution.weight",
+        "classifier.1.weight",
+    ),
+    "ConvNeXt of timm": ("stem.0.weight stages.0.blocks.0.gamma head.norm.weight", "head.fc.weight"),
+    "ConvNeXt": ("downsample_layers.0.0.weight stages.0.0.gamma norm.weight", "head.weight"),
+    "RegNet": ("stem.conv.weight s1.b1.conv1.conv.weight", "head.fc.weight"),
+    "EfficientNet": ("conv_stem.weight blocks.0.0.conv_dw.weight bn1.weight conv_head.weight", "classifier.weight"),
+    "ConvNeXt of torchvision": ("features.0.0.weight features.1.0.layer_scale", "classifier.0.weight"),
+}
 
 
-@pytest.mark.usefixtures("hosts")
-@pytest.mark.parametrize("prefix", [None, "given"])
-@pytest.mark.parametrize("name", [*MODELS, "moco v1", "lightly", "with_moco", "moco_loop", "byol_loop"])
-def test_the_backbone_of_any_training_checkpoint(name: str, prefix: str | None) -> None:
-    """All else is unmapped; written back, the file is what it was."""
-    if name in RECIPES:
-        recipe = importlib.import_module(RECIPES[name][0])
-        model, place = RECIPES[name][1](recipe), RECIPES[name][2][0] + "."
-    else:
-        model = {"moco v1": lambda: moco(version=1), "lightly": lambda: lightly("moco")}.get(name, MODELS.get(name))()
-        places = {"densecl": "encoder_q.0.", "moco": "module.encoder_q.", "moco v1": "module.encoder_q."}
-        place = places.get(name, "backbone.")
-    state = dict(scramble(model).state_dict())
-    checkpoint = read_checkpoint(state, format="backbone", prefix=place if prefix else None)
-    assert checkpoint.format == "backbone"
-    inside = {entry.removeprefix(place): x for entry, x in state.items() if entry.startswith(place)}
-    wanted = {entry: x for entry, x in inside.items() if not entry.startswith("fc.")}
-    if name == "lightly" and prefix is None:  # whose numbers become names
-        wanted = dict(zip(resnet().state_dict(), wanted.values(), strict=True))
-    assert_same(dict(checkpoint.backbone_q), wanted)
-    assert len(checkpoint.unmapped) == len(state) - len(wanted)
-    if name != "lightly":
-        assert_same(write_checkpoint(checkpoint), state)
-
-
-def test_a_backbone_with_names_like_a_projects() -> None:
-    """A transformer's layers, a detector's neck: with format="backbone" they are its own."""
-    state = {f"student.{name}": torch.ones(1) for name in ("layers.0.norm.weight", "neck.conv.weight", "fc.weight")}
-    checkpoint = read_checkpoint(state, format="backbone", prefix="student.")
-    assert list(checkpoint.backbone_q) == ["layers.0.norm.weight", "neck.conv.weight"]
-    assert list(checkpoint.unmapped) == ["student.fc.weight"]
-    assert_same(write_checkpoint(checkpoint), state)
+@pytest.mark.parametrize("case", NETWORKS)
+def test_networks_known_by_their_names(case: str) -> None:
+    own, beside = (names.split() for names in NETWORKS[case])
+    state = others(*(f"module.net.{name}" for name in [*own, *beside]), "module.predictor.0.weight", "queue")
+    checkpoint = read_checkpoint(state | others("momentum_net." + own[0], "momentum_net." + own[1]))
+    assert checkpoint.prefix == "module.net."
+    assert list(write_checkpoint(checkpoint)) == own
 
 
 class Behind(nn.Module):
@@ -667,8 +577,11 @@ def test_under_inference_mode_and_other_defaults(name: str, defaults: None) -> N
     with torch.inference_mode():
         checkpoint = read_checkpoint(copy.deepcopy(source))
         assert_same(write_checkpoint(checkpoint), source)
-        there = write_checkpoint(dataclasses.replace(checkpoint, extra={}, unmapped={}), format="moco_loop")
-        assert {x.device.type for x in there["state_dict"].values()} == {"cpu"}
+        if name != "moco":
+            there = write_checkpoint(
+                dataclasses.replace(checkpoint, format="densecl_ops", unmapped={}), format="mmpretrain"
+            )
+            assert {x.device.type for x in there["state_dict"].values()} == {"cpu"}
     checkpoint.load_into(**ours)
     for part in ours:
         assert all(x.device.type == "cpu" for x in ours[part].state_dict().values())
@@ -688,46 +601,14 @@ def drop(*names: str) -> Any:
     return lambda state: [state.pop(name) for name in names]
 
 
+# What load_into could not tell.
 WRONG = {
-    "missing head": (
-        "densecl",
-        drop("encoder_q.1.mlp.0.bias"),
-        r"encoder_q.1.mlp.0.bias: got nothing, expected \(5,\)",
-    ),
-    "missing queue": ("densecl", drop("queue2", "queue2_ptr"), "dense_queue: got no entry, expected queue2"),
-    "missing pointer": ("densecl", drop("queue_ptr"), r"queue_ptr: got nothing, expected \(1,\) int64"),
-    "missing in key": ("densecl", drop("encoder_k.0.conv1.weight"), "encoder_k.0.conv1.weight: got nothing"),
-    "missing copy": ("densecl", drop("backbone.conv1.weight"), "backbone.conv1.weight: got nothing"),
-    "extra": ("densecl", put("encoder_q.2.weight", torch.ones(3)), r"encoder_q.2.weight: got shape \(3,\)"),
-    "extra layer": (
-        "mmpretrain",
-        put("neck.mlp.4.weight", torch.ones(3)),
-        r"neck.mlp.4.weight: got \(3,\), expected no",
-    ),
-    "extra leaf": ("mmpretrain", put("neck.mlp.0.scale", torch.ones(3)), r"neck.mlp.0.scale: got \(3,\), expected no"),
-    "head shape": ("densecl", put("encoder_k.1.mlp.2.weight", torch.ones(3, 5)), r"encoder_k.1.mlp.2.bias: got \(4,\)"),
-    "dense shape": (
-        "mmpretrain",
-        put("neck.mlp2.0.weight", torch.ones(5, 6)),
-        r"got \(5, 6\), expected \(5, 6, 1, 1\)",
-    ),
-    "key shape": ("moco", put("module.encoder_k.bn1.bias", torch.ones(9)), r"encoder_k.bn1.bias: got \(9,\), expected"),
-    "queue (K, D)": ("densecl", put("queue", torch.ones(K, D)), r"queue: got \(8, 4\), expected \(4, K\)"),
-    "queue dtype": ("densecl", put("queue", torch.ones(D, K).long()), r"queue: got \(4, 8\), expected .* floats"),
-    "pointer dtype": ("densecl", put("queue2_ptr", torch.ones(1)), r"queue2_ptr: got \(1,\) torch.float32, expected"),
-    "pointer shape": (
-        "densecl",
-        put("queue_ptr", torch.tensor(1)),
-        r"queue_ptr: got \(\) torch.int64, expected \(1,\)",
-    ),
-    "pointer value": ("densecl", put("queue_ptr", torch.tensor([K])), "queue_ptr: got 8, expected 0 to 7"),
+    "missing pointer": ("densecl", drop("queue_ptr"), r"queue and queue_ptr: got shapes \(4, 8\) and None, expected"),
+    "missing rows": ("moco", drop("module.queue"), r"queue and queue_ptr: got shapes None and \(1,\), expected"),
+    "rows": ("mmpretrain", put("queue2", torch.ones(8)), r"queue2 and queue2_ptr: got shapes \(8,\) and \(1,\)"),
+    "pointer": ("densecl", put("queue_ptr", torch.tensor(1)), r"queue_ptr: got shapes \(4, 8\) and \(\), expected"),
     "copy differs": ("densecl", put("backbone.bn1.bias", torch.zeros(C)), "backbone.bn1.bias: got other values"),
     "no tensor": ("densecl", put("queue", [1.0]), "queue: got list, expected a tensor"),
-    "no copies": (
-        "densecl",
-        lambda s: [s.pop(n) for n in list(s) if n.startswith("backbone.")],
-        "backbone.conv1.weight: got nothing",
-    ),
 }
 
 
@@ -739,19 +620,41 @@ def test_what_does_not_fit_is_named(case: str) -> None:
 
 
 def test_all_mismatches_in_one_message_and_nothing_loaded() -> None:
-    both = broken("densecl", lambda s: (s.pop("queue_ptr"), s.pop("encoder_q.1.mlp2.0.bias")))
-    with pytest.raises(ValueError, match=r"(?s)encoder_q.1.mlp2.0.bias.*queue_ptr"):
-        read_checkpoint(both)
     ours = {**modules(), "head_k": DenseProjectionHead(C, HIDDEN + 1, D), "dense_queue": MomentumQueue(K + 1, D)}
     before = copy.deepcopy({part: dict(module.state_dict()) for part, module in ours.items()})
-    expected = r"(?s)head_k.image_mlp.0.weight: got shape \(5, 6\), expected \(6, 6\).*dense_queue.rows: got shape"
-    with pytest.raises(ValueError, match=expected):
-        read_checkpoint(densecl().state_dict()).load_into(**ours)
+    changed = broken("densecl", lambda s: (s.pop("encoder_q.1.mlp2.0.bias"), put("encoder_k.0.extra", s["queue"])(s)))
+    message = (
+        r"(?s)backbone_k.extra: got shape \(4, 8\), expected no such entry.*head_q.dense_mlp.0.bias: got nothing, "
+        r"expected.*head_k.image_mlp.0.weight: got shape \(5, 6\), expected \(6, 6\).*dense_queue.rows: got shape"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(changed).load_into(**ours)
     assert_same({part: dict(module.state_dict()) for part, module in ours.items()}, before)
-    with pytest.raises(ValueError, match=r"(?s)backbone_q.0.weight: got nothing.*backbone_q.conv1.weight: .* no such"):
-        read_checkpoint(densecl().state_dict()).load_into(backbone_q=nn.Sequential(*resnet().children()))
     with pytest.raises(ValueError, match=r"backbone_q.fc.weight: got nothing"):
         read_checkpoint(densecl().state_dict()).load_into(backbone_q=resnet(classes=10))
+
+
+def test_nothing_is_loaded_where_a_module_itself_refuses() -> None:
+    """A queue looks at position and count, after the backbone and an average took theirs."""
+    state = densecl().state_dict()
+    state["queue_ptr"][0] = K
+    average = torch.optim.swa_utils.AveragedModel(resnet())
+    ours = {**modules(), "backbone_k": average}
+    before = copy.deepcopy({part: dict(module.state_dict()) for part, module in ours.items()})
+    with pytest.raises(ValueError, match=r"(?s)image_queue: got entries that the module refuses.*position"):
+        read_checkpoint(state).load_into(**ours)
+    assert_same({part: dict(module.state_dict()) for part, module in ours.items()}, before)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_cut_resnet_has_its_names(cut: bool) -> None:
+    """Numbers that nn.Sequential gave are names in every file, and numbers again in the module."""
+    named, numbered = resnet(), nn.Sequential(*resnet(classes=3).children())[:-2]
+    first, second = (numbered, named) if cut else (named, numbered)
+    checkpoint = Checkpoint.from_modules(backbone_q=scramble(first))
+    assert list(write_checkpoint(checkpoint, format="backbone")) == list(named.state_dict())
+    checkpoint.load_into(backbone_q=second)
+    assert_same(list(first.state_dict().values()), list(second.state_dict().values()))
 
 
 def test_what_a_format_cannot_hold_is_not_written(tmp_path: Path) -> None:
@@ -763,15 +666,17 @@ def test_what_a_format_cannot_hold_is_not_written(tmp_path: Path) -> None:
         assert not (tmp_path / "no.pth").exists()
 
     normed = DenseProjectionHead(C, HIDDEN, D, norm_layer=nn.BatchNorm2d)
-    refused("head_q.image_mlp.5.weight: got an entry, expected none but", head_q=normed)
-    refused("dense_queue: got 3 entries, expected None", "moco")
-    refused("head_k.dense_mlp.0.weight: got an entry, expected none but", "moco")
+    refused("head_q.image_mlp.5.weight: got an entry that the format has no place for", head_q=normed)
+    refused("(?s)head_k.dense_mlp.0.weight: got an entry.*dense_queue.rows: got an entry", "moco")
     refused("image_queue.count: got 0 of 8 rows, expected a full", image_queue=MomentumQueue(K, D, init="empty"))
-    refused("backbone_q.fc.weight: got a classifier", backbone_q=resnet(classes=3))
-    refused("encoder_k.1.mlp.0.weight: got", head_k=DenseProjectionHead(C, HIDDEN + 1, D))
+    refused("backbone_q.fc.weight: got an entry", backbone_q=resnet(classes=3))
     partial = Checkpoint.from_modules(head_q=ours["head_q"])
-    with pytest.raises(ValueError, match=r"(?s)backbone_q: got no entry.*dense_queue: got no entry"):
+    with pytest.raises(ValueError, match=r"(?s)backbone_q: got None.*dense_queue: got None"):
         write_checkpoint(partial)
+    with pytest.raises(ValueError, match=r"backbone_q: got a checkpoint \(densecl_ops\) without it"):
+        write_checkpoint(partial, format="backbone")
+    whole = Checkpoint.from_modules(backbone_q=resnet(classes=3))
+    assert list(write_checkpoint(whole, format="backbone")) == list(resnet().state_dict())
     started = dataclasses.replace(
         Checkpoint.from_modules(**ours), format="moco", extra={"optimizer": {}}, unmapped={"x": torch.ones(1)}
     )
@@ -797,7 +702,7 @@ def test_arguments_and_files(tmp_path: Path) -> None:
         (tmp_path / "cut.pth", ValueError, r"cut.pth: got a file that torch cannot read"),
         (tmp_path / "none.pth", FileNotFoundError, "none.pth"),
         (3, TypeError, "source: got int, expected a path or a mapping"),
-        ({"state_dict": 3}, TypeError, "state_dict: got int"),
+        ({"state_dict": 3}, ValueError, "state_dict: got int"),
         ({"net.weight": torch.ones(1)}, ValueError, "format: got names such as net.weight, expected those of"),
         ({}, ValueError, "prefix: got ''"),
     ):
@@ -805,6 +710,11 @@ def test_arguments_and_files(tmp_path: Path) -> None:
             read_checkpoint(source)
     with pytest.raises(ValueError, match="format: got 'mmcv'"):
         read_checkpoint({}, format="mmcv")
+    with pytest.raises(ValueError, match=r"format: got names such as .*, expected those of 'moco'"):
+        read_checkpoint(resnet().state_dict(), format="moco")
+    for wrong in (read_checkpoint, write_checkpoint):
+        with pytest.raises(TypeError, match="prefix: got int"):
+            wrong({} if wrong is read_checkpoint else Checkpoint(), format="moco", prefix=3)
     with pytest.raises(ValueError, match=r"prefix: got 'model.'"):
         read_checkpoint(densecl().state_dict(), prefix="model.")
     with pytest.raises(ValueError, match="format: got 'lightly'"):
@@ -828,8 +738,18 @@ def test_the_advice_for_files_that_hold_more(tmp_path: Path, monkeypatch: pytest
         read_checkpoint("old.pth")
     exec("\n".join(line.strip() for line in str(refusal.value).splitlines()[1:]), {"torch": torch})
     assert_same(write_checkpoint(read_checkpoint("plain.pth")), source)
-    with pytest.raises(ValueError, match="format: got 'lightly', expected one of"):
-        write_checkpoint(read_checkpoint(lightly("moco").state_dict()))
+
+
+def test_saved_matches_and_projections() -> None:
+    """torch.load takes them with its defaults, to look at them later."""
+    maps = torch.randn(2, 16, 7, 7)
+    for saved in (DenseCorrespondence()(maps, maps), DenseProjectionHead(16)(maps)):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        assert type(loaded) is type(saved)
+        assert_same(list(loaded), list(saved))
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

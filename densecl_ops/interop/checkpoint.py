@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from densecl_ops import _checks
 from densecl_ops.head import DenseProjectionHead
-from densecl_ops.interop.formats import ALL_PARTS, without_wrappers
+from densecl_ops.interop.formats import ALL_PARTS, plain_names, strip_wrappers, without_wrappers
 from densecl_ops.queue import MomentumQueue
 
 State = dict[str, Tensor]
@@ -28,10 +29,9 @@ class Checkpoint:
     """Backbones, heads and queues of a training run as plain state dicts in our names.
 
     Attributes:
-        format: Where it came from: "densecl", "mmpretrain", "moco", "lightly", "backbone", one of our recipes, or
-            "densecl_ops" for live modules.
-        backbone_q: Query backbone in torchvision's ResNet names, without fc; as every part, None where the source has
-            none.
+        format: Where it came from: "densecl", "mmpretrain", "moco", "lightly", "backbone", or "densecl_ops" for live
+            modules.
+        backbone_q: Query backbone in its own names, without classifier; as every part, None where the source has none.
         backbone_k: Key (momentum) backbone.
         head_q: For DenseProjectionHead.load_state_dict. MoCo's has image_mlp entries only.
         head_k: The same for the key side.
@@ -39,8 +39,8 @@ class Checkpoint:
         dense_queue: The same for the pooled dense keys.
         extra: What the file holds beside the model: epoch, meta, optimizer, ...; not interpreted.
         unmapped: Entries of the model that have no place in our modules, under their full names: encoder_k.steps of
-            mmpretrain, a classifier, entries outside the prefix that the caller named.
-        prefix: What stood before all names, such as "module.".
+            mmpretrain, a classifier, entries outside the prefix.
+        prefix: What stood before all names, such as "module."; for "backbone", before those of the backbone.
         key: Under which key of the source the model stood. None: the source was the state dict itself.
 
     Example:
@@ -85,16 +85,13 @@ class Checkpoint:
         """Copies the state of live modules; training on does not change the copy.
 
         Names are those of the modules themselves: what torch.compile, DataParallel, DistributedDataParallel,
-        AveragedModel, activation checkpointing and FSDP put into them, around a module or inside it, is taken out.
-        Shards of FSDP2 are gathered: there every rank must call it.
+        AveragedModel, activation checkpointing and FSDP put into them, around a module or inside it, is taken out, and
+        nn.Sequential(*resnet.children()) gets the names of its children. Shards of FSDP2 are gathered: there every
+        rank must call it.
 
         Args:
-            backbone_q: Query backbone with torchvision's ResNet names and without fc.
-            backbone_k: Key backbone.
-            head_q: Query head.
-            head_k: Key head.
-            image_queue: Queue of image keys.
-            dense_queue: Queue of pooled dense keys.
+            backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue: The modules of these parts; backbones
+                without classifier.
             extra: Kept as it is and written beside the model, for example {"meta": {"epoch": 3, "iter": 900}}.
 
         Raises:
@@ -120,16 +117,14 @@ class Checkpoint:
     ) -> list[str]:
         """Loads the parts whose modules are given, strictly, and either all of them or none.
 
+        To load none where one module refuses its part after others took theirs, it holds a copy of them meanwhile.
+
         Modules may be wrapped, as in `from_modules`. An AveragedModel that averaged nothing yet counts what it is
         given as its first model: else the next update would overwrite it.
 
         Args:
-            backbone_q: Query backbone with torchvision's ResNet names and without fc.
-            backbone_k: Key backbone.
-            head_q: Query head.
-            head_k: Key head.
-            image_queue: Queue of image keys, of the checkpoint's K and D.
-            dense_queue: Queue of pooled dense keys.
+            backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue: The modules of these parts, of the sizes
+                that the checkpoint has.
             keep_dense: Whether the dense branch of a head stays as it is where the checkpoint has none (MoCo's).
                 Default False: an error.
 
@@ -138,8 +133,8 @@ class Checkpoint:
 
         Raises:
             TypeError: An argument is neither None nor a torch.nn.Module.
-            ValueError: No module is given, or a part or an entry is missing, unexpected or of another shape: all of
-                them in one message.
+            ValueError: No module is given; a part or an entry is missing, unexpected or of another shape, all of them
+                in one message; or a module refuses what it is given, as a queue a position of another one's rows.
         """
         _checks.require_bool("keep_dense", keep_dense)
         modules = _given(backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue)
@@ -170,24 +165,27 @@ class Checkpoint:
                 if name not in wanted
             ]
         raise_all("checkpoint", problems)
-        for part, module in modules.items():
-            loaded: State = getattr(self, part)
-            own = {
-                name: _placed(loaded[plain], value) if plain in loaded else value
-                for plain, (name, value) in _plain_state(module).items()
-            }
-            module.load_state_dict({**module.state_dict(), **own})
-            for inner in module.modules():
-                if isinstance(inner, AveragedModel):
-                    inner.n_averaged.clamp_(min=1)
+        before = {part: _copies(module.state_dict()) for part, module in modules.items()}
+        try:
+            for part, module in modules.items():
+                _load(module, getattr(self, part))
+        except Exception as error:
+            for other, own in before.items():
+                modules[other].load_state_dict(own)
+            raise ValueError(f"{part}: got entries that the module refuses, so no part is loaded: {error}") from error
         return kept
 
     def __repr__(self) -> str:
-        sizes = {part: getattr(self, part) for part in ALL_PARTS} | {"unmapped": self.unmapped or None}
-        shown = [f"{part}={len(state)} entries" for part, state in sizes.items() if state is not None]
+        shown = [f"format={self.format!r}"] + [f"prefix={self.prefix!r}"] * bool(self.prefix)
+        sizes = {part: getattr(self, part) for part in ALL_PARTS}
+        shown += [f"{part}={len(state)} entries" for part, state in sizes.items() if state is not None]
+        if self.unmapped:
+            before = strip_wrappers(self.unmapped)
+            roots = dict.fromkeys(name.removeprefix(before).partition(".")[0] for name in self.unmapped)
+            shown.append(f"unmapped={len(self.unmapped)} entries ({', '.join(roots)})")
         if self.extra:
             shown.append(f"extra={sorted(map(str, self.extra))}")
-        return f"Checkpoint({', '.join([f'format={self.format!r}', *shown])})"
+        return f"Checkpoint({', '.join(shown)})"
 
 
 def _given(*modules: nn.Module | None) -> dict[str, nn.Module]:
@@ -197,6 +195,21 @@ def _given(*modules: nn.Module | None) -> dict[str, nn.Module]:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{part}: got {type(module).__name__}, expected a torch.nn.Module")
     return given
+
+
+def _copies(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def _load(module: nn.Module, state: State) -> None:
+    own = {
+        name: _placed(state[plain], value) if plain in state else value
+        for plain, (name, value) in _plain_state(module).items()
+    }
+    module.load_state_dict({**module.state_dict(), **own})
+    for inner in module.modules():
+        if isinstance(inner, AveragedModel):
+            inner.n_averaged.clamp_(min=1)
 
 
 def _whole(value: Tensor) -> Tensor:
@@ -227,4 +240,5 @@ def _plain_state(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
             if plain.startswith(f"{place}module."):
                 plain = place + plain.removeprefix(f"{place}module.")
         state[plain] = name, value
-    return state
+    named = plain_names(state)
+    return {named[plain]: entry for plain, entry in state.items()}

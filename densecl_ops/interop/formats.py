@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from os.path import commonprefix
+
+from densecl_ops.interop.networks import name_children
 
 ALL_PARTS = ("backbone_q", "backbone_k", "head_q", "head_k", "image_queue", "dense_queue")
 
@@ -17,196 +21,116 @@ class Format:
     """Names of one project, below the prefix that DistributedDataParallel, torch.compile or a user put before all.
 
     Attributes:
-        name: Of the format.
-        names: Part -> our names -> theirs. What ends in "." or is empty is the beginning of names; the rest stays.
-        required: Parts that every such checkpoint has. The others are all there or not at all.
-        ours: Whether heads and queues are our own modules, in our names and layout. Entries of anything else may
-            stand beside them, and are kept apart.
-        repeats: What stands before a second copy of the query backbone.
-        carried: Entries, or beginnings of entries, that have no place in our modules and are kept apart.
-        counter: Entry that counts the updates of the key side. At 0 the next update would copy the query side.
+        mark: Pattern of a name that no other format has.
+        names: The beginning of their names -> part and the beginning of ours.
+        copy: What stands before a second copy of the query backbone.
+        carried: Beginnings of entries that this project alone needs.
         prefix: What the project itself puts before all names.
-        normed: Whether the heads have a norm layer.
     """
 
-    name: str
-    names: Mapping[str, Mapping[str, str]]
-    required: tuple[str, ...] = ("backbone_q", "head_q")
-    ours: bool = False
-    repeats: str | None = None
+    mark: str
+    names: Mapping[str, tuple[str, str]]
+    copy: str | None = None
     carried: tuple[str, ...] = ()
-    counter: str | None = None
     prefix: str = ""
-    normed: bool = False
+
+    @property
+    def parts(self) -> set[str]:
+        return {part for part, _ in self.names.values()}
 
     def locate(self, name: str) -> tuple[str, str] | None:
-        """Part and our name of an entry by the longest beginning that fits; None: it has no place in our modules."""
-        known = [(part, mine, theirs) for part, pairs in self.names.items() for mine, theirs in pairs.items()]
-        fitting = [(part, mine, theirs) for part, mine, theirs in known if _begins(name, theirs)]
-        part, mine, theirs = max(fitting, key=lambda found: len(found[2]), default=("", "", ""))
-        entry = mine + name.removeprefix(theirs)
-        no_place = not part or self.carries(name) or (part.startswith("backbone") and entry.startswith("fc."))
-        return None if no_place else (part, entry)
+        """Part and our name of an entry of theirs; None: it has no place in our modules."""
+        theirs = max((begin for begin in self.names if name.startswith(begin)), key=len, default=None)
+        if theirs is None:
+            return None
+        part, ours = self.names[theirs]
+        return part, ours + name.removeprefix(theirs)
 
-    def name_of(self, part: str, entry: str) -> str:
-        """Their name of an entry, the inverse of `locate`; our own where they have none."""
-        pairs = self.names.get(part, {})
-        fitting = [mine for mine in pairs if _begins(entry, mine)]
-        if not fitting:
-            return f"{part}.{entry}"
-        mine = max(fitting, key=len)
-        return pairs[mine] + entry.removeprefix(mine)
-
-    def holds(self, part: str, entry: str) -> bool:
-        """Whether the format has a name for this entry of ours."""
-        return any(_begins(entry, mine) for mine in self.names[part])
-
-    def carries(self, name: str) -> bool:
-        return any(_begins(name, kept) for kept in self.carried)
+    def name_of(self, part: str, entry: str) -> str | None:
+        """Their name of an entry of ours, the inverse of `locate`; None: they have no place for it."""
+        for theirs, (held, ours) in self.names.items():
+            if held == part and entry.startswith(ours):
+                return theirs + entry.removeprefix(ours)
+        return None
 
 
-def _begins(name: str, beginning: str) -> bool:
-    return name.startswith(beginning) if beginning == "" or beginning.endswith(".") else name == beginning
+def _names(side: str, backbone: str, image: str, dense: str | None = None) -> dict[str, tuple[str, str]]:
+    """From what stands before the backbone and the two branches of the head."""
+    names = {backbone: (f"backbone_{side}", "")}
+    for ours, theirs in (("image_mlp", image), ("dense_mlp", dense)):
+        if theirs is not None:
+            names |= {f"{theirs}{layer}.": (f"head_{side}", f"{ours}.{layer}.") for layer in (0, 2)}
+    return names
 
 
-TWO_QUEUES = {
-    "image_queue": {"rows": "queue", "position": "queue_ptr"},
-    "dense_queue": {"rows": "queue2", "position": "queue2_ptr"},
-}
+def _queue(part: str, name: str) -> dict[str, tuple[str, str]]:
+    return {name: (part, "rows"), f"{name}_ptr": (part, "position")}
 
-OTHERS = (
-    Format(  # the official code, and mmselfsup 0.x
-        "densecl",
-        {
-            **TWO_QUEUES,
-            "backbone_q": {"": "encoder_q.0."},
-            "head_q": {"image_mlp.": "encoder_q.1.mlp.", "dense_mlp.": "encoder_q.1.mlp2."},
-            "backbone_k": {"": "encoder_k.0."},
-            "head_k": {"image_mlp.": "encoder_k.1.mlp.", "dense_mlp.": "encoder_k.1.mlp2."},
-        },
-        required=ALL_PARTS,
-        repeats="backbone.",
+
+TWO_QUEUES = _queue("image_queue", "queue") | _queue("dense_queue", "queue2")
+
+FORMATS = {
+    "densecl": Format(  # the official code, and mmselfsup 0.x
+        r"encoder_q\.1\.mlp",
+        TWO_QUEUES
+        | _names("q", "encoder_q.0.", "encoder_q.1.mlp.", "encoder_q.1.mlp2.")
+        | _names("k", "encoder_k.0.", "encoder_k.1.mlp.", "encoder_k.1.mlp2."),
+        copy="backbone.",
     ),
-    Format(  # and mmselfsup 1.x
-        "mmpretrain",
-        {
-            **TWO_QUEUES,
-            "backbone_q": {"": "backbone."},
-            "head_q": {"image_mlp.": "neck.mlp.", "dense_mlp.": "neck.mlp2."},
-            "backbone_k": {"": "encoder_k.module.0."},
-            "head_k": {"image_mlp.": "encoder_k.module.1.mlp.", "dense_mlp.": "encoder_k.module.1.mlp2."},
-        },
-        required=ALL_PARTS,
+    "mmpretrain": Format(  # and mmselfsup 1.x
+        r"neck\.mlp|encoder_k\.module\.",
+        TWO_QUEUES
+        | _names("q", "backbone.", "neck.mlp.", "neck.mlp2.")
+        | _names("k", "encoder_k.module.0.", "encoder_k.module.1.mlp.", "encoder_k.module.1.mlp2."),
         carried=("encoder_k.steps", "data_preprocessor."),
-        counter="encoder_k.steps",
     ),
-    Format(  # v2, of facebookresearch; v1 has one Linear
-        "moco",
-        {
-            "image_queue": {"rows": "queue", "position": "queue_ptr"},
-            "backbone_q": {"": "encoder_q."},
-            "head_q": {"image_mlp.": "encoder_q.fc."},
-            "backbone_k": {"": "encoder_k."},
-            "head_k": {"image_mlp.": "encoder_k.fc."},
-        },
+    "moco": Format(  # v2, of facebookresearch; the one Linear of v1 has no place in our head
+        r"encoder_q\.(conv1|layer1|fc)\.",
+        _queue("image_queue", "queue")
+        | _names("q", "encoder_q.", "encoder_q.fc.")
+        | _names("k", "encoder_k.", "encoder_k.fc."),
         prefix="module.",
     ),
-    Format("backbone", {"backbone_q": {"": ""}}, required=("backbone_q",), carried=("fc.",)),
-)
-
-# Our recipes, called after the files of docs/examples: query backbone and head, key backbone and head. pretrain.py has
-# the names of moco_loop.
-RECIPES = {
-    "with_moco": ("encoder_q.", "encoder_q.fc.", "encoder_k.", "encoder_k.fc."),
-    "moco_loop": ("encoder_q.backbone.", "encoder_q.head.", "encoder_k.backbone.", "encoder_k.head."),
-    "with_vit": ("encoder_q.vit.", "encoder_q.head.", "encoder_k.vit.", "encoder_k.head."),
-    "with_fpn": ("encoder_q.pyramid.", "encoder_q.head.", "encoder_k.pyramid.", "encoder_k.head."),
-    "with_lightly": ("backbone.", "projection_head.", "backbone_momentum.", "projection_head_momentum."),
-    "with_lightning": ("backbone.", "head.", "backbone_k.", "head_k."),
-    "with_solo_learn": ("backbone.", "head.", "momentum_backbone.", "head_k."),
-    "byol_loop": ("online.backbone.", "online.head.", "target.backbone.", "target.head."),
-    "with_byol_pytorch": ("learner.net.", "head.", "learner.target_encoder.net.", "target_head."),
+    "lightly": Format(  # as its examples call them, MoCo's and DenseCL's; others choose their own, so it is read only
+        r"projection_head(_global)?\.layers\.",
+        _names("q", "backbone.", "projection_head.layers.")
+        | _names("k", "backbone_momentum.", "projection_head_momentum.layers.")
+        | _names("q", "backbone.", "projection_head_global.layers.", "projection_head_local.layers.")
+        | _names(
+            "k",
+            "backbone_momentum.",
+            "projection_head_global_momentum.layers.",
+            "projection_head_local_momentum.layers.",
+        ),
+    ),
 }
+WRITTEN = ("densecl", "mmpretrain", "moco")
 
 
-def recipe(name: str, backbone_q: str, head_q: str, backbone_k: str, head_k: str) -> Format:
-    before = {"image_queue": "image_queue.", "dense_queue": "dense_queue.", "backbone_q": backbone_q, "head_q": head_q}
-    before |= {"backbone_k": backbone_k, "head_k": head_k}
-    return Format(
-        name,
-        {part: {"": theirs} for part, theirs in before.items()},
-        ours=True,
-        prefix="module." if name == "with_moco" else "",
-    )
-
-
-TABLES = {table.name: table for table in OTHERS} | {name: recipe(name, *names) for name, names in RECIPES.items()}
-FORMATS = (*TABLES, "lightly")
-
-
-def lightly_table(names: Collection[str]) -> Format:
-    """The names of lightly's examples: modules of the user's own naming, so the table follows what is there.
-
-    The MoCo and BYOL examples call the head projection_head, the DenseCL ones projection_head_global and
-    projection_head_local; the key side ends in _momentum. A backbone cut out of a ResNet as nn.Sequential has numbers
-    where torchvision has names.
-    """
-
-    def below(root: str) -> bool:
-        return any(name.startswith(root) for name in names)
-
-    image = "projection_head_global" if below("projection_head_global.") else "projection_head"
-    alone = "layers.0.weight" in names  # the caller's prefix ends at the head itself
-    normed = ("layers.1.weight" if alone else f"{image}.layers.1.weight") in names
-    theirs = (0, 1, 3) if normed else (0, 2)
-    image_layers = (0, 2, 5) if normed else theirs  # ours makes vectors maps and back around the norm
-    children = {"conv1.": "0.", "bn1.": "1.", "layer1.": "4.", "layer2.": "5.", "layer3.": "6.", "layer4.": "7."}
-    table: dict[str, dict[str, str]] = {}
-    for side, suffix in (("q", ""), ("k", "_momentum")):
-        backbone, local = f"backbone{suffix}.", f"projection_head_local{suffix}."
-        cut = {mine: backbone + number for mine, number in children.items()}
-        table[f"backbone_{side}"] = cut if "backbone.0.weight" in names else {"": backbone}
-        branches = [("image_mlp", "" if alone else f"{image}{suffix}.", image_layers)]
-        branches += [("dense_mlp", local, theirs)] if below(local) else []
-        table[f"head_{side}"] = {
-            f"{branch}.{layer}.": f"{root}layers.{number}."
-            for branch, root, layers in branches
-            for layer, number in zip(layers, theirs, strict=True)
-        }
-    for name in names:
-        if name.rpartition(".")[2] == "bank":
-            table["dense_queue" if "local" in name else "image_queue"] = {"rows": name, "position": f"{name}_ptr"}
-    return Format("lightly", table, required=("head_q",), carried=("prediction_head.",), normed=normed)
+def recognise(names: Iterable[str], format: str, anywhere: bool) -> tuple[str, str] | None:  # noqa: A002
+    """The format whose mark is among the names, and what stands before it; "" unless it may stand anywhere."""
+    before = r"((?:[^.]+\.)*?)" if anywhere else "()"
+    for known, table in FORMATS.items():
+        if format in ("auto", "backbone", known):
+            for name in names:
+                found = re.match(f"{before}(?:{table.mark})", name)
+                if found:
+                    return known, found[1]
+    return None
 
 
 def strip_wrappers(names: Collection[str]) -> str:
     """What DistributedDataParallel and torch.compile put before all names."""
-    prefix = ""
-    while True:
-        for wrapper in ("module.", *(f"{wrapper}." for wrapper in WRAPPERS)):
-            if names and all(name.startswith(prefix + wrapper) for name in names):
-                prefix += wrapper
-                break
-        else:
-            return prefix
+    shared = re.match(rf"((module|{'|'.join(WRAPPERS)})\.)*", commonprefix(list(names)))  # noqa: RUF071  # in whole parts
+    return "" if shared is None else shared[0]
 
 
 def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def detect(names: Collection[str]) -> str | None:
-    """The format that these names, without their common prefix, belong to."""
-    recipes = [name for name in RECIPES if TABLES[name].name_of("head_q", "image_mlp.0.weight") in names]
-    if recipes:  # of those that share the query side, the one that knows most of the names
-        return max(recipes, key=lambda name: sum(TABLES[name].locate(entry) is not None for entry in names))
-    marks = (
-        ("densecl", ("encoder_q.0.", "encoder_q.1.")),
-        ("mmpretrain", ("neck.", "encoder_k.module.")),
-        ("moco", ("encoder_q.",)),
-        ("lightly", ("projection_head.", "projection_head_global.", "layers.0.")),
-    )
-    for name, beginnings in marks:
-        if any(entry.startswith(beginnings) for entry in names):
-            return name
-    return "backbone" if "conv1.weight" in names else None
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name, and the plain one: without wrappers, and with a ResNet's own names where it was cut into numbers."""
+    bare = {name: without_wrappers(name) for name in names}
+    named = name_children(set(bare.values()))
+    return {name: named[inner] for name, inner in bare.items()}

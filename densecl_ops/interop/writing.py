@@ -6,14 +6,12 @@ from os import PathLike, fspath
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from densecl_ops import _checks
 from densecl_ops.interop.checkpoint import Checkpoint, State, raise_all
-from densecl_ops.interop.formats import ALL_PARTS, TABLES, Format
-from densecl_ops.interop.reading import head_shapes, take_apart
+from densecl_ops.interop.formats import ALL_PARTS, FORMATS, WRITTEN
 
-SAME_PARAMETER_ORDER = ("densecl", "mmpretrain", "densecl_ops")  # so that an optimizer's numbers mean the same
+SAME_PARAMETER_ORDER = {"densecl", "mmpretrain"}  # so that an optimizer's numbers mean the same
 
 
 def write_checkpoint(
@@ -32,12 +30,11 @@ def write_checkpoint(
     Args:
         checkpoint: From read_checkpoint or Checkpoint.from_modules.
         path: Where to save. Default None: nowhere.
-        format: "densecl" (the official code, mmselfsup 0.x), "mmpretrain" (mmselfsup 1.x too), "moco" (v2),
-            "backbone", or one of our recipes by the name of its file: "with_moco", "moco_loop", ... (both of
-            lightly: "with_lightly"). Default: the one
-            that was read; "densecl" for the state of live modules.
+        format: "densecl" (the official code, mmselfsup 0.x), "mmpretrain" (mmselfsup 1.x too), "moco" (v2), or
+            "backbone": the backbone's own names, and nothing else. Default: the one that was read, whose entries are
+            then written back bit for bit; "densecl" for the state of live modules.
         prefix: Put before all names. Default None: the source's where the format is the same; else "module." for
-            "moco" and "with_moco", which train under DistributedDataParallel only, and none for the others.
+            "moco", which trains under DistributedDataParallel only, and none for the others.
 
     Returns:
         What was saved: checkpoint.extra and "state_dict", or a state dict alone for "backbone" and for sources that
@@ -57,122 +54,76 @@ def write_checkpoint(
         >>> checkpoint = Checkpoint.from_modules(
         ...     backbone_q=backbone, backbone_k=backbone, head_q=head, head_k=head, image_queue=queue, dense_queue=queue
         ... )
-        >>> list(write_checkpoint(checkpoint)["state_dict"])[:5]
-        ['queue', 'queue_ptr', 'queue2', 'queue2_ptr', 'encoder_q.0.conv1.weight']
+        >>> list(write_checkpoint(checkpoint)["state_dict"])[:3]
+        ['encoder_q.0.conv1.weight', 'encoder_k.0.conv1.weight', 'encoder_q.1.mlp.0.weight']
     """
     if not isinstance(checkpoint, Checkpoint):
         raise TypeError(f"checkpoint: got {type(checkpoint).__name__}, expected a Checkpoint")
     if format is None:
         format = "densecl" if checkpoint.format == "densecl_ops" else checkpoint.format  # noqa: A001
-    _checks.require_choice("format", format, tuple(TABLES))
+    _checks.require_choice("format", format, (*WRITTEN, "backbone"))
     if prefix is not None and not isinstance(prefix, str):
         raise TypeError(f"prefix: got {type(prefix).__name__}, expected a str or None")
-    table, same = TABLES[format], checkpoint.format == format
-    if prefix is None:
-        prefix = checkpoint.prefix if same else table.prefix
-
-    parts = {part: getattr(checkpoint, part) for part in ALL_PARTS if getattr(checkpoint, part) is not None}
-    if format == "backbone":
-        parts = {part: state for part, state in parts.items() if part == "backbone_q"}
-    problems = _unholdable(parts, table)
-    if not same and format != "backbone":
-        problems += _of_the_source(checkpoint, format)
-    raise_all(f"checkpoint as {format!r}", problems)
-
-    state = _rename(parts, table)
-    raise_all(f"checkpoint as {format!r}", take_apart(state, table)[2])  # what is written must be readable
-    if table.counter is not None and not same:
-        state[table.counter] = torch.tensor(1, device="cpu")
-    written: dict[str, Any] = {prefix + name: value for name, value in state.items()}
-    if same:
-        inside = _inside(checkpoint)
-        outside = {name: x for name, x in checkpoint.unmapped.items() if not name.startswith(checkpoint.prefix)}
-        written |= {prefix + name: value for name, value in inside.items()} | outside
-    key = checkpoint.key if same else None if format == "backbone" else "state_dict"
-    if key is not None:
-        written = {**checkpoint.extra, key: written}
+    if format != "backbone":
+        written = _training_state(checkpoint, format, prefix)
+    elif checkpoint.backbone_q is None:
+        raise ValueError(f"backbone_q: got a checkpoint ({checkpoint.format}) without it, expected one that has it")
+    else:
+        own = {name: value for name, value in checkpoint.backbone_q.items() if not name.startswith("fc.")}
+        written = {(prefix or "") + name: value for name, value in own.items()}
     if path is not None:
         torch.save(written, fspath(path))
     return written
 
 
-def _inside(checkpoint: Checkpoint) -> State:
-    """Entries kept apart that stood under the prefix, without it."""
-    before = checkpoint.prefix
-    return {name.removeprefix(before): x for name, x in checkpoint.unmapped.items() if name.startswith(before)}
+def _training_state(checkpoint: Checkpoint, format: str, prefix: str | None) -> dict[str, Any]:  # noqa: A002
+    table, same = FORMATS[format], checkpoint.format == format
+    if prefix is None:
+        prefix = checkpoint.prefix if same else table.prefix
+    state: State = {}
+    problems: list[str] = []
+    for part in ALL_PARTS:
+        entries: State | None = getattr(checkpoint, part)
+        if entries is None:
+            problems += [f"{part}: got None, expected its entries"] if part in table.parts and not same else []
+            continue
+        if part.endswith("queue") and part in table.parts:
+            rows, position, count = (entries[name] for name in ("rows", "position", "count"))
+            if int(count) != len(rows):  # the others take every row as a negative
+                problems.append(f"{part}.count: got {int(count)} of {len(rows)} rows, expected a full queue")
+            entries = {"rows": rows.t().contiguous(), "position": position.reshape(1).clone()}  # theirs are (D, K)
+        for name, value in entries.items():
+            theirs = table.name_of(part, name)
+            if theirs is None or (part.startswith("backbone") and name.startswith("fc.")):
+                problems.append(f"{part}.{name}: got an entry that the format has no place for, expected none")
+            else:
+                state[theirs] = value
+    if not same:
+        problems += _of_the_source(checkpoint, format)
+    raise_all(f"checkpoint as {format!r}", problems)
 
-
-def _unholdable(parts: dict[str, State], table: Format) -> list[str]:
-    """What this format has no entry for."""
-    if table.ours:
-        return []
-    problems = []
-    for part, state in parts.items():
-        if part not in table.names:
-            problems.append(f"{part}: got {len(state)} entries, expected None, for the format has no place for them")
-        elif part.startswith("head"):
-            known = [name for name in head_shapes(1, 1, 1, normed=False) if table.holds(part, name)]
-            problems += [
-                f"{part}.{name}: got an entry, expected none but {', '.join(known)}: the format has no place for it"
-                for name in state
-                if name not in known
-            ]
-        elif part.endswith("queue"):
-            problems += _unholdable_queue(part, state)
-        else:
-            problems += [
-                f"{part}.{name}: got a classifier, expected a backbone without fc"
-                for name in state
-                if name.startswith("fc.")
-            ]
-    return problems
-
-
-def _unholdable_queue(part: str, state: State) -> list[str]:
-    names = ("rows", "position", "count")
-    if set(state) != set(names):
-        return [f"{part}: got {', '.join(state)}, expected {', '.join(names)}"]
-    count, size = int(state["count"]), len(state["rows"])
-    if count != size:
-        return [
-            f"{part}.count: got {count} of {size} rows, expected a full queue, for the format takes all as negatives"
-        ]
-    return []
+    if table.copy is not None:
+        state |= {table.copy + name: value for name, value in (checkpoint.backbone_q or {}).items()}
+    if format == "mmpretrain" and not same:
+        state["encoder_k.steps"] = torch.tensor(1, device="cpu")
+    written: dict[str, Any] = {prefix + name: value for name, value in state.items()}
+    if same:
+        before = checkpoint.prefix
+        for name, value in checkpoint.unmapped.items():
+            written[prefix + name.removeprefix(before) if name.startswith(before) else name] = value
+    key = checkpoint.key if same else "state_dict"
+    return written if key is None else {**checkpoint.extra, key: written}
 
 
 def _of_the_source(checkpoint: Checkpoint, format: str) -> list[str]:  # noqa: A002
     """What only the project that wrote it understands."""
-
-    def drop(field: str) -> str:
-        how = f"dataclasses.replace(checkpoint, {field}={{}}) drops them"
-        return f"of a {checkpoint.format} run, expected none: {how}"
-
-    problems = []
-    same_order = {checkpoint.format, format} <= {*SAME_PARAMETER_ORDER}
-    if checkpoint.extra and not same_order and checkpoint.format != "densecl_ops":
-        problems.append(f"extra: got {', '.join(map(str, checkpoint.extra))} {drop('extra')}")
-    table = TABLES.get(checkpoint.format)
-    left = [name for name in checkpoint.unmapped if not (table and table.carries(name.removeprefix(checkpoint.prefix)))]
-    if left:
-        problems.append(f"unmapped: got {', '.join(left[:3])} {drop('unmapped')}")
-    return problems
-
-
-def _rename(parts: dict[str, State], table: Format) -> State:
-    """Their names and layouts; our queue rows are (K, D), theirs (D, K)."""
-    state: State = {}
-    for part, entries in sorted(parts.items(), key=lambda item: _place(item[0])):
-        if part.endswith("queue") and not table.ours:
-            state[table.name_of(part, "rows")] = entries["rows"].t().contiguous()
-            state[table.name_of(part, "position")] = entries["position"].reshape(1).clone()
-        else:
-            state |= {table.name_of(part, name): value for name, value in entries.items()}
-    if table.repeats is not None:
-        copies: dict[str, Tensor] = {table.repeats + name: value for name, value in parts.get("backbone_q", {}).items()}
-        state |= copies
-    return state
-
-
-def _place(part: str) -> int:
-    """The order of nn.Module: buffers of the model itself, then the query encoder, then the key encoder."""
-    return ("image_queue", "dense_queue", "backbone_q", "head_q", "backbone_k", "head_k").index(part)
+    carried = FORMATS[checkpoint.format].carried if checkpoint.format in FORMATS else ()
+    understood = checkpoint.format == "densecl_ops" or {checkpoint.format, format} <= SAME_PARAMETER_ORDER
+    extra = [] if understood else list(checkpoint.extra)
+    unmapped = [name for name in checkpoint.unmapped if not name.removeprefix(checkpoint.prefix).startswith(carried)]
+    return [
+        f"{field}: got {', '.join(map(str, names[:3]))} of a {checkpoint.format} run, expected none: "
+        f"dataclasses.replace(checkpoint, {field}={{}}) drops them"
+        for field, names in (("extra", extra), ("unmapped", unmapped))
+        if names
+    ]
