@@ -7,6 +7,8 @@ host; values are looked at only where the tensor already lives there, so that no
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -138,17 +140,23 @@ def find_length(rows: Tensor) -> float | None:
 
 def require_bool(name: str, value: object) -> bool:
     """A flag; "no", 0 and None are refused rather than taken for what Python makes of them."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r}, expected a bool")
-    return value
+    if isinstance(value, bool):
+        return value
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):  # its name before numpy 2
+        return bool(value)
+    raise TypeError(f"{name}: got {value!r}, expected a bool")
 
 
 def require_positive_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, expected an int")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected at least 1")
-    return value
+    try:
+        if isinstance(value, (bool, Tensor)):  # which index() takes, a tensor by waiting for its device
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # numpy's integers too
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an int") from None
+    if number < 1:
+        raise ValueError(f"{name}: got {number}, expected at least 1")
+    return number
 
 
 def require_number(name: str, value: object) -> float:
@@ -185,10 +193,10 @@ def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def require_grid_size(name: str, value: object) -> tuple[int, int] | None:
-    """None, S (for S x S) or (H, W)."""
+    """None, S (for S x S) or (H, W), a sequence of any kind: a configuration's list is none of Python's."""
     if value is None:
         return None
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if len(value) != 2:
             raise ValueError(f"{name}: got {value!r}, expected an int or a pair (height, width)")
         return require_positive_int(name, value[0]), require_positive_int(name, value[1])

@@ -49,13 +49,11 @@ class DenseProjectionHead(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        hidden_channels = in_channels if hidden_channels is None else hidden_channels
-        for name, value in (
-            ("in_channels", in_channels),
-            ("hidden_channels", hidden_channels),
-            ("out_channels", out_channels),
-        ):
-            _checks.require_positive_int(name, value)
+        in_channels = _checks.require_positive_int("in_channels", in_channels)
+        hidden_channels = _checks.require_positive_int(
+            "hidden_channels", in_channels if hidden_channels is None else hidden_channels
+        )
+        out_channels = _checks.require_positive_int("out_channels", out_channels)
         if norm_layer is not None and not callable(norm_layer):
             raise TypeError(
                 f"norm_layer: got {norm_layer!r}, expected a callable such as torch.nn.BatchNorm2d, or None"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import UserList
+from typing import Any
 
 import numpy as np
 import oracle
@@ -14,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from densecl_ops import DenseProjectionHead, Projection, _checks
+from densecl_ops import DenseCorrespondence, DenseProjectionHead, Projection, _checks
+from densecl_ops.functional import location_correspondence
 
 
 def params_of(head: nn.Module) -> oracle.Params:
@@ -201,3 +204,21 @@ def test_pooling_rounds_once(dtype: torch.dtype, grid: tuple[int, int]) -> None:
     assert seen.dtype == dtype
     truth = oracle.adaptive_pool(numpy64(features), grid)
     assert np.abs(numpy64(seen) - truth).max() <= np.abs(truth).max() * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    "grid", [[2, 3], UserList([2, 3]), (np.int64(2), np.int32(3))], ids=["list", "config", "numpy"]
+)
+def test_sizes_from_a_configuration(grid: Any) -> None:
+    """A list that is none of Python's, as OmegaConf has them, and numpy's numbers are taken as the pair they are."""
+    features, boxes = torch.randn(2, 5, 4, 6), torch.tensor([[0.0, 0.0, 8.0, 8.0]])
+    head = DenseProjectionHead(np.int64(5), 7, np.int16(4), grid_size=grid)
+    assert repr(head).startswith(
+        "DenseProjectionHead(\n  in_channels=5, hidden_channels=7, out_channels=4, grid_size=(2, 3)"
+    )
+    assert head(features).dense.shape == (2, 4, 2, 3)
+    assert DenseCorrespondence(grid, mutual=np.True_)(features, features).index.shape == (2, 6)
+    assert location_correspondence(boxes, boxes, grid).index.shape == (1, 6)
+    for wrong in (np.array([2, 3]), b"23", torch.tensor(2)):
+        with pytest.raises(TypeError, match=r"grid_size: got .*, expected an int"):
+            DenseProjectionHead(5, grid_size=wrong)
