@@ -417,13 +417,15 @@ def test_the_backbone_of_any_training_checkpoint(case: str, given: bool) -> None
 def test_backbones_that_must_be_chosen() -> None:
     """Two networks, momentum encoders alone, and a network whose names nobody knows: refused, with what is there."""
     two = {f"module.{name}": x for name, x in (below("student.") | below("teacher.")).items()}
-    with pytest.raises(ValueError, match=r"2 networks.*'module.student.' \(ResNet\), 'module.teacher.' \(ResNet\)"):
+    with pytest.raises(
+        ValueError, match=r"2 networks.*'module.student.' \(ResNet or HRNet\), 'module.teacher.' \(ResNet or HRNet\)"
+    ):
         read_checkpoint(two, format="backbone")
     assert len(read_checkpoint(two, format="backbone", prefix="module.teacher.").unmapped) == len(two) // 2
-    with pytest.raises(ValueError, match=r"momentum encoders alone.*'encoder_k.' \(ResNet\)"):
+    with pytest.raises(ValueError, match=r"momentum encoders alone.*'encoder_k.' \(ResNet or HRNet\)"):
         read_checkpoint(below("encoder_k."))
     unknown = others("net.layers.0.norm.weight", "net.neck.conv.weight", "net.fc.weight", "net.projector.0.weight")
-    with pytest.raises(ValueError, match=r"Known networks: ResNet, .*prefix= before its names, of 'net.', ''"):
+    with pytest.raises(ValueError, match=r"Known networks: ResNet or HRNet, .*prefix= before its names, of 'net.', ''"):
         read_checkpoint(unknown, format="backbone")
     assert list(read_checkpoint(unknown, "backbone", prefix="net.").backbone_q) == [
         "layers.0.norm.weight",
@@ -432,9 +434,9 @@ def test_backbones_that_must_be_chosen() -> None:
     for content, message in (
         (
             {"teacher": below("backbone."), "student": {}, "epoch": 3},
-            r"content\['teacher'\] \(ResNet under 'backbone.'\)",
+            r"content\['teacher'\] \(ResNet or HRNet under 'backbone.'\)",
         ),
-        ({"model": {"a": {"trunk": below("")}}}, r"content\['model'\]\['a'\]\['trunk'\] \(ResNet under ''\)"),
+        ({"model": {"a": {"trunk": below("")}}}, r"content\['model'\]\['a'\]\['trunk'\] \(ResNet or HRNet under ''\)"),
         ({"state_dict": {"a": others("x.weight")}}, r"content\['state_dict'\]\['a'\] \(no known network\)"),
         ({"teacher": {}}, "none of them holds tensors"),
     ):
@@ -457,6 +459,11 @@ NETWORKS = {
         "embeddings.patch_embeddings.projection.weight layers.0.attention.q_proj.weight layernorm.weight",
         "pooler.dense.weight classifier.weight",
     ),
+    "HRNet": (
+        "conv1.weight layer1.0.conv1.weight transition1.0.0.weight stage2.0.branches.0.0.conv1.weight",
+        "fc.weight",
+    ),
+    "Swin": ("patch_embed.proj.weight layers.0.blocks.0.norm1.weight norm.weight", "head.fc.weight"),
     "ResNet of transformers": (
         "embedder.embedder.convolution.weight encoder.stages.0.layers.0.shortcut.convolution.weight",
         "classifier.1.weight",
@@ -763,7 +770,6 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = moco(2048, 128, 65536)
     torch.save({"epoch": 200, "arch": "resnet50", "state_dict": start.state_dict()}, "moco_v2.pth.tar")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 4
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(block, namespace)
@@ -772,6 +778,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(back["optimizer"], theirs["optimizer"])
     assert torch.load("for_mmpretrain.pth", weights_only=True)["state_dict"]["encoder_k.steps"] == 1
     assert list(torch.load("for_detection.pth", weights_only=True)) == list(resnet().state_dict())
+    assert list(torch.load("plain.pth", weights_only=True)) == list(resnet().state_dict())
     parts = namespace["parts"]
     assert torch.equal(parts["image_queue"].rows, start.module.queue.T)
     assert torch.equal(parts["head_k"].image_mlp[2].weight, start.module.encoder_k.fc[2].weight)

@@ -9,10 +9,14 @@ from collections.abc import Collection, Iterable
 # Kind -> what its names begin with: the stem, the stages, and all else that is its own, in the names of torchvision,
 # timm, transformers and the projects that made them. What stands beside these (fc, projector, prototypes) is not.
 NETWORKS = {
-    "ResNet": (r"conv1|stem", r"layer\d|res\d", r"(conv|bn|norm|gn)\d"),
+    "ResNet or HRNet": (
+        r"conv1|stem",
+        r"layer\d|res\d",
+        r"(conv|bn|norm|gn|stage|transition)\d|(incre|downsamp)_modules|final_layer",
+    ),
     "ViT or Swin": (
         r"patch_embed",
-        r"blocks|layers",
+        r"blocks|layers|stages",
         r"(cls|class|dist|reg|register|mask)_tokens?|(abs_|absolute_)?pos_embed|rel_pos_bias|(pre_|fc_)?norm|norm_pre|ln\d",
     ),
     "ViT of torchvision": (r"conv_proj", r"encoder", r"class_token"),
