@@ -20,8 +20,8 @@ def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = No
 
     .. math:: \frac{1}{|V|} \sum_{i \in V} [\mathrm{rank}_i < \mathrm{top\_k}]
 
-    with V the valid rows. A negative that ties with the positive does not outscore it. With no valid row the result is
-    0, as the loss is.
+    with V the valid rows. In `rank` ties count half: a collapsed network, whose vectors are all equal, ranks K / 2 and
+    so scores 0, and a positive that is NaN ranks last. With no valid row the result is 0, as the loss is.
 
     Args:
         rank: (B, P) or, image-level, (B,) integers: how many negatives score above the positive, what

@@ -192,10 +192,20 @@ def make_case(
     )
 
 
-def expected(case: Case) -> oracle.LossResult:
+def rounded_to(dtype: torch.dtype) -> oracle.Rounding:
+    return lambda x: torch.tensor(x).to(dtype).double().numpy()
+
+
+def tie_width(*tensors: Tensor) -> float:
+    return 2.0**-46 if any(x.dtype == torch.float64 for x in tensors) else 2.0**-18
+
+
+def expected(case: Case, autocast: torch.dtype | None = None) -> oracle.LossResult:
     def array(x: Tensor | None) -> np.ndarray | None:
         return None if x is None else x.detach().cpu().numpy()
 
+    tie = tie_width(case.query, case.key, case.negatives)
+    operand = autocast or torch.promote_types(case.query.dtype, case.negatives.dtype)
     return oracle.info_nce(
         flat64(case.query),
         flat64(case.key),
@@ -208,6 +218,9 @@ def expected(case: Case) -> oracle.LossResult:
         exclude=array(case.exclude),
         count=case.count,
         upstream=None if case.upstream is None else numpy64(case.upstream),
+        tie=tie,
+        to_row=rounded_to(case.negatives.dtype),
+        to_operand=rounded_to(torch.float64 if tie < 2.0**-18 else operand),
     )
 
 
@@ -268,7 +281,7 @@ def check(
     assert seen.loss.shape == truth.loss.shape
     assert_close(seen.loss, truth.loss, tolerance, "loss", floor)
     if rank:
-        low, high = oracle.rank_bounds(truth, tolerance / case.temperature)
+        low, high = oracle.rank_bounds(truth, tolerance, tie_width(case.query, case.key, case.negatives))
         assert seen.rank.dtype == torch.int64
         assert ((low <= seen.rank.numpy()) & (seen.rank.numpy() <= high)).all()
     for name in wanted:

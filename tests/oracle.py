@@ -6,6 +6,7 @@ Arrays are (B, C, P) for maps, (K, D) for negatives. Nothing here is fast and no
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Params = dict[str, Array]
 
+Rounding = Callable[[Array], Array]
 ZERO_NORM = 1e-12  # a vector shorter than this has no direction
 
 
@@ -33,8 +35,7 @@ class LossResult(NamedTuple):
 
     loss: Array  # 0-d, or (B, P) for reduction "none"
     rank: Integers  # (B, P)
-    positive: Array  # (B, P) logits
-    negative: Array  # (B, P, K) logits, -inf where left out
+    margin: Array  # (B, P, K), cosine of each negative less the positive's, as the rank compares; -inf: left out
     query: Array
     key: Array
     negatives: Array
@@ -55,8 +56,14 @@ def info_nce(
     exclude: Integers | None = None,
     count: int | None = None,
     upstream: Array | None = None,
+    tie: float = 2.0**-46,
+    to_row: Rounding = np.asarray,
+    to_operand: Rounding = np.asarray,
 ) -> LossResult:
-    """Loss and analytic gradients, row by row. `upstream` (B, P) is d/d loss_i for reduction "none" (default: ones)."""
+    """Loss and analytic gradients, row by row. `upstream` (B, P) is d/d loss_i for reduction "none" (default: ones).
+
+    The rank compares cosines of rounded vectors: the key as a row of the queue is kept, then all as multiplied.
+    """
     batch, channels, positions = query.shape
     if index is None:
         index = np.tile(np.arange(positions), (batch, 1))
@@ -67,7 +74,8 @@ def info_nce(
     k_hat, k_inverse = unit(key, 1)
     shape = (batch, positions)
     loss, rank = np.zeros(shape), np.zeros(shape, np.int64)
-    positive, negative = np.zeros(shape), np.zeros((*shape, len(negatives)))
+    margin = np.zeros((*shape, len(negatives)))
+    operands = to_operand(negatives)
     d_row_q = np.zeros((batch, positions, channels))  # d loss_i / d q^_i
     d_row_k = np.zeros((batch, positions, channels))  # d loss_i / d k^_index(i)
     probability = np.zeros((*shape, len(negatives)))
@@ -75,15 +83,19 @@ def info_nce(
     for b in range(batch):
         for i in range(positions):
             q, k = q_hat[b, :, i], k_hat[b, :, index[b, i]]
-            positive[b, i] = q @ k / temperature
-            negative[b, i] = negatives @ q / temperature
+            left_out = np.zeros(len(negatives), bool)
             if count is not None:
-                negative[b, i, count:] = -np.inf
+                left_out[count:] = True
             if exclude is not None:
-                negative[b, i, exclude[b]] = -np.inf
-            margins = negative[b, i] - positive[b, i]  # loss_i = log(1 + sum_j exp(s_j - s+))
-            loss[b, i] = _log_one_plus_sum_exp(margins)
-            rank[b, i] = (negative[b, i] > positive[b, i]).sum()
+                left_out[exclude[b]] = True
+            margins = np.where(left_out, -np.inf, negatives @ q - q @ k) / temperature
+            loss[b, i] = _log_one_plus_sum_exp(margins)  # loss_i = log(1 + sum_j exp(s_j - s+))
+            q_rounded, k_rounded = to_operand(q), to_operand(to_row(k))
+            margin[b, i] = np.where(left_out, -np.inf, operands @ q_rounded - q_rounded @ k_rounded)
+            tied = np.abs(margin[b, i]) <= tie
+            rank[b, i] = ((margin[b, i] > 0) & ~tied).sum() + tied.sum() // 2
+            if np.isnan(q_rounded @ k_rounded):
+                rank[b, i] = len(negatives)
             p = np.exp(margins - loss[b, i])  # exp(s_j) / (exp(s+) + sum exp(s_j)); their sum is 1 - p+
             seen = p > 0  # a masked row of negatives may hold anything
             d_row_q[b, i] = (p[seen] @ negatives[seen] - p.sum() * k) / temperature
@@ -120,8 +132,7 @@ def info_nce(
     return LossResult(
         loss=np.asarray(reduced),
         rank=rank,
-        positive=positive,
-        negative=negative,
+        margin=margin,
         query=_through_norm(d_q, q_hat, q_inverse),
         key=_through_norm(d_k, k_hat, k_inverse),
         negatives=np.einsum("bik,bdi->kd", scaled(probability), q_for_negatives) / temperature,
@@ -143,10 +154,14 @@ def _through_norm(grad: Array, x_hat: Array, inverse: Array) -> Array:
     return (grad - (grad * x_hat).sum(1, keepdims=True) * x_hat) * inverse
 
 
-def rank_bounds(result: LossResult, tolerance: float) -> tuple[Integers, Integers]:
-    """Lowest and highest rank that logits off by `tolerance` can give."""
-    margin = result.negative - result.positive[:, :, None]
-    return (margin > tolerance).sum(2), (margin > -tolerance).sum(2)
+def rank_bounds(result: LossResult, tolerance: float, tie: float = 2.0**-46) -> tuple[Integers, Integers]:
+    """Lowest and highest rank that cosines off by `tolerance` can give."""
+
+    def rank(shift: float) -> Integers:
+        margin = result.margin + shift
+        return ((margin > tie).sum(2) + (margin >= -tie).sum(2)) // 2
+
+    return rank(-tolerance), rank(tolerance)
 
 
 # ---- matching ------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_fuzz_the_loss(seed: int, data: st.DataObject) -> None:
         )
     single = any(isinstance(x, Tensor) and x.dtype == torch.float32 for x in made.values())
     tolerance = 2e-5 if single else 1e-9
-    finite = truth.negative[np.isfinite(truth.negative)]
+    finite = truth.margin[np.isfinite(truth.margin)] / temperature
     terms = max(1.0, float(np.abs(finite).max(initial=0)))  # a loss is a difference of such, times its weight
     if made["weight"] is not None and made["reduction"] != "mean":
         terms *= max(1.0, float(made["weight"].max()))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from helpers import LAYOUTS, assert_close, check, lay_out, make_case
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densecl_ops import Correspondence, DenseInfoNCELoss, MomentumQueue
+from densecl_ops._numerics import normalize_keys
 
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
 LAYOUT = st.sampled_from(LAYOUTS)
@@ -248,26 +252,104 @@ def test_valid_alone_is_a_mean_over_valid_rows(backend: str) -> None:
 # ---- the rank -------------------------------------------------------------------------------------------------------
 
 
-def exact_rank_case() -> helpers.Case:
-    """Logits that are exactly representable: two rows above the positive, two equal to it, one below."""
-    query = torch.tensor([[1.0, 0, 0, 0]])
-    key = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
-    scores = [1.0, 0.5, 0.75, 0.5, 0.0]
+ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# query and key, negatives, autocast
+MIXTURES = [
+    *((dtype, dtype, None) for dtype in ALL_DTYPES),
+    (torch.bfloat16, torch.float32, None),
+    (torch.float32, torch.bfloat16, None),
+    (torch.float32, torch.float32, torch.bfloat16),
+]
+
+
+def ranks(
+    backend: str, query: Tensor, key: Tensor, rows: Tensor, autocast: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    with torch.autocast(helpers.DEVICES.get(backend, "cpu"), autocast or torch.bfloat16, enabled=autocast is not None):
+        return helpers.info_nce(backend, query, key, rows, return_rank=True, **options)[1].cpu()
+
+
+def exact_rank_case(scores: tuple[float, ...] = (1.0, 0.5, 0.75, 0.5, 0.0)) -> helpers.Case:
+    """Exactly representable cosines; the positive's is 0.5."""
     negatives = torch.tensor([[score, 0.25, 0, 0] for score in scores])
-    return helpers.Case(query, key, negatives, temperature=0.25)
+    return helpers.Case(torch.tensor([[1.0, 0, 0, 0]]), torch.full((1, 4), 0.5), negatives, temperature=0.25)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_rank_counts_only_what_scores_strictly_above(backend: str, dtype: torch.dtype) -> None:
-    case = exact_rank_case().to(dtype)
-    assert helpers.run(backend, case).rank.tolist() == [[2]]
-    assert helpers.run(backend, case, wanted=()).rank.tolist() == [[2]]
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize(
+    ("scores", "rank"),
+    [((0.5,), 0), ((0.5, 0.5), 1), ((0.5,) * 5, 2), ((0.75, 0.5, 0.0), 1), ((1.0, 0.5, 0.75, 0.5, 0.0), 3)],
+)
+def test_ties_count_half(backend: str, dtype: torch.dtype, scores: tuple[float, ...], rank: int) -> None:
+    """A copy of the positive among the negatives costs nothing."""
+    case = exact_rank_case(scores).to(dtype)
+    assert helpers.expected(case).rank.tolist() == [[rank]]
+    for wanted in (helpers.GRADIENTS, ()):
+        assert helpers.run(backend, case, wanted).rank.tolist() == [[rank]]
 
 
-@pytest.mark.parametrize(("exclude", "count", "rank"), [(0, None, 1), (1, None, 2), (2, 5, 1), (0, 2, 0), (4, 0, 0)])
+@pytest.mark.parametrize(("exclude", "count", "rank"), [(0, None, 2), (1, None, 2), (4, 4, 3), (0, 2, 0), (4, 0, 0)])
 def test_rank_leaves_out_excluded_and_unfilled_rows(backend: str, exclude: int, count: int | None, rank: int) -> None:
     case = replace(exact_rank_case(), exclude=torch.tensor([exclude]), count=count)
-    assert helpers.run(backend, case).rank.tolist() == [[rank]]
+    assert helpers.expected(case).rank.tolist() == helpers.run(backend, case).rank.tolist() == [[rank]]
+
+
+@pytest.mark.parametrize(("query", "rows", "autocast"), MIXTURES)
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-3])
+def test_collapse_ranks_half(
+    backend: str, query: torch.dtype, rows: torch.dtype, autocast: torch.dtype | None, noise: float
+) -> None:
+    """All vectors one direction, off by `noise` of their length: the positive is one of K + 1 that are alike."""
+    size, positions = 2048, 256
+    vectors = torch.randn(64) + 8 * noise * torch.nn.functional.normalize(torch.randn(size + 2 * positions, 64), dim=1)
+    vectors = (3 * vectors).to(query)
+    q, k = vectors[size:].view(2, 4, -1, 64).transpose(2, 3)
+    rank = ranks(backend, q, k, normalize_keys(vectors[:size], rows), autocast)
+    if noise == 0:
+        assert (rank == size // 2).all()
+    assert abs(rank.double().mean() / size - 0.5) < 4 * 0.29 / positions**0.5
+    assert (rank < 5).double().mean() < 0.02
+
+
+def test_collapse_of_the_published_setting(backend: str) -> None:
+    vector, rows = torch.ones(1, 128), torch.full((65536, 128), 128**-0.5)
+    assert ranks(backend, vector, vector, rows).tolist() == [[32768]]
+
+
+@pytest.mark.parametrize(("query", "rows", "autocast"), MIXTURES)
+def test_rank_of_clustered_rows(
+    backend: str, query: torch.dtype, rows: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    """Cosines so close that rounding them to bfloat16 moved a rank by 20 on average.
+
+    A float32 norm rounds to another operand than a float64 norm once in 2^16 coordinates: such a row is off by a few.
+    """
+    vectors = (torch.randn(64) + 0.8 * torch.randn(4096 + 2 * 392, 64)).to(query)
+    q, k = vectors[4096:].view(2, 8, 49, 64).transpose(2, 3)
+    case = helpers.Case(q, k, normalize_keys(vectors[:4096], rows))
+    truth = helpers.expected(case, autocast).rank
+    assert (truth > 0).mean() > 0.9
+    assert np.abs(ranks(backend, q, k, case.negatives, autocast).numpy() - truth).mean() < 0.02
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("count", [None, 3])
+def test_rank_and_nan(backend: str, dtype: torch.dtype, count: int | None) -> None:
+    """A positive that is NaN ranks last, behind all rows; a negative that is NaN counts nothing."""
+    case = make_case(14, count=count).to(dtype)
+    case = replace(case, index=None, key=case.key.view_as(case.query))
+    clean = helpers.run(backend, case, ()).rank
+    for name in ("query", "key"):
+        spoiled = getattr(case, name).clone()
+        spoiled[1, 2, 0, 1] = math.nan
+        rank = helpers.run(backend, replace(case, **{name: spoiled}), ()).rank
+        assert rank[1, 1] == len(case.negatives)
+        rank[1, 1] = clean[1, 1]
+        assert torch.equal(rank, clean)
+    case.negatives[1] = -case.negatives[1].abs()
+    case.negatives[1, 0] = math.nan
+    beaten = replace(case, exclude=torch.ones(3, dtype=torch.int64))
+    assert torch.equal(helpers.run(backend, case, ()).rank, helpers.run(backend, beaten, ()).rank)
 
 
 def test_rank_of_every_row(backend: str) -> None:

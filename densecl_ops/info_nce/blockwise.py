@@ -19,9 +19,11 @@ from torch import Tensor
 
 from densecl_ops._numerics import inverse_norm
 from densecl_ops.info_nce.problem import (
+    TIE_WIDTH,
     UNSHIFTED_LIMIT,
     Problem,
     Result,
+    as_negatives,
     gather_matches,
     is_bounded_by_contract,
     rows_of,
@@ -49,8 +51,13 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     buffer = query * key  # one for all passes
     positive = (buffer.sum(2, keepdim=True) * (key_inverse * problem.inverse_temperature)).squeeze(2)
 
-    scaled = torch.mul(query, problem.inverse_temperature, out=buffer)
-    seen = _attend(scaled.flatten(0, 1), problem, want_grad, positive.view(-1, 1) if want_rank else None)
+    operand, ranked = query, None
+    if want_rank:
+        operand = query.to(problem.matmul_dtype).to(problem.dtype)
+        rounded = as_negatives(key * key_inverse, problem).to(problem.dtype)
+        ranked = (torch.mul(operand, rounded, out=buffer).sum(2) * problem.inverse_temperature).view(-1, 1)
+    scaled = torch.mul(operand, problem.inverse_temperature, out=buffer)
+    seen = _attend(scaled.flatten(0, 1), problem, want_grad, ranked)
 
     log_sum_exp = seen.log_sum_exp.view_as(positive)
     margin = log_sum_exp - positive
@@ -75,7 +82,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     weighted = scaled * weight
     shift = _finite(log_sum_exp).reshape(-1, 1).masked_fill(left_out, 0.0)
     grad = torch.zeros(problem.negatives.shape, dtype=problem.dtype, device=query.device)
-    for tile in _tiles(scaled, problem):
+    for tile in _tiles(scaled, problem, _product_dtype(problem)):
         probability = tile.logits.sub_(shift).exp_()
         grad[tile.span] = torch.mm(probability.t().to(tile.negatives.dtype), weighted.to(tile.negatives.dtype))
     return grad
@@ -93,7 +100,7 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
 class _Attention(NamedTuple):
     log_sum_exp: Tensor  # (N,)
     mean: Tensor | None  # (N, D), softmax-weighted mean of the negatives
-    rank: Tensor | None  # (N,), how many logits lie above the positive's
+    rank: Tensor | None  # (N,)
 
 
 class _Tile(NamedTuple):
@@ -104,19 +111,22 @@ class _Tile(NamedTuple):
 
 
 def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor | None) -> _Attention:
-    """Log-sum-exp over the negatives of each scaled query row (N, D), with mean and rank as asked."""
+    """Log-sum-exp over the negatives of each scaled query row (N, D), with mean and, of `positive` (N, 1), rank."""
     if positive is None and _flash_is_better(problem, want_mean):
         return _flash_attend(scaled, problem, want_mean)
 
     total = scaled.new_zeros(scaled.shape[0], 1)
     mean = torch.zeros_like(scaled) if want_mean else None
-    rank = None if positive is None else total.new_zeros(total.shape, dtype=torch.int64)
+    twice_rank = None if positive is None else total.new_zeros(total.shape, dtype=torch.int64)
     top = None if _is_bounded(problem) else torch.full_like(total, float("-inf"))
-    for tile in _tiles(scaled, problem, of_the_caller=0 if rank is None else total.element_size()):
+    product_dtype = _product_dtype(problem, want_rank=positive is not None)
+    tie = TIE_WIDTH[problem.dtype] * problem.inverse_temperature
+    for tile in _tiles(scaled, problem, product_dtype, of_the_caller=0 if positive is None else total.element_size()):
         logits = tile.logits
-        if rank is not None and positive is not None:
-            above = torch.gt(logits, positive, out=torch.empty_like(logits))  # float sums: 0.2 of the time of bool ones
-            rank += above.sum(1, keepdim=True).long()
+        if twice_rank is not None and positive is not None:  # a tie is in the second sum alone, so it counts half
+            above = torch.gt(logits, positive + tie, out=torch.empty_like(logits))  # bools take 5 times as long to add
+            twice_rank += above.sum(1, keepdim=True).long()
+            twice_rank += torch.ge(logits, positive - tie, out=above).sum(1, keepdim=True).long()
         if top is not None:  # running maximum: rescale what is there to the new shift
             higher = torch.maximum(top, logits.amax(1, keepdim=True))
             shift = _finite(higher)
@@ -136,16 +146,17 @@ def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor 
     log_sum_exp = total.log() if top is None else _finite(top) + total.log()
     if mean is not None:
         mean /= total.masked_fill(total == 0, 1.0)  # no negative at all: a mean of zero, which pull = 0 ignores
-    return _Attention(log_sum_exp, mean, rank)
+    if twice_rank is None or positive is None:
+        return _Attention(log_sum_exp, mean, None)
+    return _Attention(log_sum_exp, mean, (twice_rank // 2).masked_fill_(positive.isnan(), problem.negatives.shape[0]))
 
 
-def _tiles(scaled: Tensor, problem: Problem, of_the_caller: int = 0) -> Iterator[_Tile]:
+def _tiles(scaled: Tensor, problem: Problem, dtype: torch.dtype, of_the_caller: int = 0) -> Iterator[_Tile]:
     """Cuts over the queue only: cutting the query rows too makes the products slower on a CPU.
 
     The caller's own buffers take `of_the_caller` bytes for every logit of a tile.
     """
     negatives = _existing_negatives(problem)
-    dtype = _product_dtype(problem)
     queries, size = scaled.shape[0], negatives.shape[0]
     bytes_per_logit = problem.dtype.itemsize + of_the_caller + (dtype.itemsize if dtype != problem.dtype else 0)
     width = min(max(size, 1), _tile_rows(queries, bytes_per_logit, scaled.device.type))
@@ -159,7 +170,7 @@ def _tiles(scaled: Tensor, problem: Problem, of_the_caller: int = 0) -> Iterator
     exact = products if dtype == problem.dtype else products.new_empty(products.shape, dtype=problem.dtype)
     for start in range(0, size, width):
         span = slice(start, min(size, start + width))
-        tile = negatives[span].to(dtype)
+        tile = negatives[span].to(problem.matmul_dtype).to(dtype)
         operand, logits = (buffer[: queries * tile.shape[0]].view(queries, -1) for buffer in (products, exact))
         torch.mm(scaled, tile.t(), out=operand)
         if dtype != problem.dtype:
@@ -182,10 +193,10 @@ def _existing_negatives(problem: Problem) -> Tensor:
     return problem.negatives[: int(problem.existing)]
 
 
-def _product_dtype(problem: Problem) -> torch.dtype:
-    """float16 products are slower than float32 ones on a CPU, so they only lose there."""
-    if problem.matmul_dtype == torch.float16 and problem.query.device.type == "cpu":
-        return torch.float32
+def _product_dtype(problem: Problem, want_rank: bool = False) -> torch.dtype:
+    """float16 products are slower than float32 ones on a CPU, so they only lose there; a rank needs exact products."""
+    if want_rank or (problem.matmul_dtype == torch.float16 and problem.query.device.type == "cpu"):
+        return problem.dtype
     return problem.matmul_dtype
 
 

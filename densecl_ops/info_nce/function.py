@@ -100,7 +100,9 @@ def dense_info_nce(
         weight: (B, P_q) scales the rows. A row of weight 0 or with an invalid match is left out,
             even if it holds NaN (in the gradients of "eager" a NaN stays).
         exclude: (B,) integer, the row of `negatives` that belongs to the same image, left out of its sum.
-        return_rank: Also return how many negatives score above each positive (0: the positive wins).
+        return_rank: Also return how many negatives score above each positive (0: the positive wins). Both are compared
+            in the dtype in which the rows are kept and multiplied. Ties, cosines within 2^-18, count half, rounded
+            down: a collapsed network ranks K / 2. A positive that is NaN ranks K, the number of rows.
         backend: "auto" takes the Triton kernels on CUDA and ROCm devices, and "blockwise" elsewhere or, with one
             warning, where they cannot serve. "blockwise" is plain PyTorch in tiles, "eager" the textbook formula, to
             check with. "triton" is the kernels or an error.
@@ -144,7 +146,7 @@ def dense_info_nce(
         note_call(problem.negatives)
     with no_autocast(problem.query):
         if chosen == "eager":
-            loss, rank = eager.row_loss(problem)
+            loss, rank = eager.row_loss(problem, return_rank)
         else:
             loss, rank = autograd.row_loss(problem, return_rank, chosen)
         loss = guard(_reduce(loss, row_weight, reduction), problem.negatives)

@@ -12,6 +12,9 @@ from densecl_ops._numerics import inverse_norm
 # exp() without any shift overflows float32 near 88; |logit| <= 70 leaves room for a sum over e^18 negatives.
 UNSHIFTED_LIMIT = 70.0
 
+# Cosines this close are a tie to the rank: the order of summation changes sums of 128 to 512 products by up to 1e-6.
+TIE_WIDTH = {torch.float32: 2.0**-18, torch.float64: 2.0**-46}
+
 
 class Problem(NamedTuple):
     """One dense InfoNCE problem: B images, P_q query and P_k key positions, D channels, K negatives.
@@ -57,7 +60,7 @@ class Result(NamedTuple):
 
     Attributes:
         loss: (B, P_q).
-        rank: (B, P_q) int64, how many negatives score above the positive; (0,) when not asked for.
+        rank: (B, P_q) int64, how many negatives score above the positive, as eager.py defines it; (0,) if not wanted.
         log_sum_exp: (B, P_q) over the negatives' logits alone.
         pull: (B, P_q), 1 - p+, the probability that the negatives take; it scales every gradient.
         grad_query: (B, P_q, D) d loss_i / d query_i (raw); (0,) when not asked for.
@@ -126,6 +129,11 @@ def gather_matches(key: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return key
     return key.gather(1, index[:, :, None].expand(-1, -1, key.shape[2]))
+
+
+def as_negatives(unit: Tensor, problem: Problem) -> Tensor:
+    """Unit keys rounded as a row of `negatives` is before it meets the query: the rank compares alike with alike."""
+    return unit.to(problem.negatives.dtype).to(problem.matmul_dtype)
 
 
 def scatter_matches(query: Tensor, index: Tensor | None, key_positions: int) -> Tensor:
