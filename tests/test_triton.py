@@ -35,7 +35,7 @@ from densecl_ops.info_nce import triton_configs  # noqa: E402
 from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
 from densecl_ops.info_nce.problem import Problem  # noqa: E402
 
-FLOAT32 = 5e-6  # relative error norm; eager float32 stays below 2e-6 on the same cases
+FLOAT32 = 8e-6  # relative error norm; eager float32 stays below 2e-6 on the same cases
 LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "swapped")
 
 pytestmark = pytest.mark.skipif(
@@ -181,6 +181,27 @@ def test_float32_queue_under_autocast() -> None:
     for name in ("loss", "query", "negatives"):
         wish = getattr(truth, name)
         assert error(getattr(seen, name), wish) <= 2 * error(getattr(eager, name), wish) + 1e-6, name
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_ties_count_half(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, splits: int) -> None:
+    """Not in bfloat16, to which the interpreter cuts where a GPU rounds."""
+    forward = fused.forward
+    monkeypatch.setattr(fused, "forward", lambda *args: forward(*args, splits=splits))
+    case = case_of(count=130, reduction="none").to(dtype)
+    match = case.key[0].flatten(1)[:, case.index[0, 0]]
+    case.query[0, :, 0, 0] = 0.5 * match + 0.1 * case.query[0, :, 0, 0]
+    case.query[1, 0, 1, 1] = torch.nan
+    ranks = []
+    for sign in (-1, 1):  # a row that scores below the positive, and a copy of it, cost the same
+        case.negatives[7] = sign * match.float() / match.float().norm()
+        ranks.append(run("triton", case, wanted=()).rank)
+    assert ranks[0][0, 0] == ranks[1][0, 0] <= 1
+    assert ranks[0][1, 8] == 150
+    collapsed = replace(case, query=torch.ones_like(case.query), key=torch.ones_like(case.key))
+    collapsed.negatives[:] = 24**-0.5
+    assert (run("triton", collapsed, wanted=()).rank == 130 // 2).all()
 
 
 def test_an_index_out_of_range_gives_the_row_nan() -> None:

@@ -84,7 +84,7 @@ def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = Tr
         architecture: One of densecl_ops._launch.FAMILIES.
         dtype: Of the products.
         channels: D.
-        lean: Whether neither rank nor exclude is asked for and D is a power of two; masks and counts take registers.
+        lean: Whether no `exclude` is asked for and D is a power of two; masks take registers.
     """
     if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(32, 64, 4, 1, chunk_d=32 if channels > 64 else None)

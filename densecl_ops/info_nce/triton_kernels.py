@@ -5,8 +5,8 @@ Shared vocabulary: N = B * P query rows; row n is position n % P of image n // P
 with their three strides; the negatives and everything that kernels hand to each other are contiguous. A pointer that
 is None stands for something not asked for: code that needs it is not compiled.
 
-Nothing here relies on the compiler fusing a * b + c, nor on its leaving the two apart: either rounding is within the
-tolerances of the tests (Triton fuses by default up to 3.9, and no longer from 3.10 on).
+For the rank, a negative counts 2 where it scores above the positive and 1 where it ties with it; the sum is halved at
+the end. Only for that comparison is the positive's key rounded as the rows of the queue are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton.language as tl
 NORM_EPS_SQUARED = tl.constexpr(1e-24)  # densecl_ops._numerics.NORM_EPS squared
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+TIE = tl.constexpr(2.0**-18)  # of a cosine: the order of summation changes sums of 512 products by about 1e-6
 
 
 @triton.jit
@@ -99,6 +100,26 @@ def _inverse_temperature(scale, scale_ptr):
 
 
 @triton.jit
+def _operand(values, PRECISION: tl.constexpr):
+    """float32 of what a product reads: tensor cores cut the last 13 bits off a tf32 operand, without rounding."""
+    values = values.to(tl.float32)
+    if PRECISION == "tf32":
+        values = (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return values
+
+
+@triton.jit
+def _compare(logits, per_tie, offset):
+    """2 where a logit lies above the positive's, 1 where they tie, 0 below and for NaN.
+
+    The difference in units of 4 ties, plus 1/2, cut to [0, 1], is rounded to a multiple of 1/2 by adding 2^22, and what
+    that makes of the bits is the answer. 2.5 instructions (FFMA.SAT, FADD, half an IADD3); two comparisons take 4.5.
+    """
+    place = tl.minimum(tl.maximum(logits * per_tie + offset, 0.0), 1.0)
+    return (place + 4194304.0).to(tl.int32, bitcast=True) - 0x4A800000
+
+
+@triton.jit
 def prepare_kernel(
     query_ptr,  # (B, D, P) raw
     key_ptr,  # (B, D, P_k) raw
@@ -106,6 +127,7 @@ def prepare_kernel(
     scale_ptr,  # 0-d or None: 1 / t when learned
     scaled_ptr,  # out (N, D) in the product dtype: unit query times log2(e) / t
     positive_ptr,  # out (N,) float32: logit of the positive, in units of log 2
+    rank_positive_ptr,  # out (N,) float32: the same with the key rounded as a negative is; None: no rank
     scale,  # 1 / t when constant
     rows,  # N
     positions,  # P
@@ -113,6 +135,8 @@ def prepare_kernel(
     query_stride_b, query_stride_d, query_stride_p,
     key_stride_b, key_stride_d, key_stride_p,
     QUERY_POSITION_FASTEST: tl.constexpr, KEY_POSITION_FASTEST: tl.constexpr,
+    ROW_DTYPE: tl.constexpr,  # in which the negatives are kept
+    PRECISION: tl.constexpr,  # input_precision of the products
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program i: BLOCK_N rows, read once in the layout the user has, so that every split of the queue reads fast."""
@@ -127,15 +151,21 @@ def prepare_kernel(
         CHANNELS, KEY_POSITION_FASTEST,
     )  # fmt: skip
     query *= _inverse_temperature(scale, scale_ptr) * LOG2_E
+    scaled = query.to(scaled_ptr.dtype.element_ty)
     mask = _mask(row < rows, channel, CHANNELS)
-    tl.store(scaled_ptr + row[:, None] * CHANNELS + channel[None, :], query, mask=mask)
+    tl.store(scaled_ptr + row[:, None] * CHANNELS + channel[None, :], scaled, mask=mask)
     tl.store(positive_ptr + row, tl.sum(query * key, 1), mask=row < rows)
+    if rank_positive_ptr is not None:
+        negative = key.to(ROW_DTYPE).to(scaled.dtype)
+        positive = tl.sum(_operand(scaled, PRECISION) * _operand(negative, PRECISION), 1)
+        tl.store(rank_positive_ptr + row, positive, mask=row < rows)
 
 
 @triton.jit
 def attend_kernel(
     scaled_ptr,  # (N, D) as prepare_kernel left it
-    positive_ptr,  # (N,) likewise; read only for the rank
+    rank_positive_ptr,  # (N,) likewise, or None
+    scale_ptr,  # 0-d or None: 1 / t when learned; read only for the rank
     negatives_ptr,  # (K, D) in the product dtype
     negatives_descriptor,  # tensor descriptor of the same, for whole tiles; or None
     exclude_ptr,  # (B,) int64 or None
@@ -143,7 +173,8 @@ def attend_kernel(
     denominator_ptr,  # out (S, N): sum of 2^(logit - shift)
     shift_ptr,  # out (S, N): the shift, the largest logit; None: there is no shift
     numerator_ptr,  # out (S, N, D): sum of 2^(logit - shift) * negative; or None
-    above_ptr,  # out (S, N) int32: logits above the positive's; or None
+    above_ptr,  # out (S, N) int32: twice the logits above the positive's, and once those that tie; or None
+    scale,  # 1 / t when constant
     rows,  # N
     positions,  # P
     size,  # K
@@ -169,7 +200,8 @@ def attend_kernel(
         numerator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if above_ptr is not None:
         above = tl.zeros([BLOCK_N], tl.int32)
-        positive = tl.load(positive_ptr + row, mask=row_exists, other=0.0)
+        per_tie = 0.25 / (TIE * LOG2_E * _inverse_temperature(scale, scale_ptr))
+        offset = 0.5 - per_tie * tl.load(rank_positive_ptr + row, mask=row_exists, other=0.0)
 
     existing = size
     if count_ptr is not None:
@@ -210,7 +242,7 @@ def attend_kernel(
             if exclude_ptr is not None:
                 logits = tl.where(column[None, :] == excluded[:, None], float("-inf"), logits)
             if above_ptr is not None:
-                above += tl.sum((logits > positive[:, None]).to(tl.int32), 1)
+                above += tl.sum(_compare(logits, per_tie, offset[:, None]), 1)
             # Without a shift |logit| <= 70 / ln 2 keeps exp2 and its sum in float32.
             if shift_ptr is not None:
                 higher = tl.maximum(shift, tl.max(logits, 1))
@@ -243,15 +275,16 @@ def combine_kernel(
     key_ptr,  # (B, D, P_k) raw
     index_ptr,  # (B, P) int64 or None
     scale_ptr,  # 0-d or None: 1 / t when learned
-    positive_ptr,  # as prepare_kernel left it
+    positive_ptr, rank_positive_ptr,  # as prepare_kernel left them; no rank_positive_ptr: no rank
     denominator_ptr, shift_ptr, numerator_ptr, above_ptr,  # as attend_kernel left them, or None
     loss_ptr,  # out (N,)
-    rank_ptr,  # out (N,) int64; or None, as above_ptr
+    rank_ptr,  # out (N,) int64; or None, as above_ptr and rank_positive_ptr
     log_sum_exp_ptr,  # out (N,): natural log, over the negatives alone
     pull_ptr,  # out (N,): 1 - p+
     grad_query_ptr,  # out (N, D); or None, as numerator_ptr
     grad_scale_ptr,  # out (N,); or None, as numerator_ptr
     scale, rows, positions, key_positions,
+    size,  # K
     splits,  # S
     query_stride_b, query_stride_d, query_stride_p,
     key_stride_b, key_stride_d, key_stride_p,
@@ -298,7 +331,8 @@ def combine_kernel(
     tl.store(log_sum_exp_ptr + row, log_sum_exp, mask=row_exists)
     tl.store(pull_ptr + row, pull, mask=row_exists)
     if rank_ptr is not None:
-        tl.store(rank_ptr + row, above, mask=row_exists)
+        positive = tl.load(rank_positive_ptr + row, mask=row_exists, other=0.0)
+        tl.store(rank_ptr + row, tl.where(positive == positive, above // 2, size), mask=row_exists)  # NaN ranks last
     if grad_query_ptr is not None:
         query, inverse_norm = _load_queries(
             query_ptr, row, rows, positions, channel, query_stride_b, query_stride_d, query_stride_p,

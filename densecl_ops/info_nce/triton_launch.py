@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -55,18 +56,18 @@ class Parts(NamedTuple):
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | None = None) -> Result:
     """As in Backend. `splits` overrides the plan, for tests."""
-    plan = _plan(problem, want_rank, splits)
+    plan = _plan(problem, splits)
     with _launch.launching_on(problem.query):
-        scaled, positive = _prepare(problem, plan)
-        parts = _attend(problem, plan, scaled, positive, want_grad, want_rank)
-        return _combine(problem, plan, positive, parts)
+        scaled, positive, rank_positive = _prepare(problem, plan, want_rank)
+        parts = _attend(problem, plan, scaled, rank_positive, want_grad)
+        return _combine(problem, plan, positive, rank_positive, parts)
 
 
-def _plan(problem: Problem, want_rank: bool, splits: int | None) -> Plan:
+def _plan(problem: Problem, splits: int | None) -> Plan:
     query, key, negatives = problem.query, problem.key, problem.negatives
     device = _launch.describe(query.device)
     channels = query.shape[1]
-    lean = not want_rank and problem.exclude is None and channels == triton_configs.block_d(channels)
+    lean = problem.exclude is None and channels == triton_configs.block_d(channels)
     config = triton_configs.choose(device.architecture, problem.matmul_dtype, channels, lean)
     layouts = (query.shape, query.stride(), key.shape, key.stride())
     return _plan_for(*layouts, negatives.shape[0], device, config, _precision(problem), splits)
@@ -118,32 +119,39 @@ def _plan_for(
     )
 
 
-def _prepare(problem: Problem, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Scaled unit queries (N, D) in the product dtype, and the logits of the positives (B, P)."""
+def _prepare(problem: Problem, plan: Plan, want_rank: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scaled unit queries (N, D) in the product dtype, those of the positives (B, P), and as the rank sees them."""
     batch, channels, positions = problem.query.shape
     scaled = problem.query.new_empty((batch * positions, channels), dtype=_product_dtype(problem))
     positive = problem.query.new_empty((batch, positions), dtype=torch.float32)
+    rank_positive = torch.empty_like(positive) if want_rank else None
     kernels.prepare_kernel[plan.row_grid](
-        scaled_ptr=scaled, positive_ptr=positive, **_maps(problem), **plan.row_arguments
+        scaled_ptr=scaled,
+        positive_ptr=positive,
+        rank_positive_ptr=rank_positive,
+        ROW_DTYPE=getattr(tl, str(problem.negatives.dtype).removeprefix("torch.")),
+        PRECISION=plan.attend_arguments["PRECISION"],
+        **_maps(problem),
+        **plan.row_arguments,
     )
-    return scaled, positive
+    return scaled, positive, rank_positive
 
 
-def _attend(
-    problem: Problem, plan: Plan, scaled: Tensor, positive: Tensor, want_numerator: bool, want_rank: bool
-) -> Parts:
+def _attend(problem: Problem, plan: Plan, scaled: Tensor, rank_positive: Tensor | None, want_numerator: bool) -> Parts:
     rows, channels = scaled.shape
-    denominator = positive.new_empty((plan.splits, rows))
+    denominator = scaled.new_empty((plan.splits, rows), dtype=torch.float32)
     parts = Parts(
         denominator_ptr=denominator,
         shift_ptr=None if is_bounded_by_contract(problem) else torch.empty_like(denominator),
-        numerator_ptr=positive.new_empty((plan.splits, rows, channels)) if want_numerator else None,
-        above_ptr=torch.empty_like(denominator, dtype=torch.int32) if want_rank else None,
+        numerator_ptr=denominator.new_empty((plan.splits, rows, channels)) if want_numerator else None,
+        above_ptr=torch.empty_like(denominator, dtype=torch.int32) if rank_positive is not None else None,
     )
     negatives = _operand(problem)
     kernels.attend_kernel[plan.attend_grid](
         scaled_ptr=scaled,
-        positive_ptr=positive,
+        rank_positive_ptr=rank_positive,
+        scale_ptr=problem.learned_scale,
+        scale=problem.scale or 0.0,
         negatives_ptr=negatives,
         negatives_descriptor=_descriptor(negatives, plan.tile),
         exclude_ptr=_flat(problem.exclude),
@@ -154,7 +162,7 @@ def _attend(
     return parts
 
 
-def _combine(problem: Problem, plan: Plan, positive: Tensor, parts: Parts) -> Result:
+def _combine(problem: Problem, plan: Plan, positive: Tensor, rank_positive: Tensor | None, parts: Parts) -> Result:
     batch, channels, positions = problem.query.shape
     loss = torch.empty_like(positive)
     rank = torch.empty_like(positive, dtype=torch.int64) if parts.above_ptr is not None else None
@@ -164,12 +172,14 @@ def _combine(problem: Problem, plan: Plan, positive: Tensor, parts: Parts) -> Re
     log_sum_exp, pull = torch.empty_like(positive), torch.empty_like(positive)
     kernels.combine_kernel[plan.row_grid](
         positive_ptr=positive,
+        rank_positive_ptr=rank_positive,
         loss_ptr=loss,
         rank_ptr=rank,
         log_sum_exp_ptr=log_sum_exp,
         pull_ptr=pull,
         grad_query_ptr=grad_query,
         grad_scale_ptr=grad_scale,
+        size=problem.negatives.shape[0],
         splits=plan.splits,
         **parts._asdict(),
         **_maps(problem),
