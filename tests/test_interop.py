@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import io
 import re
 import sys
@@ -641,6 +642,12 @@ def test_all_mismatches_in_one_message_and_nothing_loaded() -> None:
         read_checkpoint(densecl().state_dict()).load_into(backbone_q=resnet(classes=10))
 
 
+def test_a_module_on_meta_is_refused() -> None:
+    """torch only warns, and loads nothing."""
+    with pytest.raises(ValueError, match=r"backbone_q: got a module on meta, expected one with values.*to_empty"):
+        read_checkpoint(densecl().state_dict()).load_into(backbone_q=resnet().to("meta"), head_q=modules()["head_q"])
+
+
 def test_nothing_is_loaded_where_a_module_itself_refuses() -> None:
     """A queue looks at position and count, after the backbone and an average took theirs."""
     state = densecl().state_dict()
@@ -722,7 +729,7 @@ def test_arguments_and_files(tmp_path: Path) -> None:
     for wrong in (read_checkpoint, write_checkpoint):
         with pytest.raises(TypeError, match="prefix: got int"):
             wrong({} if wrong is read_checkpoint else Checkpoint(), format="moco", prefix=3)
-    with pytest.raises(ValueError, match=r"prefix: got 'model.'"):
+    with pytest.raises(ValueError, match=r"prefix: got 'model.', with .* expected one of encoder_q.0., encoder_k.0."):
         read_checkpoint(densecl().state_dict(), prefix="model.")
     with pytest.raises(ValueError, match="format: got 'lightly'"):
         write_checkpoint(Checkpoint(), format="lightly")
@@ -761,9 +768,12 @@ def test_saved_matches_and_projections() -> None:
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its snippets, on files with heads and queues of the paper's sizes; a small ResNet stands for torchvision's."""
-    torchvision: Any = ModuleType("torchvision")
-    torchvision.models = SimpleNamespace(resnet50=lambda: resnet(classes=10))
-    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    if importlib.util.find_spec("torchvision"):
+        monkeypatch.setattr("torchvision.models.resnet50", lambda: resnet(classes=10))
+    else:
+        torchvision: Any = ModuleType("torchvision")
+        torchvision.models = SimpleNamespace(resnet50=lambda: resnet(classes=10))
+        monkeypatch.setitem(sys.modules, "torchvision", torchvision)
     monkeypatch.chdir(tmp_path)
     theirs = full(densecl(2048, 2048, 128, 65536))
     torch.save(theirs, "densecl.pth")
@@ -772,7 +782,8 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     namespace: dict[str, Any] = {}
     for block in blocks:
-        exec(block, namespace)
+        if "import transformers" not in block or importlib.util.find_spec("transformers"):
+            exec(block, namespace)
     back = torch.load("continued.pth", weights_only=True)
     assert_same(back["state_dict"], theirs["state_dict"])
     assert_same(back["optimizer"], theirs["optimizer"])
@@ -783,3 +794,24 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(parts["image_queue"].rows, start.module.queue.T)
     assert torch.equal(parts["head_k"].image_mlp[2].weight, start.module.encoder_k.fc[2].weight)
     assert torch.equal(parts["head_k"].dense_mlp[0].weight, parts["head_q"].dense_mlp[0].weight)
+    if "DenseCL" in namespace:
+        hosted = namespace["DenseCL"](namespace["transformers"].PretrainedConfig())
+        only = {name: x for name, x in hosted.state_dict().items() if "backbone" in name}
+        hosted.save_pretrained(tmp_path / "hosted", state_dict=only)
+        again = namespace["DenseCL"].from_pretrained(tmp_path / "hosted")
+        assert again(*torch.randn(2, 4, 3, 64, 64))["loss"].isfinite()
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm", "transformers"])
+def test_page_on_weights(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's block of docs/use-the-weights.md, on a ResNet-50 without classifier."""
+    pytest.importorskip(package)
+    timm = pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    weights = timm.create_model("resnet50", num_classes=0).state_dict()
+    torch.save(weights, "backbone.pth")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.with_name("use-the-weights.md").read_text(), re.DOTALL)
+    space: dict[str, Any] = {}
+    exec(next(block for block in blocks if f"import {package}" in block), space)
+    loaded = {name.removeprefix("_backbone."): x for name, x in space["model"].state_dict().items()}
+    assert_same({name: loaded[name] for name in weights}, dict(weights))

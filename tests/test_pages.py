@@ -128,7 +128,7 @@ RUNS = {
 }
 RUN_ELSEWHERE = {
     "docs/checkpoints.md": "test_interop.py",  # on checkpoints that only that file can write
-    "docs/use-the-weights.md": "test_pretrain.py",  # where torchvision or timm is installed
+    "docs/use-the-weights.md": "test_interop.py",  # where torchvision or timm is installed
 }
 
 

@@ -254,22 +254,6 @@ def test_backbones_of_other_packages(package: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(whole(x), whole.fc(network(x).mean((2, 3))), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("package", ["torchvision", "timm"])
-def test_page_on_weights(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's block of docs/use-the-weights.md, on a file that pretrain.py could have written."""
-    pytest.importorskip(package)
-    page = (EXAMPLES.parent / "use-the-weights.md").read_text()
-    network = backbones.build("resnet50").network
-    torch.save(network.state_dict(), tmp_path / "backbone.pth")
-    monkeypatch.chdir(tmp_path)
-    space: dict = {}
-    exec(
-        next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"import {package}" in block),
-        space,
-    )
-    assert_same({name: space["model"].state_dict()[name] for name in network.state_dict()}, network.state_dict())
-
-
 def test_decoded_pixels(folder: Path) -> None:
     """Upright RGB of 8 bits, whatever the file holds."""
 

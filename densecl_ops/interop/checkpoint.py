@@ -149,6 +149,8 @@ class Checkpoint:
                 continue
             no_dense = part.startswith("head") and not any(name.startswith("dense_mlp.") for name in state)
             wanted = _plain_state(module)
+            if any(value.is_meta for _, value in wanted.values()):  # torch would warn, and load nothing
+                problems.append(f"{part}: got a module on meta, expected one with values: .to_empty(device=...) first")
             for name, (_, value) in wanted.items():
                 if name in state:
                     if state[name].shape != value.shape:

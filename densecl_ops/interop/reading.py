@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike, fspath
 from pickle import UnpicklingError
 from typing import Any
@@ -75,7 +75,8 @@ def read_checkpoint(
     before = strip_wrappers(state) if prefix is None else prefix
     below = {name: name.removeprefix(before) for name in state if name.startswith(before)}
     if not below:
-        raise ValueError(f"prefix: got {before!r}, expected one of the {len(state)} names to begin with it")
+        there = list(find_networks(plain_names(state).values())) or _roots(state)
+        raise ValueError(f"prefix: got {before!r}, with which no name begins, expected one of {', '.join(there)}")
     plain = plain_names(below.values())
     origin = {plain[name]: full for full, name in below.items()}
     if len(origin) != len(below):
@@ -146,12 +147,17 @@ def _root_of_backbone(inside: State, found: tuple[str, str] | None, before: str,
 
 
 def _not_recognised(inside: State, before: str, expected: str) -> str:
-    roots = dict.fromkeys(f"{before}{name.partition('.')[0]}." for name in inside if "." in name)
+    roots = [before + root for root in _roots(inside)]
     return (
         f"format: got names such as {', '.join(list(inside)[:3])}, expected those of {expected}. Known networks: "
         f'{", ".join(NETWORKS)}. Any other is read with format="backbone" and the prefix= before its names, of '
-        f"{', '.join(map(repr, [*list(roots)[:8], before]))}"
+        f"{', '.join(map(repr, [*roots, before]))}"
     )
+
+
+def _roots(names: Iterable[str]) -> list[str]:
+    """The first of what stands before the first dots."""
+    return list(dict.fromkeys(f"{name.partition('.')[0]}." for name in names if "." in name))[:8]
 
 
 def _below(root: str, state: State) -> State:
