@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from einops import reduce
 from torch import Tensor, nn
 
@@ -77,6 +79,7 @@ class DenseProjectionHead(nn.Module):
 
         Args:
             features: (B, C, H, W), any strides; (B, C, P) tokens and (B, C) vectors also work, without grid_size.
+                A warning tells of vectors once: a backbone that pools leaves the dense term one position an image.
 
         Returns:
             Projection(image (B, D), dense (B, D, S, S), pooled (B, D)); `dense` is (B, D, P) or (B, D) for tokens or
@@ -88,6 +91,12 @@ class DenseProjectionHead(nn.Module):
             raise ValueError(
                 f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
                 + ("; for (B, P, C) tokens pass .transpose(1, 2)" if tokens else "")
+            )
+        if features.ndim == 2 and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"features: got (B, C) vectors of shape {_checks.shape_of(features)}, so that dense is one position an "
+                "image; a backbone that pools, such as timm's with num_classes=0, has a map in forward_features",
+                stacklevel=2,
             )
         grid = features if self.grid_size is None else _checks.pool_to_grid("features", features, self.grid_size)
         image = self.image_mlp(reduce(flat, "b c p -> b c", "mean"))

@@ -250,3 +250,54 @@ def test_opcheck_gradients(fused: str, dtype: torch.dtype, options: str) -> None
     rows = torch.rand(2, 6, dtype=wide, device=query.device)
     torch.library.opcheck(OPS.info_nce_grad_negatives, (*arguments, rows, rows, fused), test_utils=CHECKS)
     torch.library.opcheck(OPS.info_nce_grad_key, (query, key, index, rows, wide, fused), test_utils=CHECKS)
+
+
+def test_operators_write_to_no_argument() -> None:
+    """So a compiler has no choice between a queue and the copy of it that the caller passed."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("densecl_ops::")]
+    assert len(names) >= 2
+    for name in names:
+        schema = getattr(torch.ops.densecl_ops, name.removeprefix("densecl_ops::").split(".")[0]).default._schema
+        assert not schema.is_mutable
+        assert all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+
+
+@pytest.mark.parametrize("size", [37, 64])
+def test_queue_of_many_steps(size: int) -> None:
+    """At sizes that no batch of 10 divides, with reads of the rows around the write."""
+    queue = MomentumQueue(size, 8)
+    twin = copy.deepcopy(queue)
+
+    def step(queue: MomentumQueue, keys: Tensor) -> tuple[Tensor, Tensor]:
+        before = queue.rows.clone()
+        queue.enqueue(keys)
+        return before, queue.rows.clone()
+
+    fast = compiled(step, "inductor")
+    for _ in range(200):
+        keys = torch.randn(10, 8)
+        for a, b in zip(fast(queue, keys), step(twin, keys), strict=True):
+            assert_close(a, b, 1e-6)
+        assert (int(queue.position), int(queue.count)) == (int(twin.position), int(twin.count))
+
+
+@pytest.mark.parametrize("rows", ["zero", "large", "equal"])
+def test_float16(backend: str, rows: str) -> None:
+    """Where compiled float16 models are known to answer otherwise: normalised zeros, logits that are all equal."""
+    query, key = torch.randn(2, 3, 16, 4, dtype=torch.float16)
+    negatives = torch.nn.functional.normalize(torch.randn(4096, 16), dim=1).half()
+    if rows == "zero":
+        query[0], key[1] = 0, 0
+    elif rows == "large":
+        query, key = (60_000 * x.sign() for x in (query, key))
+    else:
+        query, key, negatives = (torch.full_like(x, 0.25) for x in (query, key, negatives))
+    results = []
+    for function in (dense_info_nce, compiled(dense_info_nce, "inductor")):
+        leaf, *others = helpers.to_device(backend, query.clone(), key, negatives)
+        loss, rank = function(leaf.requires_grad_(), *others, return_rank=True, backend=backend)
+        loss.backward()
+        results.append((loss, rank.double(), leaf.grad))
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        assert_close(b, a, 1e-3)
