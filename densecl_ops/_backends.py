@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from densecl_ops import _launch
-from densecl_ops._checks import is_plain, require_choice
+from densecl_ops._checks import is_traced, require_choice
 from densecl_ops._types import BackendName
 
 BACKENDS = get_args(BackendName)
@@ -76,7 +76,7 @@ def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> st
     if device_type != "cuda" and not (device_type == "cpu" and _launch.interpreting()):
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     # Code being traced cannot ask the device: there the launchers refuse it, with the same words.
-    if device_type == "cuda" and not torch.compiler.is_compiling() and is_plain(tensor):
+    if device_type == "cuda" and not is_traced(tensor):
         architecture = _launch.describe(tensor.device).architecture
         if architecture not in _launch.FAMILIES:
             return _launch.unknown(architecture)
@@ -87,8 +87,12 @@ def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> st
     return None
 
 
-def call(backend: str, operation: str, function: str, kind: tuple[object, ...], *arguments: Any) -> Any:
-    """Calls a function of the backend that `choose` chose. Inside the operators, so that compiled code does the same.
+def call(
+    backend: str, operation: str, function: str, kind: tuple[object, ...], device: torch.device, *arguments: Any
+) -> Any:
+    """Calls a function of the backend that `choose` chose, with autocast off.
+
+    Called inside the operators, so that compiled code does the same.
 
     Under "auto", kernels that do not compile or launch are a warning with the reason, and the blockwise backend serves
     this call and, without another try, every later one of its kind. Under "triton" the error is raised.
@@ -98,8 +102,12 @@ def call(backend: str, operation: str, function: str, kind: tuple[object, ...], 
         operation: Name of the package that holds the backends.
         function: Name of a function that each of them has.
         kind: What the kernels are compiled for, such as a dtype.
+        device: Where the call runs.
         arguments: Of the function.
     """
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return call(backend, operation, function, kind, device, *arguments)
     if backend != "auto":
         return getattr(_module(operation, backend), function)(*arguments)
     kind = (f"{operation}.{function}", *kind)

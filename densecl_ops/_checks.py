@@ -10,13 +10,11 @@ import math
 import operator
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, reduce
 from torch import Tensor
-from torch._C import _TorchDispatchModeKey as _Mode
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 
@@ -25,7 +23,22 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 LOWEST_TEMPERATURE = 1e-18  # 1/t^2, a factor of the gradient to t, leaves float32 below 5e-20, the logits below 1e-38
 
 
-def shape_of(tensor: Tensor) -> str:
+class Look(NamedTuple):
+    """What the host knows of a tensor without its values, for the checks of a whole call: one look at each tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def look(name: str, value: object) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """The fields of a Look. A bare tuple: it is made for each tensor of each call, a Look for the first of a kind."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
+        require_tensor(name, value)  # says what it is
+    return value.shape, value.dtype, value.device  # type: ignore[attr-defined]
+
+
+def shape_of(tensor: Tensor | Look) -> str:
     return str(tuple(tensor.shape))
 
 
@@ -40,9 +53,13 @@ def require_tensor(name: str, value: object) -> Tensor:
 
 def require_float(name: str, value: object) -> Tensor:
     tensor = require_tensor(name, value)
+    require_float_dtype(name, tensor)
+    return tensor
+
+
+def require_float_dtype(name: str, tensor: Tensor | Look) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64")
-    return tensor
 
 
 def require_real(name: str, value: object) -> Tensor:
@@ -54,34 +71,54 @@ def require_real(name: str, value: object) -> Tensor:
 
 def require_integer(name: str, value: object) -> Tensor:
     tensor = require_tensor(name, value)
-    if tensor.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected an integer dtype such as int64")
+    require_integer_dtype(name, tensor)
     return tensor
 
 
-def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def require_integer_dtype(name: str, tensor: Tensor | Look) -> None:
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected an integer dtype such as int64")
+
+
+def require_shape(name: str, tensor: Tensor | Look, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {shape_of(tensor)}, expected {shape}")
 
 
-def require_same_device(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+def require_same_device(name: str, tensor: Tensor | Look, reference_name: str, reference: Tensor | Look) -> None:
     if tensor.device != reference.device:
         raise ValueError(
             f"{name}: got a tensor on {tensor.device}, expected {reference.device}, where {reference_name} is"
         )
 
 
-def flatten_map(name: str, value: object) -> Tensor:
-    """Returns the (B, C, P) normal form of a (B, C, H, W) map, a (B, C, P) sequence or a (B, C) vector.
+def require_map(name: str, x: Tensor | Look) -> tuple[int, int, int]:
+    """(B, C, P) of a (B, C, H, W) map, a (B, C, P) sequence or a (B, C) vector."""
+    require_float_dtype(name, x)
+    if len(x.shape) not in (2, 3, 4):
+        raise ValueError(f"{name}: got shape {shape_of(x)}, expected (B, C, H, W), (B, C, P) or (B, C)")
+    images, channels, *grid = x.shape
+    positions = math.prod(grid)
+    if images * channels * positions == 0:
+        raise ValueError(f"{name}: got an empty tensor of shape {shape_of(x)}, expected every size above 0")
+    return images, channels, positions
+
+
+def flatten(x: Tensor) -> Tensor:
+    """The (B, C, P) form of what `require_map` takes.
 
     A view wherever the strides allow one: channels_last maps and transposed token sequences are not copied.
     """
-    tensor = require_float(name, value)
-    if tensor.ndim not in (2, 3, 4):
-        raise ValueError(f"{name}: got shape {shape_of(tensor)}, expected (B, C, H, W), (B, C, P) or (B, C)")
-    if tensor.numel() == 0:
-        raise ValueError(f"{name}: got an empty tensor of shape {shape_of(tensor)}, expected every size above 0")
-    return tensor.unsqueeze(2) if tensor.ndim == 2 else tensor.flatten(2)
+    if x.ndim == 3:
+        return x
+    return x.unsqueeze(2) if x.ndim == 2 else x.flatten(2)
+
+
+def flatten_map(name: str, value: object) -> Tensor:
+    """Both of them."""
+    tensor = require_tensor(name, value)
+    require_map(name, tensor)
+    return flatten(tensor)
 
 
 def pool_to_grid(name: str, features: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -113,8 +150,8 @@ def _pooling_matrix(cells: int, size: int, like: Tensor) -> Tensor:
     return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
-def require_paired_maps(query_name: str, query: Tensor, key_name: str, key: Tensor) -> None:
-    """Two flattened maps of the same images: equal batch, equal channels, one device. Grids may differ."""
+def require_paired_maps(query_name: str, query: Tensor | Look, key_name: str, key: Tensor | Look) -> None:
+    """Two maps of the same images: equal batch, equal channels, one device. Grids may differ."""
     if query.shape[:2] != key.shape[:2]:
         raise ValueError(
             f"{key_name}: got {key.shape[0]} images of {key.shape[1]} channels, "
@@ -124,7 +161,7 @@ def require_paired_maps(query_name: str, query: Tensor, key_name: str, key: Tens
     require_values(query_name, query)
 
 
-def require_values(name: str, tensor: Tensor) -> None:
+def require_values(name: str, tensor: Tensor | Look) -> None:
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: got a tensor on meta, expected a device that holds values")
 
@@ -172,6 +209,8 @@ def require_number(name: str, value: object) -> float:
 
 
 def require_temperature(name: str, value: object) -> float:
+    if type(value) is float and LOWEST_TEMPERATURE <= value < math.inf:  # the usual case
+        return value
     number = require_number(name, value)
     if number <= 0:
         raise ValueError(f"{name}: got {number}, expected a number above 0")
@@ -204,24 +243,19 @@ def require_grid_size(name: str, value: object) -> tuple[int, int] | None:
     return side, side
 
 
-_TRACERS = (_Mode.FAKE, _Mode.PROXY, _Mode.FUNCTIONAL)
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call on this tensor is run by something else than its values alone: a compiler, torch.func, a dispatch
+    mode (fake tensors, make_fx, FlopCounterMode), or the tensor itself, a fake one.
 
-
-def is_tracing() -> bool:
-    """Whether fake tensors, make_fx or functionalisation see every call."""
-    return any(map(torch._C._get_dispatch_mode, _TRACERS))
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor holds no values of its own: a FakeTensor, or one that torch.func or a tracer wraps."""
-    if isinstance(tensor, (FakeTensor, FunctionalTensor)):
-        return True
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds values of its own, and no tracer is on."""
-    return not is_tracing() and not is_wrapped(tensor)
+    One question for a whole call. torch tells compilers alone in public: until it has a word for the others, the
+    lengths of two stacks do.
+    """
+    return (
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.get_interpreter_stack() is not None
+        or (type(tensor) is not Tensor and hasattr(tensor, "fake_mode"))
+    )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -229,48 +263,61 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def requires_grad(tensor: Tensor) -> bool:
-    """As tensor.requires_grad, which inside vmap hides that a torch.func gradient around it asks for the tensor."""
-    if tensor.requires_grad or torch.compiler.is_compiling() or not torch._C._functorch.is_batchedtensor(tensor):
+def wants_grad(tensor: Tensor) -> bool:
+    """Whether to compute its gradient. Inside torch.func, whose vmap hides who asks for one, always."""
+    if tensor.requires_grad or torch.compiler.is_compiling():
         return tensor.requires_grad
-    return requires_grad(torch._C._functorch.get_unwrapped(tensor))
+    return torch._C._functorch.get_interpreter_stack() is not None
 
 
 def host_may_look(tensor: Tensor) -> bool:
     """Whether reading values waits for no device and, under torch.compile, breaks no graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and is_plain(tensor)
+    return tensor.device.type == "cpu" and not is_traced(tensor)
 
 
-def outside_inference(tensor: Tensor) -> Tensor:
-    """A tensor that autograd may save: one made under inference_mode is copied once that mode is left."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
-        return tensor
-    return tensor.clone()
+def outside_inference(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Tensors that autograd may save: one made under inference_mode is copied once that mode is left."""
+    if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    for tensor in tensors:
+        if tensor is not None and tensor.is_inference():
+            return tuple(x.clone() if x is not None and x.is_inference() else x for x in tensors)
+    return tensors
 
 
-def require_index(
-    name: str, value: object, shape: tuple[int, ...], size: int, reference_name: str, reference: Tensor
-) -> Tensor:
-    """An integer tensor of the given shape on the device of the reference, as int64.
-
-    Values outside [0, size) raise where looking waits for no device. Elsewhere torch's own gather traps, and the Triton
-    kernels give the row NaN; an `exclude` out of range excludes nothing.
-    """
-    index = require_integer(name, value)
+def require_index(name: str, index: Look, shape: tuple[int, ...], reference_name: str, reference: Look) -> None:
+    """An integer tensor of the given shape on the device of the reference."""
+    require_integer_dtype(name, index)
     require_shape(name, index, shape)
     require_same_device(name, index, reference_name, reference)
-    if host_may_look(index):
-        low, high = (int(bound) for bound in torch.aminmax(index))
-        if low < 0 or high >= size:
-            raise ValueError(f"{name}: got values from {low} to {high}, expected them within 0 to {size - 1}")
-    return outside_inference(index).long()
 
 
-def require_mask(name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor) -> Tensor:
+def require_range(name: str, index: Tensor, size: int) -> None:
+    """Values within [0, size), to be asked where looking waits for no device.
+
+    Elsewhere torch's own gather traps, and the Triton kernels give the row NaN; an `exclude` out of range excludes
+    nothing.
+    """
+    low, high = torch.aminmax(index)
+    first, last = int(low), int(high)
+    if first < 0 or last >= size:
+        hint = "; a position without a match is one that `valid` leaves out" if first == -1 else ""
+        raise ValueError(f"{name}: got values from {first} to {last}, expected them within 0 to {size - 1}{hint}")
+
+
+def require_mask(
+    name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor | Look
+) -> Tensor:
     """A bool tensor of the given shape on the device of the reference."""
     mask = require_tensor(name, value)
+    require_mask_like(name, mask, shape, reference_name, reference)
+    return mask
+
+
+def require_mask_like(
+    name: str, mask: Tensor | Look, shape: tuple[int, ...], reference_name: str, reference: Tensor | Look
+) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: got dtype {mask.dtype}, expected torch.bool")
     require_shape(name, mask, shape)
     require_same_device(name, mask, reference_name, reference)
-    return outside_inference(mask)

@@ -9,38 +9,64 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from densecl_ops._checks import is_tracing, is_wrapped
+from densecl_ops._checks import is_traced
 
 Body = TypeVar("Body", bound=Callable[..., Any])
 
 
-def operator(name: str, schema: str, fake: Callable[..., Any]) -> Callable[[Body], Body]:
+def operator(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    flops: Callable[..., int] | None = None,
+    when_traced: Callable[..., None] | None = None,
+) -> Callable[[Body], Body]:
     """Registers the decorated function as the operator densecl_ops::`name`; the result is called as the function is.
 
-    Compilers, fake tensors and torch.func see the operator: traced, the tile loops of a backend would unroll. Eager
-    calls go to the function itself, since a registered operator costs them some 60 us of host time.
+    Compilers, fake tensors, torch.func and dispatch modes see the operator: traced, the tile loops of a backend would
+    unroll. Eager calls go to the function itself, since a registered operator costs them some 60 us of host time.
 
     Args:
         name: Of the operator.
         schema: Its signature in torch's language, `(Tensor x, float? y) -> Tensor`. Results alias no argument.
         fake: Takes the same arguments and returns empty tensors of the results' shapes, dtypes and devices.
+        flops: Takes the same arguments and returns the floating-point operations of their products, for
+            FlopCounterMode.
+        when_traced: Called before the function, with the same arguments, by the registered operator alone.
     """
 
     def register(body: Body) -> Body:
-        registered = torch.library.custom_op(f"densecl_ops::{name}", body, mutates_args=(), schema=schema)
+        def traced(*arguments: Any) -> Any:
+            if when_traced is not None:
+                when_traced(*arguments)
+            return body(*arguments)
+
+        registered = torch.library.custom_op(f"densecl_ops::{name}", traced, mutates_args=(), schema=schema)
         registered.register_fake(fake)
         registered.register_vmap(functools.partial(_one_by_one, registered))
+        packet = getattr(torch.ops.densecl_ops, name)
 
         @functools.wraps(body)
         def call(*arguments: Any) -> Any:
-            if torch.compiler.is_compiling() or is_tracing():
-                return registered(*arguments)
-            wrapped = any(is_wrapped(x) for x in arguments if isinstance(x, Tensor))
-            return registered(*arguments) if wrapped else body(*arguments)
+            if not is_traced(arguments[0]):
+                return body(*arguments)
+            if flops is not None and not torch.compiler.is_compiling():
+                _tell_flop_counters(packet, flops)
+            return registered(*arguments)
 
         return call  # type: ignore[return-value]
 
     return register
+
+
+def _tell_flop_counters(packet: Any, flops: Callable[..., int]) -> None:
+    """To those that count this call. torch's register_flop_formula would import triton with this package."""
+    for i in range(torch._C._len_torch_dispatch_stack()):
+        mode = torch._C._get_dispatch_stack_at(i)
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+        if registry is not None:
+            registry.setdefault(packet, lambda *arguments, out_val: flops(*arguments))
 
 
 def _one_by_one(registered: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:

@@ -1,8 +1,9 @@
 """A loss that is computed again (activation checkpointing) must meet the negatives that it met the first time.
 
 torch recomputes in two ways. The non-reentrant one keeps the autograd nodes of the first computation and hands them
-what the second one saves: `guard` compares the two. The reentrant one computes first without gradients, and again
-inside a backward pass: `note_call` and `note_run` compare what the queue was at both times.
+what the second one saves: `guard` compares the two. The reentrant one computes first under no_grad, and again inside a
+backward pass: `note` counts the first computations that met the negatives as they are now, which a backward pass may
+each repeat once. Whatever else was computed before, as in validation, does not matter.
 """
 
 from __future__ import annotations
@@ -11,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
-
-from densecl_ops._checks import is_plain
 
 _MESSAGE = (
     "negatives: got a queue that was written after the loss and before the loss was computed again (activation "
@@ -24,9 +22,7 @@ _MESSAGE = (
 
 def guard(loss: Tensor, negatives: Tensor) -> Tensor:
     """The loss, whose backward raises if it was recomputed after the negatives had been written in place."""
-    if torch.compiler.is_compiling() or not loss.requires_grad or not _has_version(negatives):
-        return loss
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # nobody recomputes what is saved
+    if not loss.requires_grad or not _is_saved_by_hooks() or negatives.is_inference():
         return loss
     guarded: Tensor = _Guard.apply(loss, negatives._version)  # type: ignore[no-untyped-call]
     return guarded
@@ -48,57 +44,60 @@ class _Guard(torch.autograd.Function):
 
 
 class _Reads:
-    """Versions of a tensor of negatives when losses read it outside of backward passes."""
+    """Of one version of the negatives: first computations, and those that the backward pass under way has repeated."""
 
-    pending: int | None = None  # oldest read that may be the first half of a reentrant checkpoint
-    last: int | None = None
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.firsts = self.repeats = 0
+        self.backward_pass = -1
 
 
-_all_reads = WeakIdKeyDictionary()  # by storage: slices of a queue share its memory and its version
-
-
-def note_call(negatives: Tensor) -> None:
+def note(negatives: Tensor) -> None:
     """To be called for every loss in eager mode.
 
     Raises:
         RuntimeError: This loss recomputes one of a reentrant checkpoint, and the negatives were written in between.
     """
-    if not _has_version(negatives):
+    recomputes = torch.is_grad_enabled()  # as a reentrant checkpoint does; a hook that logs a loss does not
+    if recomputes != in_backward() or negatives.is_inference() or torch.is_inference_mode_enabled():
         return
-    reads = _reads_of(negatives)
-    if not in_backward():
-        recomputed = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        if recomputed and reads.pending is None:
-            reads.pending = negatives._version
-    elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # with hooks `guard` knows better
-        pending, reads.pending = reads.pending, None
-        if pending not in (None, negatives._version):
+    if not recomputes or not _is_saved_by_hooks():  # with hooks `guard` knows better
+        _compare(negatives, recomputes)
+
+
+def note_compiled(negatives: Tensor) -> None:
+    """To be called where compiled code computes the loss: there neither gradients nor hooks are known.
+
+    Raises:
+        RuntimeError: As `note` does.
+    """
+    if not negatives.is_inference():
+        _compare(negatives, in_backward())
+
+
+def _compare(negatives: Tensor, recomputes: bool) -> None:
+    # Kept on the storage, which slices of a queue share as they share its version, and which torch keeps with its
+    # attributes for as long as the memory is used.
+    known = negatives.untyped_storage().__dict__
+    reads: _Reads | None = known.get("_densecl_ops_reads")
+    if not recomputes:
+        if reads is None or reads.version != negatives._version:
+            reads = known["_densecl_ops_reads"] = _Reads(negatives._version)
+        reads.firsts += 1
+    elif reads is not None:
+        backward_pass = torch._C._current_graph_task_id()
+        if reads.backward_pass != backward_pass:
+            reads.backward_pass, reads.repeats = backward_pass, 0
+        reads.repeats += 1
+        if reads.version != negatives._version or reads.repeats > reads.firsts:
             raise RuntimeError(_MESSAGE)
 
 
-def note_run(negatives: Tensor) -> None:
-    """To be called where the loss is computed, also by compiled code, which knows neither gradients nor hooks.
-
-    Raises:
-        RuntimeError: In a backward pass, the negatives are not what the last loss before it read.
-    """
-    if not _has_version(negatives):
-        return
-    reads = _reads_of(negatives)
-    if not in_backward():
-        reads.last = negatives._version
-    elif reads.last not in (None, negatives._version):
-        raise RuntimeError(_MESSAGE)
-
-
-def _reads_of(negatives: Tensor) -> _Reads:
-    reads: _Reads = _all_reads.setdefault(negatives.untyped_storage(), _Reads())  # type: ignore[no-untyped-call]
-    return reads
-
-
 def in_backward() -> bool:
+    """Whether a backward pass calls. It has a number; torch has no public question for it."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _has_version(tensor: Tensor) -> bool:
-    return is_plain(tensor) and not tensor.is_inference()
+def _is_saved_by_hooks() -> bool:
+    """Whether torch.autograd.graph.saved_tensors_hooks are on, as in a checkpoint; torch tells in private only."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -42,11 +42,15 @@ class Projection(NamedTuple):
 
 
 class NegativeQueue(Protocol):
-    """Anything that stores negatives as MomentumQueue does."""
+    """Anything that stores negatives as MomentumQueue does.
+
+    With the further attribute `unit_rows = True` it declares that every row is a unit row or zero. On a GPU the loss
+    then saves the running maximum; of rows that are longer it may be infinite.
+    """
 
     @property
     def rows(self) -> Tensor:
-        """(K, D) unit rows."""
+        """(K, D) rows, used as they are."""
 
     @property
     def count(self) -> Tensor:

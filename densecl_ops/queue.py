@@ -87,6 +87,7 @@ class MomentumQueue(nn.Module):
     rows: Tensor
     position: Tensor
     count: Tensor
+    unit_rows = True  # what lets the kernels do without a running maximum
 
     def __init__(
         self,
@@ -223,7 +224,7 @@ class MomentumQueue(nn.Module):
             error_msgs += mismatches
             return
         rows, position, count = (state_dict[prefix + name] for name in buffers)
-        if not rows.is_meta and _checks.is_plain(rows):
+        if not rows.is_meta and not _checks.is_traced(rows):
             end, existing = int(position), int(count)
             if not 0 <= existing <= self.size or end != (existing if existing < self.size else end % self.size):
                 error_msgs.append(

@@ -237,7 +237,7 @@ def run(
     }
     negatives: Any = leaves["negatives"]
     if case.count is not None:
-        negatives = SimpleNamespace(rows=negatives, count=torch.tensor(case.count))
+        negatives = SimpleNamespace(rows=negatives, count=torch.tensor(case.count), unit_rows=True)
     correspondence: Any = case.index
     if case.valid is not None:
         correspondence = Correspondence(case.index, torch.zeros(case.index.shape), case.valid)

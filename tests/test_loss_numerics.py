@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -14,7 +13,7 @@ from helpers import assert_close, check, error, make_case
 
 from densecl_ops import DenseInfoNCELoss
 from densecl_ops.info_nce import blockwise
-from densecl_ops.info_nce.function import _normal_form
+from densecl_ops.info_nce.problem import Problem
 
 LOW = (torch.float16, torch.bfloat16)
 
@@ -265,9 +264,8 @@ def test_bfloat16_in_several_calls_of_the_attention_operator(
     seen, usual = (helpers.run(backend, case, rank=False) for backend in ("blockwise", "eager"))
     without = helpers.run("blockwise", case, wanted=(), rank=False)
     assert_close(without.loss, seen.loss, 1e-6)
-    rows = case.negatives
-    queue = rows if count is None else SimpleNamespace(rows=rows, count=torch.tensor(count))
-    problem, _ = _normal_form(case.query, case.key, queue, case.index, case.temperature, None)
+    maps, existing = (case.query.flatten(2), case.key.flatten(2)), None if count is None else torch.tensor(count)
+    problem = Problem(*maps, case.negatives, 5.0, None, case.index, None, existing, True, torch.float32, torch.bfloat16)
     assert blockwise.forward(problem, want_grad=False, want_rank=False).grad_query.numel() == 0
     for name in ("loss", "query", "key", "negatives"):
         wish, tolerance = getattr(truth, name), 2 * helpers.error(getattr(usual, name), getattr(truth, name))

@@ -135,12 +135,73 @@ def test_validation_does_not_matter(wrap: Wrap, mode: Any) -> None:
             criterion(query, key, queue)
 
 
-def test_inference_mode_holds_no_first_half() -> None:
-    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
+def log_in_no_grad(loss: Any, queue: MomentumQueue) -> None:
+    with torch.no_grad():
+        loss()
+
+
+def log_then_enqueue(loss: Any, queue: MomentumQueue) -> None:
+    log_in_no_grad(loss, queue)
+    queue.enqueue(torch.randn(3, 16))
+
+
+def log_in_inference_mode_then_enqueue(loss: Any, queue: MomentumQueue) -> None:
     with torch.inference_mode():
-        DenseInfoNCELoss()(query, key, queue)
-    queue.enqueue(key)
-    reentrant(DenseInfoNCELoss(), query, key, queue).backward()
+        loss()
+    queue.enqueue(torch.randn(3, 16))
+
+
+def train_without_a_checkpoint_then_enqueue(loss: Any, queue: MomentumQueue) -> None:
+    loss().backward()
+    queue.enqueue(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("before", [None, log_in_no_grad, log_then_enqueue, log_in_inference_mode_then_enqueue])
+@pytest.mark.parametrize("between", [None, log_in_no_grad])
+@pytest.mark.parametrize("after", [log_then_enqueue, train_without_a_checkpoint_then_enqueue])
+@pytest.mark.parametrize("losses", [1, 2])
+@pytest.mark.parametrize("wrap", [reentrant, non_reentrant])
+def test_other_losses_are_no_first_halves(wrap: Wrap, losses: int, before: Any, between: Any, after: Any) -> None:
+    """Validation, logging and other training, before, within and after a step whose keys enter after backward()."""
+    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
+
+    def loss() -> Tensor:
+        return DenseInfoNCELoss()(query, key, queue)
+
+    for _ in range(3):
+        if before is not None:
+            before(loss, queue)
+        totals = [wrap(lambda q: DenseInfoNCELoss()(q, key, queue), query) for _ in range(losses)]
+        if between is not None:
+            between(loss, queue)
+        for total in totals:  # gradient accumulation: each has a backward pass of its own
+            total.backward()
+        after(loss, queue)
+
+
+def test_a_backward_hook_may_log_a_loss() -> None:
+    """In MoCo's own order, where the queue is no more what a validation before saw."""
+    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
+    criterion = DenseInfoNCELoss()
+    logged = []
+    query.register_hook(lambda grad: logged.append(criterion(query, key, queue)))
+    with torch.no_grad():
+        criterion(query, key, queue)
+    for _ in range(2):
+        loss = criterion(query, key, queue)
+        queue.enqueue(key)
+        loss.backward()
+    assert len(logged) == 2
+
+
+def test_a_fault_after_a_validation_still_raises() -> None:
+    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
+    for log in (log_in_no_grad, log_then_enqueue):
+        log(lambda: DenseInfoNCELoss()(query, key, queue), queue)
+        loss = reentrant(lambda q: DenseInfoNCELoss()(q, key, queue), query)
+        queue.enqueue(key)
+        with pytest.raises(RuntimeError, match="call enqueue after backward"):
+            loss.backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import dense_correspondence, dense_info_nce, in_batch_negatives
@@ -154,6 +155,21 @@ def test_make_fx(backend: str, tracing_mode: str, inputs: tuple[Tensor, ...]) ->
     traced = make_fx(step, tracing_mode=tracing_mode)(*inputs)
     other = (key * 2 + query, query, negatives, index.flip(1))
     torch.testing.assert_close(traced(*other), step(*other))
+
+
+@pytest.mark.parametrize("wanted", ["q", "qk", "qkn"])
+@pytest.mark.parametrize("backend", FUSED)
+def test_flop_counter_counts_the_products_of_the_textbook(
+    backend: str, wanted: str, inputs: tuple[Tensor, ...]
+) -> None:
+    def count(name: str) -> int:
+        leaves = [x.clone().requires_grad_(letter in wanted) for x, letter in zip(inputs, "qkn", strict=False)]
+        with FlopCounterMode(display=False) as counter:
+            match = dense_correspondence(*leaves[:2], mutual=True, backend=name)
+            dense_info_nce(*leaves, match, backend=name).backward()
+        return counter.get_total_flops()
+
+    assert count(backend) == count("eager") > 0
 
 
 def test_exported_programs_can_be_saved_and_loaded() -> None:

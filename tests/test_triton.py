@@ -507,7 +507,7 @@ def test_what_is_no_fault_of_the_kernels_does_not_retire_them(
 
     monkeypatch.setattr(fused_matching, "match", match)
     with pytest.raises(type(error), match=re.escape(str(error))):
-        _backends.call("auto", "correspondence", "match", ())
+        _backends.call("auto", "correspondence", "match", (), torch.device("cpu"))
     assert not _backends._failed
 
 

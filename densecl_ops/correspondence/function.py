@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,9 +69,10 @@ def dense_correspondence(
     query, key = _pooled("query_features", query_features, grid), _pooled("key_features", key_features, grid)
     _checks.require_paired_maps("query_features", query, "key_features", key)
     chosen = _backends.choose(backend, query, accumulation_dtype(query, key))
-    with torch.no_grad(), no_autocast(query):
+    with torch.no_grad():
         if chosen == "eager":  # left open to compilers, which fuse it
-            index, score, agreed = eager.match(query, key, mutual)
+            with no_autocast(query):
+                index, score, agreed = eager.match(query, key, mutual)
         else:
             index, score, agreed = _match(query, key, mutual, chosen)
         valid = agreed if min_score is None else agreed & ~(score < min_score)
@@ -105,7 +106,17 @@ def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple
     return index, torch.empty_like(index, dtype=torch.float32), torch.empty_like(index, dtype=torch.bool)
 
 
-@operator("match", "(Tensor query, Tensor key, bool mutual, str backend) -> (Tensor, Tensor, Tensor)", _fake_match)
+def _flops_match(query: Tensor, key: Tensor, *_: Any) -> int:
+    """Of the scores."""
+    return 2 * query.numel() * key.shape[2]
+
+
+@operator(
+    "match",
+    "(Tensor query, Tensor key, bool mutual, str backend) -> (Tensor, Tensor, Tensor)",
+    _fake_match,
+    flops=_flops_match,
+)
 def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     kind = (query.dtype, key.dtype)
-    return _backends.call(backend, "correspondence", "match", kind, query, key, mutual)  # type: ignore[no-any-return]
+    return _backends.call(backend, "correspondence", "match", kind, query.device, query, key, mutual)  # type: ignore[no-any-return]

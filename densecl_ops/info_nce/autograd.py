@@ -7,7 +7,7 @@ again.
 
 from __future__ import annotations
 
-import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,29 +16,33 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from densecl_ops import _backends, _checks
-from densecl_ops._numerics import no_autocast
 from densecl_ops._operators import operator
-from densecl_ops._recomputation import note_run
+from densecl_ops._recomputation import note_compiled
 from densecl_ops.info_nce.problem import Problem, Result
 
 
-def row_loss(problem: Problem, want_rank: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """As eager.row_loss, without its memory: loss (B, P_q) and rank (B, P_q), (0,) if not wanted."""
-    if not torch.compiler.is_compiling() and _is_forward_mode(problem):
+def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> tuple[Tensor, Tensor]:
+    """As eager.row_loss, without its memory: loss (B, P_q) and rank (B, P_q), (0,) if not wanted.
+
+    Args:
+        problem: What to compute.
+        want_rank: Whether to count the rank.
+        backend: A fused one.
+        traced: As `_checks.is_traced` says of the call.
+    """
+    if not torch.compiler.is_dynamo_compiling() and _is_forward_mode(problem):
         raise RuntimeError(
             f"dense_info_nce: the {backend!r} backend has no forward-mode derivative (jvp); use backend='eager'"
         )
-    wanted = [isinstance(x, Tensor) and _checks.requires_grad(x) for x in problem]
-    if torch.is_grad_enabled() and any(wanted):
-        want_grad = wanted[Problem._fields.index("query")] or wanted[Problem._fields.index("learned_scale")]
-        loss, rank, *_ = _InfoNCE.apply(*problem, want_grad, want_rank, backend)  # type: ignore[no-untyped-call]
+    want_query = _checks.wants_grad(problem.query)
+    want_scale = problem.learned_scale is not None and _checks.wants_grad(problem.learned_scale)
+    wanted = want_query or want_scale or _checks.wants_grad(problem.key) or _checks.wants_grad(problem.negatives)
+    if torch.is_grad_enabled() and wanted:
+        apply = _InfoNCE.apply if traced else _apply
+        loss, rank, *_ = apply(*problem, want_query or want_scale, want_rank, backend)  # type: ignore[no-untyped-call]
     else:
         loss, rank, *_ = _forward(*problem, False, want_rank, backend)
     return loss, rank
-
-
-def _takes_anything(*arguments: Any) -> None:
-    """Has the signature that Function.apply binds its arguments to."""
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -53,26 +57,18 @@ class _InfoNCE(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return _forward(*arguments)
 
-    # Function.apply inspects the signature at every call, which is quick where one is given outright.
-    forward.__func__.__signature__ = inspect.signature(_takes_anything)  # type: ignore[attr-defined]
-
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *fields, _, _, backend = inputs
-        problem, result = Problem(*fields), Result(*output)
-        _, *constants = output
-        ctx.mark_non_differentiable(*constants)
+        query, key, negatives, scale, learned_scale, matches, exclude, existing, *precision, _, _, backend = inputs
+        _, rank, log_sum_exp, pull, grad_query, grad_scale = output
+        ctx.mark_non_differentiable(rank, log_sum_exp, pull, grad_query, grad_scale)
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
-        views = (problem.query, problem.key, problem.matches) if needs_key or needs_negatives else (None,) * 3
-        queue = (problem.negatives, problem.exclude, problem.existing) if needs_negatives else (None,) * 3
-        ctx.save_for_backward(
-            result.log_sum_exp, result.pull, result.grad_query, result.grad_scale, problem.learned_scale, *views, *queue
-        )
-        ctx.scale = problem.scale
-        ctx.precision = (problem.unit_negatives, problem.dtype, problem.matmul_dtype)
-        ctx.query_dtype, ctx.backend = problem.query.dtype, backend
+        views = (query, key, matches) if needs_key or needs_negatives else (None,) * 3
+        queue = (negatives, exclude, existing) if needs_negatives else (None,) * 3
+        ctx.save_for_backward(log_sum_exp, pull, grad_query, grad_scale, learned_scale, *views, *queue)
+        ctx.scale, ctx.precision, ctx.query_dtype, ctx.backend = scale, precision, query.dtype, backend
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -81,15 +77,20 @@ class _InfoNCE(torch.autograd.Function):
                 f"dense_info_nce: the {ctx.backend!r} backend can be differentiated once only, got create_graph=True; "
                 "use backend='eager' for second derivatives"
             )
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             return _gradients(ctx, grad_loss)
+
+
+# What Function.apply calls in the end. Before, it binds the arguments to the signature of forward() and unwraps dead
+# wrappers of torch.func, which takes as long as a small loss (40 frames).
+_apply = super(torch.autograd.Function, _InfoNCE).apply
 
 
 def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     log_sum_exp, pull, grad_query, grad_scale, learned_scale, query, key, matches, negatives, exclude, existing = saved
     needs_query, needs_key, needs_negatives, _, needs_scale, *not_differentiable = ctx.needs_input_grad
-    row_weight = _weigh(grad_loss, pull)
+    row_weight = _weigh(grad_loss, pull) if needs_key or needs_negatives else None
     to_query = to_key = to_negatives = to_scale = None
     if needs_query:
         to_query = _weigh(grad_loss[:, :, None], grad_query).transpose(1, 2).to(ctx.query_dtype)
@@ -131,9 +132,9 @@ def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     return (grad * row).masked_fill_(grad == 0, 0.0)
 
 
-def _kind(query: Tensor, dtype: torch.dtype) -> tuple[object, ...]:
-    """What the kernels of a call are compiled for."""
-    return dtype, f"D = {query.shape[1]}"
+def _call(backend: str, function: str, query: Tensor, dtype: torch.dtype, *arguments: Any) -> Any:
+    kind = (dtype, f"D = {query.shape[1]}")  # what the kernels are compiled for
+    return _backends.call(backend, "info_nce", function, kind, query.device, *arguments)
 
 
 _PROBLEM = (
@@ -158,19 +159,24 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _flops_forward(query: Tensor, key: Tensor, negatives: Tensor, *rest: Any) -> int:
+    """Of the logits; the gradient to the queries takes as many."""
+    want_grad = rest[-3]
+    return 2 * query.numel() * (1 + len(negatives)) * (2 if want_grad else 1)
+
+
 @operator(
     "info_nce",
     f"({_PROBLEM}, bool want_grad, bool want_rank, str backend)"
     " -> (Tensor loss, Tensor rank, Tensor log_sum_exp, Tensor pull, Tensor grad_query, Tensor grad_scale)",
     _fake_forward,
+    flops=_flops_forward,
+    when_traced=lambda query, key, negatives, *_: note_compiled(negatives),
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, want_grad, want_rank, backend = arguments
     problem = Problem(*fields)
-    note_run(problem.negatives)
-    with no_autocast(problem.query):
-        kind = _kind(problem.query, problem.matmul_dtype)
-        return _backends.call(backend, "info_nce", "forward", kind, problem, want_grad, want_rank)  # type: ignore[no-any-return]
+    return _call(backend, "forward", problem.query, problem.matmul_dtype, problem, want_grad, want_rank)  # type: ignore[no-any-return]
 
 
 def _fake_grad_negatives(*arguments: Any) -> Tensor:
@@ -178,17 +184,23 @@ def _fake_grad_negatives(*arguments: Any) -> Tensor:
     return problem.negatives.new_empty(problem.negatives.shape, dtype=problem.dtype)
 
 
+def _flops_grad_negatives(query: Tensor, key: Tensor, negatives: Tensor, *_: Any) -> int:
+    """Of the gradient. As in every count of a model's operations, what is computed again is not among them."""
+    return 2 * query.numel() * len(negatives)
+
+
 @operator(
     "info_nce_grad_negatives",
     f"({_PROBLEM}, Tensor log_sum_exp, Tensor row_weight, str backend) -> Tensor",
     _fake_grad_negatives,
+    flops=_flops_grad_negatives,
 )
 def _grad_negatives(*arguments: Any) -> Tensor:
     *fields, log_sum_exp, row_weight, backend = arguments
     problem = Problem(*fields)
-    with no_autocast(problem.query):
-        kind = _kind(problem.query, problem.matmul_dtype)
-        return _backends.call(backend, "info_nce", "grad_negatives", kind, problem, log_sum_exp, row_weight)  # type: ignore[no-any-return]
+    return _call(  # type: ignore[no-any-return]
+        backend, "grad_negatives", problem.query, problem.matmul_dtype, problem, log_sum_exp, row_weight
+    )
 
 
 def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtype: torch.dtype, backend: str) -> Tensor:
@@ -196,14 +208,17 @@ def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtyp
     return key.new_empty((batch, positions, channels), dtype=dtype)
 
 
+def _flops_grad_key(query: Tensor, *_: Any) -> int:
+    return 2 * query.numel()
+
+
 @operator(
     "info_nce_grad_key",
     "(Tensor query, Tensor key, Tensor? index, Tensor row_weight, ScalarType dtype, str backend) -> Tensor",
     _fake_grad_key,
+    flops=_flops_grad_key,
 )
 def _grad_key(
     query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    with no_autocast(query):
-        kind = _kind(query, query.dtype)
-        return _backends.call(backend, "info_nce", "grad_key", kind, query, key, index, row_weight, dtype)  # type: ignore[no-any-return]
+    return _call(backend, "grad_key", query, query.dtype, query, key, index, row_weight, dtype)  # type: ignore[no-any-return]

@@ -10,16 +10,15 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from densecl_ops._checks import requires_grad
+from densecl_ops._checks import wants_grad
 from densecl_ops._operators import operator
-from densecl_ops._recomputation import note_run
+from densecl_ops._recomputation import note_compiled
 from densecl_ops.info_nce.problem import TIE_WIDTH, Problem, as_negatives, gather_matches, unit_vectors
 
 
-@operator("snapshot", "(Tensor negatives) -> Tensor", torch.empty_like)
+@operator("snapshot", "(Tensor negatives) -> Tensor", torch.empty_like, when_traced=note_compiled)
 def _snapshot(negatives: Tensor) -> Tensor:
     """A frozen queue is enqueued into before backward() reads it: the copy that MoCo makes."""
-    note_run(negatives)
     return negatives.clone()
 
 
@@ -27,7 +26,7 @@ def row_loss(problem: Problem, want_rank: bool) -> tuple[Tensor, Tensor]:
     """Returns loss (B, P_q) and rank (B, P_q) int64, (0,) if not wanted."""
     query, _ = unit_vectors(problem.query, problem.dtype)
     key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.matches)
-    negatives = problem.negatives if requires_grad(problem.negatives) else _snapshot(problem.negatives)
+    negatives = problem.negatives if wants_grad(problem.negatives) else _snapshot(problem.negatives)
 
     positive = einsum(query, key, "b p d, b p d -> b p")
     negative = einsum(query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype), "b p d, k d -> b p k")

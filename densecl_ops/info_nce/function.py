@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
-from typing import Literal, get_args, overload
+import weakref
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 
 from densecl_ops import _backends, _checks
+from densecl_ops._checks import Look
 from densecl_ops._numerics import accumulation_dtype, no_autocast
-from densecl_ops._recomputation import guard, note_call
+from densecl_ops._recomputation import guard, note
 from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce import autograd, eager
 from densecl_ops.info_nce.problem import Problem
@@ -138,128 +141,197 @@ def dense_info_nce(
         (torch.float32, torch.Size([4, 49]), torch.Size([4, 128, 7, 7]))
     """
     _checks.require_choice("reduction", reduction, REDUCTIONS)
-    _checks.require_bool("return_rank", return_rank)
-    problem, valid = _normal_form(query, key, negatives, correspondence, temperature, exclude)
-    row_weight = _row_weight(weight, valid, problem)
-    chosen = _backends.choose(backend, problem.query, problem.dtype, problem.query.shape[1])
-    if not torch.compiler.is_compiling():
-        note_call(problem.negatives)
-    with no_autocast(problem.query):
-        if chosen == "eager":
-            loss, rank = eager.row_loss(problem, return_rank)
-        else:
-            loss, rank = autograd.row_loss(problem, return_rank, chosen)
-        loss = guard(_reduce(loss, row_weight, reduction), problem.negatives)
-    return (loss, rank) if return_rank else loss
-
-
-def _normal_form(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | NegativeQueue,
-    correspondence: Correspondence | Tensor | None,
-    temperature: float | Tensor,
-    exclude: Tensor | None,
-) -> tuple[Problem, Tensor | None]:
-    """Checks every argument; returns the problem and the (B, P_q) validity of its rows (None: all valid)."""
-    q, k = _checks.flatten_map("query", query), _checks.flatten_map("key", key)
-    _checks.require_paired_maps("query", q, "key", k)
-    batch, channels, positions = q.shape
-
-    rows, count = (negatives, None) if isinstance(negatives, Tensor) else _queue_contents(negatives)
-    _checks.require_float("negatives", rows)
-    if rows.ndim != 2 or rows.shape[1] != channels or rows.shape[0] == 0:
-        hint = ""
-        if query.ndim == 3 and rows.ndim == 2 and query.shape[2] == rows.shape[1] != channels:
-            hint = f"; query, {_checks.shape_of(query)}, looks like (B, P, D) tokens: pass .transpose(1, 2)"
-        raise ValueError(
-            f"negatives: got shape {_checks.shape_of(rows)}, expected (K, {channels}) with K at least 1, "
-            f"{channels} being the channels of query{hint}"
-        )
-    size = rows.shape[0]
-    _checks.require_same_device("negatives", rows, "query", q)
-    if count is not None:
-        count = _checks.require_index("negatives.count", count, (), size + 1, "query", q)
-
-    _warn_of_lengths(rows, count)
-
-    index, valid = None, None
-    if correspondence is None:
-        grids_differ = query.ndim == key.ndim == 4 and query.shape[2:] != key.shape[2:]
-        if grids_differ or positions != k.shape[2]:
-            raise ValueError(
-                f"key: got shape {_checks.shape_of(key)} beside a query of {_checks.shape_of(query)}, "
-                "expected the same grid, since correspondence is None"
-            )
-    elif isinstance(correspondence, Tensor):
-        index = _checks.require_index("correspondence", correspondence, (batch, positions), k.shape[2], "query", q)
-    else:
-        index, valid = _correspondence_contents(correspondence, (batch, positions), k.shape[2], q)
-    if exclude is not None:
-        exclude = _checks.require_index("exclude", exclude, (batch,), size, "query", q)
-
-    dtype = accumulation_dtype(q, k, rows)
-    matmul_dtype = torch.promote_types(q.dtype, rows.dtype)
-    if dtype == torch.float64:
-        matmul_dtype = torch.float64
-    elif torch.is_autocast_enabled(q.device.type):
-        matmul_dtype = torch.get_autocast_dtype(q.device.type)
-    scale, learned_scale = _scales(temperature, q, dtype)
+    return_rank = _checks.require_bool("return_rank", return_rank)
+    rows, count, unit_rows = _negatives(negatives)
+    index, valid, name = _correspondence(correspondence)
+    look = _checks.look
+    seen = Seen(
+        query=look("query", query),
+        key=look("key", key),
+        negatives=look("negatives", rows),
+        existing=None if count is None else look("negatives.count", count),
+        matches=None if index is None else look(name, index),
+        valid=None if valid is None else look("correspondence.valid", valid),
+        exclude=None if exclude is None else look("exclude", exclude),
+        weight=None if weight is None else look("weight", weight),
+        index_name=name,
+    )
+    traced = _checks.is_traced(query)
+    dtype, matmul_dtype = (_check if traced else _check_once)(seen)
+    if not traced and query.device.type == "cpu":  # where looking at values waits for no device
+        _check_values(rows, count, unit_rows, index, key, exclude, name)
+    scale, learned_scale = _scales(temperature, query, dtype, traced)
+    if dtype != torch.float64 and torch.is_autocast_enabled(query.device.type):
+        matmul_dtype = torch.get_autocast_dtype(query.device.type)
+    query, key, index, exclude, weight, valid = _checks.outside_inference(query, key, index, exclude, weight, valid)
     problem = Problem(
-        query=_checks.outside_inference(q),
-        key=_checks.outside_inference(k),
+        query=_checks.flatten(query),
+        key=_checks.flatten(key),
         negatives=rows,
         scale=scale,
         learned_scale=learned_scale,
-        matches=index,
-        exclude=exclude,
-        existing=count,
-        unit_negatives=count is not None,  # only a queue brings a count, and it normalises what it stores
+        matches=None if index is None else index.long(),
+        exclude=None if exclude is None else exclude.long(),
+        existing=None if count is None else count.long(),
+        unit_negatives=unit_rows,
         dtype=dtype,
         matmul_dtype=matmul_dtype,
     )
-    return problem, valid
+    chosen = _backends.choose(backend, query, dtype, query.shape[1])
+    if not traced:
+        note(rows)
+    if chosen == "eager":
+        with no_autocast(query):
+            loss, rank = eager.row_loss(problem, return_rank)
+    else:
+        loss, rank = autograd.row_loss(problem, return_rank, chosen, traced)
+    loss = _reduce(loss, _row_weight(weight, valid, dtype), reduction)
+    if not traced:
+        loss = guard(loss, rows)
+    return (loss, rank) if return_rank else loss
 
 
-def _queue_contents(queue: NegativeQueue) -> tuple[Tensor, Tensor]:
-    rows, count = getattr(queue, "rows", None), getattr(queue, "count", None)
+def _negatives(negatives: Tensor | NegativeQueue) -> tuple[Tensor, Tensor | None, bool]:
+    """Rows, how many of them exist (None: all), and whether they are declared to be unit rows."""
+    if isinstance(negatives, Tensor):
+        return negatives, None, False
+    rows, count = getattr(negatives, "rows", None), getattr(negatives, "count", None)
     if not isinstance(rows, Tensor) or not isinstance(count, Tensor):
-        raise TypeError(f"negatives: got {type(queue).__name__}, expected a (K, D) tensor or a MomentumQueue")
-    return rows, count
+        raise TypeError(f"negatives: got {type(negatives).__name__}, expected a (K, D) tensor or a MomentumQueue")
+    return rows, count, getattr(negatives, "unit_rows", False) is True
 
 
-def _warn_of_lengths(negatives: Tensor, count: Tensor | None) -> None:
-    """Looks at some 64 rows, where that waits for no device."""
-    if not _checks.host_may_look(negatives):
-        return
-    existing = negatives if count is None else negatives[: int(count)]
-    length = _checks.find_length(existing[:: max(1, len(existing) // 64)])
-    if length is not None:
-        _warn_of_length()
-
-
-@functools.cache  # once per process
-def _warn_of_length() -> None:
-    warnings.warn(
-        "negatives: got rows that are not of length 1, which are used as they are; normalise them "
-        "(torch.nn.functional.normalize(rows, dim=1)) unless that is meant",
-        stacklevel=5,
-    )
-
-
-def _correspondence_contents(
-    match: Correspondence, shape: tuple[int, int], key_positions: int, query: Tensor
-) -> tuple[Tensor, Tensor]:
+def _correspondence(match: Correspondence | Tensor | None) -> tuple[Tensor | None, Tensor | None, str]:
+    """Index, validity, and what to call the index."""
+    if match is None or isinstance(match, Tensor):
+        return match, None, "correspondence"
     index, valid = getattr(match, "index", None), getattr(match, "valid", None)
     if not isinstance(index, Tensor) or not isinstance(valid, Tensor):
         raise TypeError(
             f"correspondence: got {type(match).__name__}, expected a Correspondence, an integer tensor or None"
         )
-    index = _checks.require_index("correspondence.index", index, shape, key_positions, "query", query)
-    return index, _checks.require_mask("correspondence.valid", valid, shape, "query", query)
+    return index, valid, "correspondence.index"
 
 
-def _scales(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> tuple[float | None, Tensor | None]:
+Fields = tuple[torch.Size, torch.dtype, torch.device]  # of a Look
+
+
+class Seen(NamedTuple):
+    """What the host knows of a call without values, by argument. It decides whether the call can be served at all."""
+
+    query: Fields
+    key: Fields
+    negatives: Fields
+    existing: Fields | None
+    matches: Fields | None
+    valid: Fields | None
+    exclude: Fields | None
+    weight: Fields | None
+    index_name: str
+
+
+def _check(seen: Seen) -> tuple[torch.dtype, torch.dtype]:
+    """Checks shapes, dtypes and devices; returns the dtypes of the loss and of the products with the negatives."""
+    query, key, negatives = Look(*seen.query), Look(*seen.key), Look(*seen.negatives)
+    batch, channels, positions = _checks.require_map("query", query)
+    *_, key_positions = _checks.require_map("key", key)
+    _checks.require_paired_maps("query", query, "key", key)
+    _checks.require_float_dtype("negatives", negatives)
+    if len(negatives.shape) != 2 or negatives.shape[1] != channels or negatives.shape[0] == 0:
+        hint = ""
+        if len(query.shape) == 3 and len(negatives.shape) == 2 and query.shape[2] == negatives.shape[1] != channels:
+            hint = f"; query, {_checks.shape_of(query)}, looks like (B, P, D) tokens: pass .transpose(1, 2)"
+        raise ValueError(
+            f"negatives: got shape {_checks.shape_of(negatives)}, expected (K, {channels}) with K at least 1, "
+            f"{channels} being the channels of query{hint}"
+        )
+    _checks.require_same_device("negatives", negatives, "query", query)
+    if seen.existing is not None:
+        _checks.require_index("negatives.count", Look(*seen.existing), (), "query", query)
+    rows = (batch, positions)
+    if seen.matches is None:
+        grids_differ = len(query.shape) == len(key.shape) == 4 and query.shape[2:] != key.shape[2:]
+        if grids_differ or positions != key_positions:
+            raise ValueError(
+                f"key: got shape {_checks.shape_of(key)} beside a query of {_checks.shape_of(query)}, "
+                "expected the same grid, since correspondence is None"
+            )
+    else:
+        _checks.require_index(seen.index_name, Look(*seen.matches), rows, "query", query)
+    if seen.valid is not None:
+        _checks.require_mask_like("correspondence.valid", Look(*seen.valid), rows, "query", query)
+    if seen.exclude is not None:
+        _checks.require_index("exclude", Look(*seen.exclude), (batch,), "query", query)
+    if seen.weight is not None:
+        weight = Look(*seen.weight)
+        if weight.dtype != torch.bool:
+            _checks.require_float_dtype("weight", weight)
+        _checks.require_shape("weight", weight, rows)
+        _checks.require_same_device("weight", weight, "query", query)
+    dtype = accumulation_dtype(query, key, negatives)
+    return dtype, dtype if dtype == torch.float64 else torch.promote_types(query.dtype, negatives.dtype)
+
+
+# A training loop makes the same few calls again and again. They pass the same checks, which take 25 us.
+_check_once = functools.lru_cache(maxsize=256)(_check)
+
+
+def _check_values(
+    rows: Tensor,
+    count: Tensor | None,
+    unit_rows: bool,
+    index: Tensor | None,
+    key: Tensor,
+    exclude: Tensor | None,
+    index_name: str,
+) -> None:
+    existing = len(rows)
+    if count is not None:
+        existing = int(count)
+        if not 0 <= existing <= len(rows):
+            raise ValueError(
+                f"negatives.count: got {existing}, expected 0 to {len(rows)}; a queue that was not initialised "
+                "(to_empty, a checkpoint without it) needs reset_parameters()"
+            )
+    if index is not None:
+        _checks.require_range(index_name, index, math.prod(key.shape[2:]))
+    if exclude is not None:
+        _checks.require_range("exclude", exclude, len(rows))
+    _warn_of_lengths(rows, existing, unit_rows)
+
+
+def _warn_of_lengths(rows: Tensor, existing: int, unit_rows: bool) -> None:
+    """Looks at some 64 rows: once for each tensor, and again when it was written (a queue: 64 times)."""
+    version, key = 0 if rows.is_inference() else rows._version, id(rows)
+    known = _looked_at.get(key)
+    if known is not None and known[0]() is rows and version - known[1] < (64 if unit_rows else 1):
+        return
+    _looked_at[key] = weakref.ref(rows, functools.partial(_forget, key)), version
+    if _checks.find_length(rows[: existing : max(1, existing // 64)]) is not None:
+        _warn_of_length(unit_rows)
+
+
+def _forget(key: int, dead: object) -> None:
+    _looked_at.pop(key, None)
+
+
+_looked_at: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+
+@functools.cache  # once per process
+def _warn_of_length(is_queue: bool) -> None:
+    way = (
+        "averaging of buffers spoils a queue: leave it out (ema-pytorch: ignore_startswith_names; AveragedModel and "
+        "EMAWeightAveraging: use_buffers=False)"
+        if is_queue
+        else "normalise them (torch.nn.functional.normalize(rows, dim=1)) unless that is meant"
+    )
+    warnings.warn(f"negatives: got rows that are not of length 1, which are used as they are; {way}", stacklevel=5)
+
+
+def _scales(
+    temperature: float | Tensor, query: Tensor, dtype: torch.dtype, traced: bool
+) -> tuple[float | None, Tensor | None]:
     """1 / t, as a number or as a tensor."""
     if isinstance(temperature, Tensor):
         _checks.require_float("temperature", temperature)
@@ -268,22 +340,17 @@ def _scales(temperature: float | Tensor, query: Tensor, dtype: torch.dtype) -> t
                 f"temperature: got shape {_checks.shape_of(temperature)}, expected a number or a 0-d tensor"
             )
         _checks.require_same_device("temperature", temperature, "query", query)
-        if _checks.host_may_look(temperature):
+        if not traced and temperature.device.type == "cpu":
             _checks.require_temperature("temperature", float(temperature.detach()))
         return None, temperature.to(dtype).reciprocal()
     return 1.0 / _checks.require_temperature("temperature", temperature), None
 
 
-def _row_weight(weight: Tensor | None, valid: Tensor | None, problem: Problem) -> Tensor | None:
+def _row_weight(weight: Tensor | None, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`weight` with invalid rows at 0, in the dtype of the loss; None if every row counts alike."""
     if weight is None:
-        return None if valid is None else valid.to(problem.dtype)
-    _checks.require_tensor("weight", weight)
-    if weight.dtype != torch.bool:
-        _checks.require_float("weight", weight)
-    _checks.require_shape("weight", weight, (problem.query.shape[0], problem.query.shape[2]))
-    _checks.require_same_device("weight", weight, "query", problem.query)
-    weight = _checks.outside_inference(weight).to(problem.dtype)
+        return None if valid is None else valid.to(dtype)
+    weight = weight.to(dtype)
     return weight if valid is None else weight.masked_fill(~valid, 0.0)
 
 

@@ -174,6 +174,6 @@ class DenseInfoNCELoss(nn.Module):
     def extra_repr(self) -> str:
         learned = "" if self.logit_scale is None else ", learnable_temperature=True"
         scale = self.logit_scale
-        known = scale is None or (not (scale.is_meta or _checks.is_sharded(scale)) and _checks.is_plain(scale))
+        known = scale is None or (not (scale.is_meta or _checks.is_sharded(scale)) and not _checks.is_traced(scale))
         shown = f"{float(torch.as_tensor(self.temperature).detach()):.4g}" if known else "?"
         return f"temperature={shown}, reduction={self.reduction!r}{learned}, backend={self.backend!r}"
