@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
-import multiprocessing
-import runpy
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,10 @@ from benchmarks.records import add_out, write
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, MomentumQueue
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
-TRAINER = Path(__file__).parents[1] / "docs" / "examples" / "pretrain.py"
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
-def enqueue_first() -> None:
+def enqueue_first(faults: ExitStack) -> None:
     """A batch's keys go into the queues before the loss, so that each positive is a negative too."""
     enqueue = MomentumQueue.enqueue
 
@@ -39,18 +40,18 @@ def enqueue_first() -> None:
             _, key, queue, *_ = inputs
             enqueue(queue, key if key.ndim == 2 else key.flatten(2).mean(2))
 
-    register_module_forward_pre_hook(before)
-    MomentumQueue.enqueue = lambda self, keys: None  # type: ignore[method-assign]
+    faults.callback(register_module_forward_pre_hook(before).remove)
+    faults.enter_context(mock.patch.object(MomentumQueue, "enqueue"))
 
 
-def same_view() -> None:
+def same_view(faults: ExitStack) -> None:
     """Both encoders see the same view."""
 
     def before(module: nn.Module, inputs: Any) -> Any:
         whole = any(isinstance(child, DenseCorrespondence) for child in module.children())
         return (inputs[0], inputs[0], *inputs[2:]) if whole else None
 
-    register_module_forward_pre_hook(before)
+    faults.callback(register_module_forward_pre_hook(before).remove)
 
 
 class Run(NamedTuple):
@@ -58,7 +59,7 @@ class Run(NamedTuple):
 
     label: str
     options: str = ""
-    fault: Callable[[], None] | None = None
+    fault: Callable[[ExitStack], None] | None = None
 
 
 HEALTHY = {
@@ -91,40 +92,30 @@ def watch(log: dict[str, list[Tensor]], module: nn.Module, inputs: Any, output: 
         log["queue_size"].append(torch.tensor(inputs[2].rows.shape[0]))
 
 
-def train(name: str, options: list[str], path: Path) -> None:
-    """Runs the trainer in this process, which is spoilt by it, and writes the history of its steps."""
-    log: dict[str, list[Tensor]] = defaultdict(list)
-    register_module_forward_hook(functools.partial(watch, log))
-    run = (HEALTHY | BROKEN)[name]
-    if run.fault:
-        run.fault()
-    sys.argv = [str(TRAINER), *run.options.split(), *options]
-    sys.path.insert(0, str(TRAINER.parent))
-    runpy.run_path(str(TRAINER), run_name="__main__")
-    path.write_text(json.dumps({key: [round(x, 4) for x in torch.stack(log[key]).tolist()] for key in log}))
-
-
 def record(name: str, options: list[str]) -> dict[str, Any]:
-    """Trains one run with seed 0 in a process of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        result, history = Path(scratch, "result.json"), Path(scratch, "history.json")
-        options = ["--seed", "0", "--out", scratch, "--json", str(result), *options]
-        process = multiprocessing.get_context("spawn").Process(target=train, args=(name, options, history))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"{name}: the trainer failed")
-        found, columns = json.loads(result.read_text()), json.loads(history.read_text())
-        return {
-            "name": name,
-            "label": (HEALTHY | BROKEN)[name].label,
-            "settings": {"queue_init": "random", "queue_size": columns.pop("queue_size")[0]} | found["settings"],
-            "matches": found["rows"]["image and dense"],
-            "threads": found["threads"],
-            "versions": found["versions"],
-            "commit": commit(),
-            "history": columns,
-        }
+    """Trains one run with seed 0."""
+    run, log = (HEALTHY | BROKEN)[name], defaultdict[str, list[Tensor]](list)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path]))
+        stack.callback(register_module_forward_hook(functools.partial(watch, log)).remove)
+        if run.fault:
+            run.fault(stack)
+        result = Path(scratch, "result.json")
+        options = ["--seed", "0", "--out", scratch, "--json", str(result), *run.options.split(), *options]
+        importlib.import_module("pretrain").main(options)
+        found = json.loads(result.read_text())
+    columns = {key: [round(x, 4) for x in torch.stack(values).tolist()] for key, values in log.items()}
+    return {
+        "name": name,
+        "label": run.label,
+        "settings": {"queue_init": "random", "queue_size": columns.pop("queue_size")[0]} | found["settings"],
+        "matches": found["rows"]["image and dense"],
+        "threads": found["threads"],
+        "versions": found["versions"],
+        "commit": commit(),
+        "history": columns,
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

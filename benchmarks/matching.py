@@ -114,7 +114,7 @@ def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
             row["floor"] = max(shares, key=lambda name: shares[name])
             row["share_of_floor"] = significant(shares[row["floor"]], 3)
     title = "{b} x {c} x {grid} x {grid}, {dtype}, {layout}, {cache}".format(**shape)
-    heads = {"tflops": "TFLOP/s", "gb_per_s": "  GB/s", "share_of_floor": "of floor", "error_index": "differ"}
+    heads = {"tflops": "TFLOP/s", "gb_per_s": "GB/s", "share_of_floor": "of floor", "error_index": "differ"}
     print_rows(title, rows, heads | {"error_score": "lost score"})
 
 

@@ -13,13 +13,14 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils.benchmark import Timer
 
 import densecl_ops
 
@@ -101,15 +102,13 @@ def compare(
             torch.cuda.empty_cache()
     fastest = min((spent for spent, _ in first_samples.values()), default=0.0)
     share = seconds / max(1, len(first_samples))
-    hopeless = {name for name, (spent, _) in first_samples.items() if spent > max(share, HOPELESS * fastest)}
     rounds = {
-        name: min(25, max(3, round(share / max(spent, 1e-9))))
+        name: 1 if spent > max(share, HOPELESS * fastest) else min(25, max(3, round(share / max(spent, 1e-9))))
         for name, (spent, _) in first_samples.items()
-        if name not in hopeless
     }
-    samples = {name: [first_samples[name]] if name in hopeless else [] for name in first_samples}
-    for index in range(max(rounds.values(), default=0)):
-        names = list(rounds)
+    samples = {name: [first] if rounds[name] == 1 else [] for name, first in first_samples.items()}
+    names = [name for name in rounds if rounds[name] > 1]
+    for index in range(max((rounds[name] for name in names), default=0)):
         start = index % len(names)
         for name in names[start:] + names[:start]:
             if index < rounds[name]:
@@ -195,43 +194,39 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 
 def rates(device: torch.device, toy: bool = False) -> dict[str, float]:
-    """What this machine does at best, measured on random data: large matrix products, exponentials, one copy."""
+    """What this machine does at best, measured on random data: large matrix products, and one copy."""
     side = 256 if toy else 8192 if device.type == "cuda" else 2048
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        spent = _best(functools.partial(torch.matmul, left, right), device)
+        spent = _median(functools.partial(torch.matmul, left, right))
         found[f"matmul_{str(dtype)[6:]}_tflops"] = significant(2e-12 * side**3 / spent)
-    values = torch.randn(side, side, device=device)
-    found["exp_gops"] = significant(1e-9 * side**2 / _best(values.exp, device))
     source = torch.randn(2 ** (16 if toy else 28 if device.type == "cuda" else 26), device=device)
-    found["copy_gb_per_s"] = significant(8e-9 * source.numel() / _best(source.clone, device))
+    found["copy_gb_per_s"] = significant(8e-9 * source.numel() / _median(source.clone))
     return found
 
 
-def _best(run: Callable[[], Any], device: torch.device) -> float:
-    run()
-    return quartiles([_timed(run, device, False)[0] for _ in range(7)])[1]
+def _median(run: Callable[[], Any]) -> float:
+    """Seconds; waits for a GPU."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=0.3).median)
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
-    """Clocks, power and throttling at this moment: taken before and after every case."""
-    if device.type == "cuda":
-        query = ["nvidia-smi", f"--query-gpu={','.join(_NVIDIA_CLOCKS)}", "--format=csv,noheader"]
-        answer = _output(query)
-        return dict(zip(_NVIDIA_CLOCKS, answer.splitlines()[0].split(", "), strict=False)) if answer else None
-    info = Path("/proc/cpuinfo")
-    speeds = [line.split(":")[1] for line in info.read_text().splitlines() if "MHz" in line] if info.exists() else []
-    return {"cpu_mhz": f"{statistics.mean(float(x) for x in speeds):.0f}"} if speeds else None
+    """A GPU's clocks, power and throttling at this moment: taken before and after every case."""
+    if device.type != "cuda":
+        return None
+    answer = _output(["nvidia-smi", f"--query-gpu={','.join(_NVIDIA_CLOCKS)}", "--format=csv,noheader"])
+    return dict(zip(_NVIDIA_CLOCKS, answer.splitlines()[0].split(", "), strict=False)) if answer else None
 
 
 def environment() -> dict[str, Any]:
     """What a reader needs to place the numbers; no host name or path."""
-    cpu = platform.processor()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    cpu = models[0] if models else platform.processor()
     gpu = torch.cuda.is_available()
+    versions = {package.name: package.version for package in distributions()}
     return {
         "device": f"{cpu}, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if gpu else None,
@@ -241,9 +236,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "torchvision": _version("torchvision"),
-        "pykeops": _version("pykeops"),
+        **{name: versions.get(name) for name in ("triton", "torchvision", "pykeops")},
         "densecl_ops": densecl_ops.__version__,
         "commit": commit(),
     }
@@ -259,13 +252,6 @@ def commit() -> str:
     if not found:
         raise SystemExit("a record names its commit, and there is no .git here: set COMMIT")
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _output(command: list[str]) -> str | None:

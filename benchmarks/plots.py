@@ -1,4 +1,4 @@
-"""Draws records: the loss suite's (time against N and K, memory and rate against N), and curves."""
+"""Draws records: the loss suite's (time against N and K, memory and rate against N), curves, and the dense tasks'."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from benchmarks.transfer.page import by_seed, value
+from benchmarks.transfer.pretraining import ARMS
+from benchmarks.transfer.records import TASKS, Record
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well. Lines get thinner from the first to the last, so
 # that none hides another; ours is the wide black one below all.
@@ -35,10 +39,7 @@ def draw_loss(record: dict[str, Any], dtype: str) -> Figure:
     wanted = {"d": 128, "dtype": dtype, "mode": "train", "cache": "warm"}
     cases = [case for case in record["cases"] if wanted.items() <= case["shape"].items()]
     against_n = sorted((c for c in cases if c["shape"]["k"] == 65536), key=lambda c: int(c["shape"]["n"]))
-    counts: dict[int, int] = {}
-    for case in cases:
-        counts[case["shape"]["n"]] = counts.get(case["shape"]["n"], 0) + 1
-    n = max(counts, key=lambda n: counts[n])  # the N with most K
+    n = statistics.mode(case["shape"]["n"] for case in cases)  # the N with most K
     against_k = sorted((c for c in cases if c["shape"]["n"] == n), key=lambda c: int(c["shape"]["k"]))
 
     figure = Figure(figsize=(9.6, 7.2), layout="constrained", dpi=110)
@@ -68,13 +69,11 @@ def _panel(axes: Axes, cases: list[Case], along: str, value: str, title: str, un
                 number = row[value][1] if value == "milliseconds" else row[value]
                 points.append((case["shape"][along], max(number, 0.1) if value == "peak_extra_mib" else number))
         if points:
-            ours = name == "densecl_ops"
-            size, width, order = (
-                (13, 5, 1) if ours else (8 - 0.6 * place, 3 - 0.3 * place, 2)
-            )  # the thinner, the higher
-            axes.plot(
-                *zip(*points, strict=True), label=label, color=colour, marker=marker, ms=size, lw=width, zorder=order
-            )
+            size, width, order = (8 - 0.6 * place, 3 - 0.3 * place, 2)
+            if name == "densecl_ops":
+                size, width, order = (13, 5, 1)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": size, "lw": width, "zorder": order}
+            axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({case["shape"][along] for case in cases})
@@ -84,6 +83,10 @@ def _panel(axes: Axes, cases: list[Case], along: str, value: str, title: str, un
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(along.upper())
     axes.set_ylabel(unit)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -137,8 +140,7 @@ def _draw_curves(lines: Mapping[str, tuple[dict[str, Any], Style]]) -> Figure:
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("step (log scale)")
         axes.set_ylabel(unit)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain(axes)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -147,6 +149,28 @@ def smooth(values: list[float]) -> list[float]:
     """Step n as the mean over n/20 steps either side: nothing is lost at the start, where the axis is wide."""
     reach = [(i + 1) // 20 for i in range(len(values))]
     return [statistics.fmean(values[max(0, i - near) : i + near + 1]) for i, near in enumerate(reach)]
+
+
+def draw_runs(records: list[Record]) -> Figure:
+    """A panel per dense task; runs of one seed are joined by a line, the bar is the mean."""
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained", dpi=110)
+    for axes, (task, (_, heading)) in zip(figure.subplots(1, len(TASKS)), TASKS.items(), strict=True):
+        every = [[value(run, task) for _, run in sorted(by_seed(records, arm).items())] for arm in ARMS]
+        for marker, line in zip("osD", zip(*every, strict=True), strict=True):
+            axes.plot(line, marker=marker, color="#0072b2", lw=0.8, ms=4.5, alpha=0.75)
+        for i, values in enumerate(every):
+            axes.hlines(statistics.mean(values), i - 0.32, i + 0.32, color="#d55e00", lw=2.4)
+        if task == "propagation":
+            axes.axhline(records[0]["test.unmoved"]["miou"], color="#666666", ls=":", lw=1)
+            axes.set_xlabel("dotted: labels left\nwhere they were", fontsize=8)
+        axes.set_xticks(
+            range(len(ARMS)), [arm.replace("image", "image\nterm") for arm in ARMS], fontsize=8, rotation=45
+        )
+        axes.set_xlim(-0.6, len(ARMS) - 0.4)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.set_title(heading, fontsize=9)
+        _plain(axes)
+    return figure
 
 
 def digest(source: Path) -> str:

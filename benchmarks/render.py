@@ -10,17 +10,17 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.curves import BROKEN, HEALTHY
 from benchmarks.loss import HEADLINE, HEADLINE_CPU, PLAIN
-from benchmarks.records import OURS, table
+from benchmarks.records import OURS, RESULTS, table
 from benchmarks.transfer import page as transfer
+from benchmarks.transfer.records import load as load_runs
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {  # contestant: (in a row of its own, at the head of a column)
     "materialise": ("materialised, as MoCo and DenseCL write it", "materialised"),
     "materialise, autocast": ("the same under autocast", "autocast"),
@@ -61,19 +61,19 @@ def served(cases: Iterable[dict[str, Any]]) -> list[str]:
     return [name for name in NAMES if any("ratio" in case["rows"].get(name, {}) for case in cases)]
 
 
-def loss_table(names: Iterable[str], cases: list[dict[str, Any]]) -> list[str]:
+def loss_table(names: Iterable[str], cases: list[dict[str, Any]]) -> str:
     """Time as a multiple of the materialised form's in the same interleaved run, and extra memory."""
-    lines = ["| | float32: time | extra memory | bfloat16: time | extra memory |", "|---" * 5 + "|"]
+    lines = []
     for key in names:
-        cells = []
+        cells = [NAMES[key][0]]
         for case in cases:
             row, base = case["rows"].get(key), case["rows"]["materialise"]["milliseconds"][1]
             if row is None or "failed" in row:
                 cells += ["" if row is None else "failed", ""]
             else:
                 cells += [f"{row['milliseconds'][1] / base:.2f}", f"{row['peak_extra_mib']:,.0f} MiB"]
-        lines.append(f"| {NAMES[key][0]} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return table(["", "float32: time", "extra memory", "bfloat16: time", "extra memory"], lines)
 
 
 def cost(folder: str) -> str:
@@ -88,7 +88,7 @@ def cost(folder: str) -> str:
         f"({shape['n'] // 49} images, 7 x 7), K = {shape['k']:,}, D = {shape['d']}; times relative to the materialised "
         f"form in the same interleaved run ({_ms(first)} and {_ms(second)}):",
         "",
-        *loss_table(README_NAMES, cases),
+        loss_table(README_NAMES, cases),
         "",
         f"In float32 the gradient is off the float64 one by {rows[OURS]['error_gradient']:.0e} (relative), the "
         f"materialised form's by {rows['materialise']['error_gradient']:.0e}.",
@@ -107,7 +107,7 @@ def loss(folder: str) -> str:
     parts = []
     for mode, title in MODES.items():
         cases = headline(folder, mode)
-        parts.append("\n".join([f"{title}:", "", *loss_table(served(cases), cases)]))
+        parts.append(f"{title}:\n\n{loss_table(served(cases), cases)}")
     return "\n\n".join(parts)
 
 
@@ -176,21 +176,16 @@ def _multiple(row: dict[str, Any] | None) -> str:
 def demo(folder: str) -> str:
     """The paper's claim on measured ground truth, over all committed seeds."""
     records = [json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("seed*.json"))]
-    rows = list(records[0]["rows"])
-    lines = [
-        f"`make demo` settings with `--compare`, seeds {', '.join(str(r['settings']['seed']) for r in records)}: cells "
-        "of a stereo pair matched within 1.5 cells of the measured disparity, and the median error in cells. Mean over "
-        "the seeds ± standard deviation; the pair is not trained on.",
-        "",
-        "| features | within 1.5 cells | median error | per seed |",
-        "|---|---|---|---|",
-    ]
-    for name in rows:
-        close = [record["rows"][name]["close"] for record in records]
-        median = [record["rows"][name]["median"] for record in records]
-        each = ", ".join(f"{value:.3f}" for value in close)
-        lines.append(f"| {name} | {_mean(close, 3)} | {_mean(median, 2)} | {each} |")
-    return "\n".join(lines)
+    seeds = ", ".join(str(record["settings"]["seed"]) for record in records)
+    lines = []
+    for name in records[0]["rows"]:
+        close, median = ([record["rows"][name][key] for record in records] for key in ("close", "median"))
+        lines.append([name, _mean(close, 3), _mean(median, 2), ", ".join(f"{value:.3f}" for value in close)])
+    return (
+        f"`make demo` settings with `--compare`, seeds {seeds}: cells of a stereo pair matched within 1.5 cells of the "
+        "measured disparity, and the median error in cells. Mean over the seeds ± standard deviation; the pair is not "
+        f"trained on.\n\n{table(['features', 'within 1.5 cells', 'median error', 'per seed'], lines)}"
+    )
 
 
 def _mean(values: list[float], digits: int) -> str:
@@ -203,11 +198,9 @@ def load_curves(folder: str) -> dict[str, dict[str, Any]]:
 
 def curves(folder: str, last: int = 20) -> str:
     """One row per run: first step, extreme and end (mean of the `last` steps), and matches on the stereo pair."""
-    lines = [
-        "| run | image term: start, end | dense term: start, peak (step), end | top-1: start, end | top-5: end "
-        "| match score: start, end | mutual share: start, low (step), end | stereo |",
-        "|---" * 8 + "|",
-    ]
+    heads = ["run", "image term: start, end", "dense term: start, peak (step), end", "top-1: start, end", "top-5: end"]
+    heads += ["match score: start, end", "mutual share: start, low (step), end", "stereo"]
+    lines = []
     for run in load_curves(folder).values():
         history = run["history"]
         start = {key: f"{values[0]:.2f}" for key, values in history.items()}
@@ -224,8 +217,8 @@ def curves(folder: str, last: int = 20) -> str:
             f"{start['mutual_share']}, {low:.2f} ({at_low}), {end['mutual_share']}",
             f"{run['matches']['close']:.2f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(heads, lines)
 
 
 KINDS: dict[str, Callable[[str], str]] = {
@@ -257,18 +250,16 @@ def rendered(page: str) -> str:
     return MARKED.sub(write, (ROOT / page).read_text())
 
 
-def plots() -> Iterator[tuple[Path, Path, str]]:
-    """Results, picture, and what is drawn (a dtype, or which curves), of every plot there should be."""
-    images = ROOT / "docs" / "images"
+def plots() -> list[tuple[Path, str, str]]:
+    """Results, name under docs/images, and what is drawn, of every plot there should be."""
+    found = [(RESULTS / "transfer_cpu", "transfer-runs", "runs")]
+    found += [(RESULTS / "curves_cpu", f"curves-{what}", what) for what in ("healthy", "broken")]
     for source in sorted(RESULTS.glob("*/loss.json")):
         shapes = [case["shape"] for case in json.loads(source.read_text())["cases"]]
-        if len({shape["n"] for shape in shapes if shape["k"] == 65536}) < 2:  # nothing to draw against N
-            continue
-        dtypes = {shape["dtype"] for shape in shapes}
-        for dtype in sorted(dtypes):
-            yield source, images / f"loss-{source.parent.name}-{dtype}.png", dtype
-    for what in ("healthy", "broken"):
-        yield RESULTS / "curves_cpu", images / f"curves-{what}.png", what
+        if len({shape["n"] for shape in shapes if shape["k"] == 65536}) > 1:  # else nothing to draw against N
+            dtypes = sorted({shape["dtype"] for shape in shapes})
+            found += [(source, f"loss-{source.parent.name}-{dtype}", dtype) for dtype in dtypes]
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -278,11 +269,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     for page in pages():
         (ROOT / page).write_text(rendered(page))
-    from benchmarks.plots import draw_broken, draw_healthy, draw_loss, save  # the other suites do without matplotlib
+    from benchmarks.plots import draw_broken, draw_healthy, draw_loss, draw_runs, save  # which need matplotlib
 
-    for source, target, what in plots():
-        if what in ("healthy", "broken"):
+    for source, name, what in plots():
+        if what == "runs":
+            figure = draw_runs(load_runs(source))
+        elif what in ("healthy", "broken"):
             figure = (draw_healthy if what == "healthy" else draw_broken)(load_curves(source.name))
         else:
             figure = draw_loss(json.loads(source.read_text()), what)
-        save(figure, source, target)
+        save(figure, source, ROOT / "docs" / "images" / f"{name}.png")

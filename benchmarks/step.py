@@ -187,37 +187,12 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
             if "milliseconds" in row:
                 own = row["milliseconds"][1]
                 row["percent_of_moco"] = round(100 * (own if name.startswith("part") else own - base) / base, 2)
-    if device.type == "cuda" and shape["batch"] == 256:
-        del trainer, images, entries, compiled
-        for name, fits in largest_batch(shape, device).items():
-            rows[name]["largest_batch"] = fits
     return rows
 
 
 def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
     title = "{backbone}, batch {batch}, {pixels} px, K = {k:,}, {dtype}".format(**shape)
     print_rows(title, rows, {"percent_of_moco": "% over MoCo-v2"})
-
-
-def largest_batch(shape: Shape, device: torch.device) -> dict[str, int]:
-    """The most images, to 32, whose step fits the device's memory; 4,096 stands for at least that many."""
-    found = {}
-    for name, method in ((BASE, "moco"), ("DenseCL, the usual way", "dense_usual"), (OURS, "dense_ours")):
-        fits, step = 0, 1024
-        while step >= 32:
-            torch.cuda.empty_cache()
-            try:
-                trainer = Trainer(shape | {"batch": fits + step}, device).train()
-                images = torch.randn(fits + step, 3, shape["pixels"], shape["pixels"], device=device)
-                getattr(trainer, method)(images.to(memory_format=torch.channels_last))
-                fits += step
-            except RuntimeError:  # cuDNN and cuBLAS report a lack of memory in words of their own
-                step //= 2
-            trainer = images = None  # type: ignore[assignment]
-            if fits >= 4096:
-                break
-        found[name] = fits
-    return found
 
 
 SUITE = Suite("step", shapes, measure, show)

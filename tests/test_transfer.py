@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks.__main__ import main
+from benchmarks.records import RESULTS
 from benchmarks.transfer import data, encoder, page, pretraining, records, tasks, views
 from benchmarks.transfer.pretraining import Setting
 
@@ -177,23 +177,6 @@ def test_windows_are_parts_of_the_photographs() -> None:
         pool.windows(torch.zeros(1, 3), 41)
 
 
-@pytest.mark.parametrize("name", ["narrow", "resnet18", "resnet50"])
-def test_finer_maps_hold_the_coarse_one(name: str) -> None:
-    plan = encoder.PLANS[name]
-    network = encoder.ResNet(plan).double().eval()
-    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
-    fine, coarse = encoder.at_stride(network, plan, 8)(images), network(images)
-    step = plan.stride // 8
-    assert fine.shape == (1, plan.channels, 8, 12)
-    torch.testing.assert_close(fine[:, :, ::step, ::step], coarse, atol=1e-9, rtol=1e-9)
-
-
-def test_names_are_those_of_torchvision() -> None:
-    names = encoder.ResNet(encoder.PLANS["resnet50"]).state_dict().keys()
-    assert {"conv1.weight", "bn1.running_var", "layer1.0.downsample.1.bias", "layer4.2.conv3.weight"} <= names
-    assert len(names) == 318  # torchvision's 320 without fc
-
-
 def test_consecutive_frames() -> None:
     names = ["A_000030", "A_000060", "A_000120", "A_000150", "B_f00150", "B_f00152"]
     assert data.consecutive(names) == [(0, 1), (2, 3), (4, 5)]
@@ -209,33 +192,6 @@ def test_arms_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         curves[arm] = facts["image_loss"]
     for arm in pretraining.DENSE:
         assert curves[arm][:3] == pytest.approx(curves["image"][:3], abs=2e-4)
-
-
-def test_in_batch_losses_against_a_loop() -> None:
-    """Both ways; the negatives of an image are the other images of the other view, pooled for the dense term."""
-    setting = replace(SMALL, arm="inbatch_nearest")
-    model = pretraining.Siamese(setting).train()
-    pair = views.draw(photographs(), 3, 40, 32, torch.Generator().manual_seed(0))
-    image_loss, dense_loss = model.in_batch(*pair, setting.arm)
-    with encoder.autocast(torch.device("cpu")):
-        maps = [encoder.encode(model.backbone_q, view.images) for view in pair]
-        sides = [(map_.detach().double(), *(x.detach().double() for x in model.head_q(map_))) for map_ in maps]
-
-    def loss(query: torch.Tensor, key: torch.Tensor, others: torch.Tensor, own: int) -> float:
-        similar = [F.cosine_similarity(query, other, 0) for b, other in enumerate(others) if b != own]
-        logits = torch.stack([F.cosine_similarity(query, key, 0), *similar]) / setting.temperature
-        return float(logits.logsumexp(0) - logits[0])
-
-    image, dense = [], []
-    for (map_a, image_a, dense_a, _), (map_b, image_b, dense_b, pooled_b) in (sides, sides[::-1]):
-        for b in range(3):
-            image.append(loss(image_a[b], image_b[b], image_b, b))
-            for i in range(16):
-                cosine = F.cosine_similarity(map_a[b].flatten(1)[:, i : i + 1], map_b[b].flatten(1), 0)
-                match = int(cosine.argmax())
-                dense.append(loss(dense_a[b].flatten(1)[:, i], dense_b[b].flatten(1)[:, match], pooled_b, b))
-    assert image_loss.item() == pytest.approx(np.mean(image), rel=2e-2)  # products in bfloat16 where that is fast
-    assert dense_loss.item() == pytest.approx(np.mean(dense), rel=2e-2)
 
 
 def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,40 +211,32 @@ def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pyt
         assert torch.equal(value, parts.state_dict()[name]), name
 
 
-def test_suite_packs_and_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run_suite(folder: Path, out: Path, *options: str) -> None:
     pytest.importorskip("skimage")
-    source = ("transfer", "--camvid", f"{folder}/camvid", "--photographs", f"{folder}/photographs")
-    main([*source, "--pack", f"{tmp_path}/pack.zip"])
-    zipfile.ZipFile(tmp_path / "pack.zip").extractall(tmp_path)
-    command = [
-        *("transfer", "--camvid", f"{tmp_path}/camvid", "--photographs", f"{tmp_path}/photographs"),
-        *("--out", f"{tmp_path}/out", "--device", "cpu", "--arms", "random", "place", "--seeds", "3", "--steps", "2"),
-        *("--rates", "0.01", "0.1", "--search-steps", "1", "--search-arms", "nearest"),
-        *("--view", "32", "--window", "40", "--batch", "2", "--queue", "8"),
-    ]
-    main(command)
-    files = sorted((tmp_path / "out").glob("*.json"))
+    command = ["transfer", "--camvid", f"{folder}/camvid", "--photographs", f"{folder}/photographs", "--out", str(out)]
+    main([*command, "--device", "cpu", "--seeds", "3", "--batch", "2", "--queue", "8", *options])
+
+
+def test_suite_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--arms", "random", "place", "--steps", "2", "--rates", "0.01", "0.1", "--search-steps", "1")
+    options += ("--view", "32", "--window", "40")
+    run_suite(folder, tmp_path, *options)
+    files = sorted(tmp_path.glob("*.json"))
     assert [json.loads(file.read_text())["setting"]["arm"] for file in files] == ["place", "random"]
-    searched = records.load(tmp_path / "out" / "search")
+    searched = records.load(tmp_path / "search")
     assert [record["setting"]["rate"] for record in searched] == [0.01, 0.1]
     assert not any(key.startswith("test") for record in searched for key in record)  # the search never sees test
     assert json.loads(files[0].read_text())["setting"]["rate"] == records.chosen_rate(searched, "place")
     before = [file.stat().st_mtime_ns for file in files]
     capsys.readouterr()
-    main(command)
+    run_suite(folder, tmp_path, *options)
     assert capsys.readouterr().out == ""
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
 def test_study_changes_one_choice_at_a_time(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
-    main(
-        [
-            *("transfer", "--camvid", f"{folder}/camvid", "--photographs", f"{folder}/photographs", "--study"),
-            *("--out", f"{tmp_path}", "--device", "cpu", "--arms", "image", "place", "--seeds", "3", "--steps", "1"),
-            *("--rates", "0.01", "--view", "20", "--window", "28", "--batch", "2", "--queue", "8"),
-        ]
-    )
+    arms = ("--arms", "image", "place", "--rates", "0.01")
+    run_suite(folder, tmp_path, "--study", *arms, "--steps", "1", "--view", "20", "--window", "28")
     found = records.load(tmp_path / "study")
     settings = [record["setting"] for record in found]
     base = {key: max({s[key] for s in settings}, key=[s[key] for s in settings].count) for key in settings[0]}
@@ -300,15 +248,6 @@ def test_study_changes_one_choice_at_a_time(folder: Path, tmp_path: Path) -> Non
     assert not any(key.startswith("test") for record in found for key in record)
 
 
-def test_a_claim_is_exclusive_and_released(tmp_path: Path) -> None:
-    with records.claim(tmp_path / "x.lock", wait=False) as mine:
-        assert mine
-        with records.claim(tmp_path / "x.lock", wait=False) as other:
-            assert not other
-    with records.claim(tmp_path / "x.lock", wait=False) as again:
-        assert again
-
-
 def test_paired_differences() -> None:
     # Mean 0.02, standard deviation 0.01, n = 3: 4.303 * 0.01 / sqrt(3).
     assert page.paired([0.01, 0.02, 0.03]) == "+0.020 ± 0.025, 3 of 3 up"
@@ -317,7 +256,7 @@ def test_paired_differences() -> None:
 @pytest.mark.parametrize("folder", ["transfer_cpu", "transfer_short_cpu"])
 def test_records_are_complete(folder: str) -> None:
     """Three seeds of every arm, one setting, commits without changes, rates as the search chose them."""
-    reported, searched = (records.load(page.RESULTS / folder / part) for part in ("", "search"))
+    reported, searched = (records.load(RESULTS / folder / part) for part in ("", "search"))
     for record in reported + searched:
         assert "dirty" not in record["environment"]["commit"]
         assert not record["command"].count(" /")
@@ -336,8 +275,8 @@ def test_records_are_complete(folder: str) -> None:
 
 def test_temperature_is_the_best_of_the_study() -> None:
     """For every arm of it, at the length of the study; the same for all."""
-    studied = records.load(page.RESULTS / "transfer_cpu" / "study")
-    (reported,) = {r["setting"]["temperature"] for r in records.load(page.RESULTS / "transfer_cpu")}
+    studied = records.load(RESULTS / "transfer_cpu" / "study")
+    (reported,) = {r["setting"]["temperature"] for r in records.load(RESULTS / "transfer_cpu")}
     for arm in ("image", "nearest", "place"):
         base = vars(Setting(arm, 100, 0.18, 800))
         own = [r for r in studied if {**r["setting"], "temperature": base["temperature"]} == base]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +19,6 @@ CLASSES = (
 VOID = len(CLASSES)  # the label of pixels that no task counts
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 SHORT_SIDE = 360  # pixels; larger photographs are scaled down to it once, smaller ones stay as they are
-JPEG_QUALITY = 85  # of a pack: both data sets then fit in 60 MB
 
 
 class Frames(NamedTuple):
@@ -80,12 +77,6 @@ def cell_counts(truth: Tensor, stride: int) -> Tensor:
     return torch.stack([(cells == label).sum((2, 4)) for label in range(VOID + 1)], -1).float()
 
 
-def richest(frames: Frames) -> int:
-    """The first of the frames that show the most classes: a choice for a picture that no result can sway."""
-    classes = [truth[truth != VOID].unique().numel() for truth in frames.truth]
-    return classes.index(max(classes))
-
-
 def consecutive(names: list[str]) -> list[tuple[int, int]]:
     """Pairs of neighbours (previous, current) of one sequence, as close together as its closest are."""
     parsed = [re.fullmatch(r"(.+_[a-z]*)(\d+)", name) for name in names]
@@ -99,22 +90,3 @@ def consecutive(names: list[str]) -> list[tuple[int, int]]:
         for i, ((sequence, number), (following, other)) in enumerate(itertools.pairwise(places))
         if sequence == following and other - number == min(steps[sequence])
     ]
-
-
-def pack(camvid: Path, photographs: Path, target: Path) -> None:
-    """Writes both data sets into one zip file, images as JPEG; unpacked, it holds `camvid` and `photographs`."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for split in ("train", "val", "test"):
-            for path in _images_in(camvid / split):
-                archive.writestr(f"camvid/{split}/{path.stem}.jpg", _jpeg(path))
-                label = f"{split}annot/{path.stem}.png"
-                archive.write(camvid / label, f"camvid/{label}")
-        for path in _images_in(photographs):
-            archive.writestr(f"photographs/{path.stem}.jpg", _jpeg(path))
-    print(f"written: {target}, {target.stat().st_size / 1e6:.1f} MB")
-
-
-def _jpeg(path: Path) -> bytes:
-    buffer = io.BytesIO()
-    Image.open(path).convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()

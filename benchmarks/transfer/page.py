@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-from benchmarks.records import table
+from benchmarks.records import RESULTS, table
 from benchmarks.transfer.data import CLASSES
 from benchmarks.transfer.pretraining import ARMS, IMAGE
 from benchmarks.transfer.records import TASKS, Record, chosen_rate, load, on_val
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {
     "random": "random weights",
     "image": "image term alone (MoCo-v2)",
     "nearest": "image + dense, nearest (DenseCL)",
     "mutual": "image + dense, mutual nearest",
     "place": "image + dense, same place",
-    "inbatch": "image term, in-batch negatives (SimCLR)",
-    "inbatch_nearest": "image + dense, nearest, in-batch negatives",
 }
 HEADINGS = [heading for _, heading in TASKS.values()]
-# 0.975 quantiles of Student's t, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 0.975 quantiles of Student's t, by degrees of freedom
 
 
 def value(record: Record, task: str) -> float:
@@ -35,20 +29,14 @@ def by_seed(records: Iterable[Record], arm: str) -> dict[int, Record]:
     return {record["setting"]["seed"]: record for record in records if record["setting"]["arm"] == arm}
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
-
 def results(folder: str) -> str:
     """Mean over the seeds and standard deviation, an arm per row."""
-    records = load(RESULTS / folder)
-    rows = []
+    records, rows = load(RESULTS / folder), []
     for arm in ARMS:
         runs = by_seed(records, arm).values()
-        if runs:
-            cells = [spread([value(run, task) for run in runs]) for task in TASKS]
-            rows.append([NAMES[arm], str(len(runs)), *cells])
+        each = [[value(run, task) for run in runs] for task in TASKS]
+        cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in each]
+        rows.append([NAMES[arm], str(len(runs)), *cells])
     unmoved = f"{records[0]['test.unmoved']['miou']:.3f}"
     rows.append(["no features: labels left where they were", "", "", "", unmoved, ""])
     return table(["", "seeds", *HEADINGS], rows)
@@ -56,34 +44,27 @@ def results(folder: str) -> str:
 
 def differences(folder: str) -> str:
     """Each arm minus the image term of the same seed."""
-    records = load(RESULTS / folder)
+    records, rows = load(RESULTS / folder), []
     base = by_seed(records, IMAGE)
-    rows = []
     for arm in ARMS:
-        runs = by_seed(records, arm)
-        seeds = sorted(runs.keys() & base.keys())
-        if arm == IMAGE or not seeds:
-            continue
-        cells = [paired([value(runs[s], task) - value(base[s], task) for s in seeds]) for task in TASKS]
-        rows.append([NAMES[arm], *cells])
+        if arm != IMAGE:
+            runs = by_seed(records, arm).items()
+            cells = [paired([value(run, task) - value(base[seed], task) for seed, run in runs]) for task in TASKS]
+            rows.append([NAMES[arm], *cells])
     return table(["minus the image term of the same seed", *HEADINGS], rows)
 
 
 def paired(values: list[float]) -> str:
     """Mean, 95 % interval by Student's t, and on how many seeds it is above 0."""
     mean, up = statistics.mean(values), sum(value > 0 for value in values)
-    signs = f"{up} of {len(values)} up"
-    if len(values) == 1:
-        return f"{mean:+.3f}, {signs}"
     half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.3f} ± {half:.3f}, {signs}"
+    return f"{mean:+.3f} ± {half:.3f}, {up} of {len(values)} up"
 
 
 def each_run(folder: str) -> str:
     """Every run that is reported."""
     rows = []
-    records = load(RESULTS / folder)
-    for record in sorted(records, key=lambda r: (r["setting"]["seed"], ARMS.index(r["setting"]["arm"]))):
+    for record in sorted(load(RESULTS / folder), key=lambda r: (r["setting"]["seed"], ARMS.index(r["setting"]["arm"]))):
         setting = record["setting"]
         cells = [f"{value(record, task):.3f}" for task in TASKS]
         rows.append([str(setting["seed"]), setting["arm"], f"{setting['rate']:g}", *cells])
@@ -92,31 +73,26 @@ def each_run(folder: str) -> str:
 
 def each_class(folder: str) -> str:
     """IoU of k-NN retrieval per class, mean over the seeds."""
-    records = load(RESULTS / folder)
-    rows = []
+    records, rows = load(RESULTS / folder), []
     for arm in ARMS:
         runs = [record["test.knn"]["classes"] for record in by_seed(records, arm).values()]
-        if runs:
-            cells = [f"{statistics.mean(column):.2f}" for column in zip(*runs, strict=True)]
-            rows.append([arm, *cells])
+        rows.append([arm, *(f"{statistics.mean(column):.2f}" for column in zip(*runs, strict=True))])
     return table(["k-NN, IoU", *CLASSES], rows)
 
 
 def search(folder: str) -> str:
     """Mean of probe and k-NN on val for every rate that was tried; the taken one in bold."""
-    records = load(RESULTS / folder / "search")
-    return _by_rate(records, "on val, (probe + k-NN) / 2", on_val, bold=True)
+    return _by_rate(folder, "on val, (probe + k-NN) / 2", on_val, bold=True)
 
 
 def search_stereo(folder: str) -> str:
     """Stereo of the same runs, by which nothing was chosen."""
-    records = load(RESULTS / folder / "search")
-    return _by_rate(records, TASKS["stereo"][1], lambda record: float(record["val.stereo"]["close"]), bold=False)
+    return _by_rate(folder, TASKS["stereo"][1], lambda record: float(record["val.stereo"]["close"]), bold=False)
 
 
-def _by_rate(records: list[Record], heading: str, value: Callable[[Record], float], bold: bool) -> str:
+def _by_rate(folder: str, heading: str, value: Callable[[Record], float], bold: bool) -> str:
+    records, rows = load(RESULTS / folder / "search"), []
     rates = sorted({record["setting"]["rate"] for record in records})
-    rows = []
     for arm in ARMS:
         found = {record["setting"]["rate"]: value(record) for record in records if record["setting"]["arm"] == arm}
         if found:

@@ -1,7 +1,5 @@
 """Pre-training without labels: MoCo-v2, and MoCo-v2 with a dense term that matches positions by one of three rules.
 
-Two more arms take SimCLR's negatives instead of a queue's: the other images of the batch.
-
 Arms of one seed start from the same weights and queues and see the same views in the same order.
 """
 
@@ -15,19 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.transfer.encoder import PLANS, ResNet, autocast, encode
+from benchmarks.transfer.encoder import WIDTHS, ResNet, autocast, encode
 from benchmarks.transfer.views import Photographs, Views, draw
 from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import location_correspondence
 
 RANDOM, IMAGE = "random", "image"  # random weights; the image term alone
 DENSE = ("nearest", "mutual", "place")  # rules of the dense term
-IN_BATCH = ("inbatch", "inbatch_nearest")  # the same two without queues: the other images of the batch are negatives
-ARMS = (RANDOM, IMAGE, *DENSE, *IN_BATCH)
-NO_DENSE = (RANDOM, IMAGE, IN_BATCH[0])
+ARMS = (RANDOM, IMAGE, *DENSE)
 SAVE_EVERY = 45.0  # seconds
 CURVE = 50  # points of a record's loss curves
 SETTLING = 100  # steps in which the arm of random weights gathers batch norm statistics, and learns nothing
@@ -66,9 +61,9 @@ class Siamese(nn.Module):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        plan = PLANS[setting.encoder]
-        self.backbone_q, self.backbone_k = (ResNet(plan, setting.norm) for _ in range(2))
-        self.head_q, self.head_k = (DenseProjectionHead(plan.channels, plan.channels) for _ in range(2))
+        widths = WIDTHS[setting.encoder]
+        self.backbone_q, self.backbone_k = (ResNet(widths, setting.norm) for _ in range(2))
+        self.head_q, self.head_k = (DenseProjectionHead(widths[-1], widths[-1]) for _ in range(2))
         self.backbone_k.load_state_dict(self.backbone_q.state_dict())
         self.head_k.load_state_dict(self.head_q.state_dict())
         self.backbone_k.requires_grad_(False)
@@ -87,42 +82,21 @@ class Siamese(nn.Module):
 
     def forward(self, query: Views, key: Views, arm: str, momentum: float) -> tuple[Tensor, Tensor]:
         """Image term and dense term; the latter is 0 where the arm has none."""
-        if arm in IN_BATCH:
-            return self.in_batch(query, key, arm)
         map_q = encode(self.backbone_q, query.images)
         with torch.no_grad():
             self.update_keys(momentum)
             map_k = encode(self.backbone_k, key.images)
         with autocast(map_q.device):
-            if arm == IMAGE:  # the dense half of the heads is left out, which changes no gradient of the image term
-                image_q = self.head_q.image_mlp(map_q.mean((2, 3)))
-                with torch.no_grad():
-                    image_k = self.head_k.image_mlp(map_k.mean((2, 3)))
-                image_loss = self.criterion(image_q, image_k, self.image_queue)
-                self.image_queue.enqueue(image_k)
-                return image_loss, torch.zeros_like(image_loss)
             projected_q = self.head_q(map_q)
             with torch.no_grad():
                 projected_k = self.head_k(map_k)
         image_loss = self.criterion(projected_q.image, projected_k.image, self.image_queue)
+        self.image_queue.enqueue(projected_k.image)
+        if arm == IMAGE:
+            return image_loss, torch.zeros_like(image_loss)
         match = matched(arm, map_q, map_k, query.boxes, key.boxes)
         dense_loss = self.criterion(projected_q.dense, projected_k.dense, self.dense_queue, match)
-        self.image_queue.enqueue(projected_k.image)
         self.dense_queue.enqueue(projected_k.pooled)
-        return image_loss, dense_loss
-
-    def in_batch(self, query: Views, key: Views, arm: str) -> tuple[Tensor, Tensor]:
-        """SimCLR's way: one encoder, gradients through both views, each view's keys are the other's negatives."""
-        maps = [encode(self.backbone_q, view.images) for view in (query, key)]
-        with autocast(maps[0].device):
-            first, second = (self.head_q(map_) for map_ in maps)
-        own = torch.arange(len(query.images), device=maps[0].device)
-        image_loss = dense_loss = torch.zeros((), device=maps[0].device)
-        for (a, map_a), (b, map_b) in (((first, maps[0]), (second, maps[1])), ((second, maps[1]), (first, maps[0]))):
-            image_loss = image_loss + self.criterion(a.image, b.image, F.normalize(b.image, dim=1), exclude=own) / 2
-            if arm not in NO_DENSE:
-                match, others = matched("nearest", map_a, map_b, query.boxes, key.boxes), F.normalize(b.pooled, dim=1)
-                dense_loss = dense_loss + self.criterion(a.dense, b.dense, others, match, exclude=own) / 2
         return image_loss, dense_loss
 
 
@@ -172,7 +146,7 @@ def pretrain(
             group["lr"] = learning_rate_at(step, setting)
         query, key = draw(photographs, setting.batch, setting.window, setting.view, generator)
         image_loss, dense_loss = model(query, key, setting.arm, setting.momentum)
-        joined = setting.arm not in NO_DENSE and step >= setting.dense_from * setting.steps
+        joined = setting.arm in DENSE and step >= setting.dense_from * setting.steps
         weight = setting.dense_weight if joined else 0.0
         loss = (1 - weight) * image_loss + weight * dense_loss
         optimizer.zero_grad()
@@ -196,7 +170,7 @@ def pretrain(
         "seconds": round(seconds + time.perf_counter() - began, 1),
         "image_loss": [round(value, 4) for value in image],
     }
-    if setting.arm not in NO_DENSE:
+    if setting.arm in DENSE:
         facts["dense_loss"] = [round(value, 4) for value in dense]
     return model.backbone_q, facts
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -42,19 +40,6 @@ def _flat(record: Record) -> Iterator[tuple[str, Any]]:
 def load(folder: Path) -> list[Record]:
     """The records of all runs in a folder, in the order of their names."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
-
-
-@contextlib.contextmanager
-def claim(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process may work on `path`; the claim of a process that dies is free again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def chosen_rate(searched: list[Record], arm: str) -> float:

@@ -4,8 +4,7 @@
 
 A search of the learning rate comes first (val split, a seed of its own), then the runs that are reported, seed by
 seed. --study runs what decides the gain instead: the same setting with one choice changed at a time, on val. Every
-finished run is a file in --out. The same command goes on where it was cut off, and started twice, at the same time, it
-shares the work.
+finished run is a file in --out. The same command goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -20,34 +19,20 @@ import torch
 
 from benchmarks.measure import environment
 from benchmarks.transfer import data, records
-from benchmarks.transfer.encoder import PLANS, at_stride
-from benchmarks.transfer.pretraining import ARMS, IMAGE, NO_DENSE, RANDOM, Setting, pretrain
-from benchmarks.transfer.tasks import STRIDE, measure
+from benchmarks.transfer.encoder import WIDTHS
+from benchmarks.transfer.pretraining import ARMS, DENSE, IMAGE, RANDOM, Setting, pretrain
+from benchmarks.transfer.tasks import measure
 from benchmarks.transfer.views import Photographs
 
-
-class Data:
-    """Everything in memory; read when a run first needs it."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.train, self.val, self.test = (
-            data.load_split(arguments.camvid, split) for split in ("train", "val", "test")
-        )
-        photographs = [*data.load_photographs(arguments.photographs), *self.train.images]
-        self.photographs = Photographs(photographs, arguments.device)
-        self.picture = data.richest(self.test)
+SEARCH_SEED = 100  # which no reported run has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--camvid", type=Path, metavar="DIR", help="holds train, trainannot, val, valannot, ...")
-    parser.add_argument("--photographs", type=Path, metavar="DIR", help="any folder of photographs")
-    parser.add_argument("--pack", type=Path, metavar="ZIP", help="only write both data sets into this file")
-    parser.add_argument("--draw", action="store_true", help="only draw the pictures of docs/dense-tasks.md")
-    parser.add_argument(
-        "--study", action="store_true", help="one choice changed at a time, on val, instead of all this"
-    )
+    parser.add_argument("--camvid", type=Path, metavar="DIR", required=True, help="holds train, trainannot, val, ...")
+    parser.add_argument("--photographs", type=Path, metavar="DIR", required=True, help="any folder of photographs")
+    parser.add_argument("--study", action="store_true", help="one choice changed at a time, on val, instead")
     parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="records (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
@@ -55,13 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", nargs="*", type=int, default=[0, 1, 2], help="none: the search alone (default: 0 1 2)"
     )
     parser.add_argument("--steps", type=int, default=800, help="default: %(default)s")
-    parser.add_argument("--search-arms", nargs="*", choices=ARMS, help="default: those of --arms that learn")
-    parser.add_argument("--search-seed", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--search-steps", type=int, default=400, help="default: %(default)s")
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[0.02, 0.06, 0.18, 0.54], help="searched; one: no search"
     )
-    parser.add_argument("--encoder", choices=PLANS, default=Setting.encoder, help="default: %(default)s")
+    parser.add_argument("--encoder", choices=WIDTHS, default=Setting.encoder, help="default: %(default)s")
     for name, text in (
         ("view", "side of a view in pixels"),
         ("window", "side of the part of a photograph that two views share"),
@@ -74,51 +57,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.draw:
-        return draw(arguments.camvid)
-    if arguments.camvid is None or arguments.photographs is None:
-        raise SystemExit("expected --camvid and --photographs; docs/dense-tasks.md says where the data come from")
-    if arguments.pack:
-        return data.pack(arguments.camvid, arguments.photographs, arguments.pack)
     torch.backends.cudnn.benchmark = True
-    where = environment()  # before hours of work may have changed what is checked out
-    sources = Data(arguments)
-    given = ("encoder", "view", "window", "batch", "queue")
-    chosen = {name: getattr(arguments, name) for name in given}
-    base = Setting(IMAGE, arguments.search_seed, 0.0, arguments.search_steps, **chosen)
+    runner = Runner(arguments)
+    chosen = {name: getattr(arguments, name) for name in ("encoder", "view", "window", "batch", "queue")}
+    base = Setting(IMAGE, SEARCH_SEED, arguments.rates[0], arguments.search_steps, **chosen)
     if arguments.study:
-        study = [replace(base, seed=seed, **change) for seed in arguments.seeds for change in study_of(arguments)]
-        return walk(study, arguments.out / "study", sources, where, arguments)
-    searched = arguments.out / "search"
+        for seed in arguments.seeds:
+            for change in study_of(arguments):
+                runner.run(replace(base, seed=seed, **change), "study")
+        return
     if len(arguments.rates) > 1:
-        searchers = [arm for arm in arguments.search_arms or arguments.arms if arm != RANDOM]
-        search = [replace(base, arm=arm, rate=rate) for rate in arguments.rates for arm in searchers]
-        walk(search, searched, sources, where, arguments)
-    final = []
+        for rate in arguments.rates:
+            for arm in arguments.arms:
+                if arm != RANDOM:
+                    runner.run(replace(base, arm=arm, rate=rate), "search")
+    searched = records.load(arguments.out / "search") if len(arguments.rates) > 1 else []
     for seed in arguments.seeds:
         for arm in arguments.arms:
             rate = arguments.rates[0]
             if arm == RANDOM:
                 rate = 0.0
-            elif len(arguments.rates) > 1:
-                rate = records.chosen_rate(records.load(searched), arm)
-            final.append(
-                replace(base, arm=arm, seed=seed, rate=rate, steps=arguments.steps, temperature=arguments.temperature)
-            )
-    walk(final, arguments.out, sources, where, arguments)
-    return None
-
-
-def draw(camvid: Path | None) -> None:
-    """The plot of the committed runs; the picture of segmentations only if CamVid is there."""
-    from benchmarks.transfer import page, pictures  # the runs do without matplotlib
-
-    reported, images = records.load(page.RESULTS / "transfer_cpu"), page.ROOT / "docs" / "images"
-    pictures.save(pictures.draw_runs(reported), images / "transfer-runs.png")
-    if camvid is not None:
-        test = data.load_split(camvid, "test")
-        figure = pictures.draw_segmentations(reported, test, data.richest(test))
-        pictures.save(figure, images / "transfer-segmentations.png")
+            elif searched:
+                rate = records.chosen_rate(searched, arm)
+            final = replace(base, arm=arm, seed=seed, rate=rate, steps=arguments.steps)
+            runner.run(replace(final, temperature=arguments.temperature))
 
 
 def study_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -140,43 +102,38 @@ def study_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         {**base, "arm": arm, **change}
         for change in changes
         for arm in arguments.arms
-        if arm not in NO_DENSE or not any(name.startswith("dense") for name in change)
+        if arm in DENSE or not any(name.startswith("dense") for name in change)
     ]
 
 
-def walk(
-    settings: list[Setting], folder: Path, sources: Data, where: dict[str, Any], arguments: argparse.Namespace
-) -> None:
-    """Runs what has no record yet; leaves what another process is at, and waits for it at the end."""
-    for wait in (False, True):
-        for setting in settings:
-            scratch = arguments.out / "scratch"
-            with records.claim(scratch / f"{folder.name}-{setting.name}.lock", wait) as mine:
-                if mine and not records.path_of(folder, setting).exists():
-                    run(setting, folder, scratch / f"{folder.name}-{setting.name}.pt", sources, where, arguments)
+class Runner:
+    """Pre-trains and measures a setting that has no record yet; all data in memory."""
 
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.out, self.command = arguments.out, arguments.command
+        self.environment = environment()  # before hours of work may have changed what is checked out
+        self.train, self.val, self.test = (
+            data.load_split(arguments.camvid, split) for split in ("train", "val", "test")
+        )
+        photographs = [*data.load_photographs(arguments.photographs), *self.train.images]
+        self.photographs = Photographs(photographs, arguments.device)
 
-def run(
-    setting: Setting,
-    folder: Path,
-    checkpoint: Path,
-    sources: Data,
-    where: dict[str, Any],
-    arguments: argparse.Namespace,
-) -> None:
-    def say(text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} {folder.name} {setting.name}: {text}", flush=True)
+    def run(self, setting: Setting, part: str = "") -> None:
+        """In the folder `part` of --out; search and study never see the test split."""
+        if records.path_of(self.out / part, setting).exists():
+            return
 
-    searching = folder.name in ("search", "study")
-    say("begins")
-    network, facts = pretrain(setting, sources.photographs, checkpoint, say)
-    began = time.perf_counter()
-    test = None if searching else sources.test
-    frozen = at_stride(network, PLANS[setting.encoder], STRIDE)
-    results = measure(frozen, sources.train, sources.val, test, sources.picture)
-    facts["photographs"] = len(sources.photographs)
-    facts["measured_seconds"] = round(time.perf_counter() - began, 1)
-    command = {"command": arguments.command, "environment": where}
-    records.write(folder, setting, command | {"pretraining": facts} | results)
-    split = "val" if searching else "test"
-    say(", ".join(f"{task} {next(iter(result.values()))}" for task, result in results[split].items()))
+        def say(text: str) -> None:
+            print(f"{time.strftime('%H:%M:%S')} {part} {setting.name}: {text}", flush=True)
+
+        say("begins")
+        checkpoint = self.out / "scratch" / f"{part}-{setting.name}.pt"
+        network, facts = pretrain(setting, self.photographs, checkpoint, say)
+        began = time.perf_counter()
+        results = measure(network.eval(), self.train, self.val, None if part else self.test)
+        facts["photographs"] = len(self.photographs)
+        facts["measured_seconds"] = round(time.perf_counter() - began, 1)
+        command = {"command": self.command, "environment": self.environment}
+        records.write(self.out / part, setting, command | {"pretraining": facts} | results)
+        reported = results["val" if part else "test"]
+        say(", ".join(f"{task} {next(iter(result.values()))}" for task, result in reported.items()))

@@ -204,16 +204,7 @@ def stereo(network: ResNet) -> dict[str, float]:
     return {"close": round(float((error <= CLOSE).float().mean()), 5), "median": round(float(error.median()), 4)}
 
 
-def segmentation(memory: Memory, cells: Cells, frame: int) -> list[str]:
-    """k-NN retrieval on one frame, a line of hexadecimal labels per row of cells."""
-    features = cells.features[frame]
-    labels = retrieve(memory, features.flatten(1).T).view(features.shape[1:])
-    return ["".join(f"{label:x}" for label in line) for line in labels.tolist()]
-
-
-def measure(
-    network: ResNet, train: Frames, val: Frames, test: Frames | None, picture: int | None = None
-) -> dict[str, Any]:
+def measure(network: ResNet, train: Frames, val: Frames, test: Frames | None) -> dict[str, Any]:
     """All tasks on val, and on test if it is given. The probe's decay is chosen on val alone.
 
     The stereo pair is in neither split. It stands beside val where test is not looked at; nothing is chosen by it.
@@ -243,8 +234,6 @@ def measure(
             "unmoved": propagate(cells, moved=False),
             "stereo": stereo(network),
         }
-        if picture is not None:
-            results["picture"] = segmentation(memory, cells, picture)
     return results
 
 
