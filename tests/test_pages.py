@@ -7,8 +7,6 @@ tables, pictures and figures are those of the committed records.
 from __future__ import annotations
 
 import ast
-import json
-import math
 import os
 import re
 import runpy
@@ -20,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,28 +30,14 @@ from benchmarks import render
 each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 each_recipe = pytest.mark.parametrize("page", RECIPES, ids=name_of)
 
-# ---- links and paths ------------------------------------------------------------------------------------------------
-
-
-def anchors(page: Path) -> set[str]:
-    """GitHub's names of the headings."""
-    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
 
 @each_page
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", page.read_text()):
-        path, _, anchor = target.partition("#")
-        file = page.parent / path if path else page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), target
-
-
-@each_page
-def test_paths_exist(page: Path) -> None:
-    """In prose and in commands, written from the root of the repository."""
-    for path in re.findall(r"(?<![\w/.])(?:docs|tests|benchmarks|densecl_ops)/[\w./-]+\.\w+", page.read_text()):
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    """Links, and what prose and commands write from the root of the repository; `make docs` sees to the anchors."""
+    text = page.read_text()
+    for target in re.findall(r"\]\(((?!http|#)[^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for path in re.findall(r"(?<![\w/.])(?:docs|tests|benchmarks|densecl_ops)/[\w./-]+\.\w+", text):
         assert (ROOT / path).exists(), path
 
 
@@ -236,20 +219,7 @@ def test_diff_is_the_recipes(page: Path) -> None:
         assert lines["+"]
 
 
-@each_recipe
-def test_hunks_are_whole(page: Path) -> None:
-    """As long as their headers say, before and after."""
-    for diff in blocks(page, "diff"):
-        _, *parts = re.split(r"^@@ -\d+,(\d+) \+\d+,(\d+) @@.*\n", diff, flags=re.MULTILINE)
-        for before, after, hunk in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-            signs = [line[:1] for line in hunk.splitlines()]
-            assert [signs.count("-") + signs.count(" "), signs.count("+") + signs.count(" ")] == [
-                int(before),
-                int(after),
-            ]
-
-
-# ---- tables, pictures, figures --------------------------------------------------------------------------------------
+# ---- tables, pictures --------------------------------------------------------------------------------------
 
 
 @each_page
@@ -266,92 +236,6 @@ def test_plots_are_those_of_the_records() -> None:
 
     drawn = list(render.plots())
     assert drawn
-    for source, target, _ in drawn:
-        assert image.open(target).info["Source"] == digest(source), "run `python -m benchmarks render`"
-
-
-TRAINING = ROOT / "docs" / "training.md"
-RECORDS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results/curves_cpu").glob("*.json")}
-LIMIT = math.log(1 + RECORDS["random"]["settings"]["queue_size"])
-
-
-def test_records_are_whole() -> None:
-    for name, run in RECORDS.items():
-        assert run["name"] == name
-        assert run["commit"]
-        columns = {"image_loss", "dense_loss", "top1", "top5", "match_score", "mutual_share"}
-        assert run["history"].keys() == columns
-        assert {len(values) for values in run["history"].values()} == {run["settings"]["steps"]}
-        assert all(a <= b for a, b in zip(run["history"]["top1"], run["history"]["top5"], strict=True))
-
-
-def said() -> list[str]:
-    """Every phrase of docs/training.md that holds a decimal fraction, made from the records."""
-    runs = {name: run["history"] for name, run in RECORDS.items()}
-    random, broken, same, fast = (runs[name] for name in ("random", "enqueue-first", "same-view", "high-lr"))
-    late, sooner = (runs[f"{start}-no-warmup"]["dense_loss"] for start in ("random", "empty"))
-    low, lower = min(runs["random-no-warmup"]["mutual_share"]), min(random["mutual_share"])
-    untrained = json.loads((ROOT / "benchmarks/results/demo_cpu/seed0.json").read_text())["rows"]["random weights"]
-    scores = f"match score rises to {max(fast['match_score']):.2f} while the mutual share falls to"
-    falls = min(fast["dense_loss"][50:])
-    return [
-        "temperature 0.2",
-        "within 1.5 cells",
-        f"Random weights reach {untrained['close']:.2f}.",
-        f"(top-1 is {random['top1'][0]:.2f} at the first step)",
-        f"({random['top1'][1]:.2f} at the second step)",
-        f"log(1 + K), here {LIMIT:.2f}.",
-        f"log(1 + 32) = {math.log(33):.2f}",
-        f"(peak {max(sooner):.2f} at step {top(sooner)}, not {max(late):.2f} at step {top(late)})",
-        f"(peak {max(random['dense_loss']):.2f})",
-        f"the run with the same view twice has {np.mean(same['top1'][-20:]):.2f}",
-        f"Random weights start at {random['mutual_share'][0]:.2f} here",
-        f"to {lower:.2f} with the warm-up and to {low:.2f} without",
-        f"Top-1 at the *first* step is {broken['top1'][0]:.2f} instead of {random['top1'][0]:.2f}",
-        f"At the first step match score and mutual share are {same['mutual_share'][0]:.2f}",
-        f"Top-1 is {same['top1'][1]:.2f} at the second step",
-        f"{scores} {min(fast['mutual_share']):.2f}",
-        f"log(1 + K) = {LIMIT:.2f}",
-        f"falls to {falls:.2f} at step {fast['dense_loss'].index(falls) + 1}",
-    ]
-
-
-def top(values: list[float]) -> int:
-    """The step of the largest."""
-    return values.index(max(values)) + 1
-
-
-def test_figures_in_prose_are_those_of_the_records() -> None:
-    prose = re.sub(r"```.*?```|<!-- curves:begin -->.*?<!-- curves:end -->", "", TRAINING.read_text(), flags=re.DOTALL)
-    prose = " ".join(prose.split())
-    for phrase in said():
-        assert phrase in prose, phrase
-        prose = prose.replace(phrase, "")
-    assert not re.findall(r"\d+\.\d+", prose)
-
-
-def test_prose_claims_that_are_not_numbers() -> None:
-    runs = {name: {key: np.array(v) for key, v in run["history"].items()} for name, run in RECORDS.items()}
-    healthy = [runs[name] for name in ("random", "empty", "random-no-warmup", "empty-no-warmup")]
-    for run in healthy:  # the image term has a low and rises again
-        smooth = np.convolve(run["image_loss"], np.ones(10) / 10, "valid")[20:]
-        assert 30 < smooth.argmin() + 26 < 80
-        assert run["image_loss"][-20:].mean() > smooth.min() + 0.3
-    assert runs["empty"]["image_loss"][0] == runs["empty"]["dense_loss"][0] == 0
-    for start in ("random", "empty"):  # about log(1 + K) during the warm-up only
-        assert runs[start]["dense_loss"].max() == pytest.approx(LIMIT, abs=0.1)
-        assert runs[start]["dense_loss"].argmax() + 1 in range(28, 37)  # the queue is full after 32 steps
-        assert runs[f"{start}-no-warmup"]["dense_loss"].max() < LIMIT - 1
-        assert runs[f"{start}-no-warmup"]["dense_loss"].argmax() + 1 < 16
-        for key in ("top1", "match_score", "mutual_share"):
-            assert runs[f"{start}-no-warmup"][key][-20:].mean() > runs[start][key][-20:].mean()
-    at_150 = slice(130, 150)
-    broken, sound = runs["enqueue-first"], runs["random"]
-    assert broken["dense_loss"][at_150].mean() > sound["dense_loss"][at_150].mean()
-    assert broken["top1"][at_150].mean() < sound["top1"][at_150].mean()
-    same = runs["same-view"]
-    assert same["mutual_share"][0] == 1
-    assert same["dense_loss"][at_150].mean() < sound["dense_loss"][at_150].mean()
-    collapsed = runs["high-lr"]
-    assert collapsed["image_loss"][-20:].mean() > collapsed["image_loss"][80:100].mean()
-    assert collapsed["dense_loss"][-20:].mean() > collapsed["dense_loss"][80:100].mean()
+    for source, name, _ in drawn:
+        picture = image.open(ROOT / "docs" / "images" / f"{name}.png")
+        assert picture.info["Source"] == digest(source), "run `python -m benchmarks render`"
