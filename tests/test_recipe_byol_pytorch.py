@@ -1,25 +1,23 @@
-"""docs/recipes/byol-pytorch.md: the dense term beside lucidrains' BYOL, over a stand-in of it and over the package."""
+"""docs/recipes/byol-pytorch.md: the dense term beside lucidrains' BYOL."""
 
 from __future__ import annotations
 
 import copy
-import sys
+from importlib.util import find_spec
 from pathlib import Path
-from unittest import mock
 
-import byol_worker as worker
 import pytest
+import recipe_worker as worker
 import recipes
 import torch
-from helpers import assert_close, flat64, run_ranks
+from helpers import assert_close, flat64
 from torch import Tensor
 
-HOSTS = recipes.hosts("byol_pytorch")
+pytestmark = pytest.mark.skipif(find_spec("byol_pytorch") is None, reason="no byol_pytorch")
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_step(host: str) -> None:
-    model = worker.dense_byol(host)
+def test_step() -> None:
+    model = worker.dense_byol()
     alone = copy.deepcopy(model.learner)
     heads = copy.deepcopy((model.head.dense_mlp, model.target_head.dense_mlp))
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
@@ -45,10 +43,6 @@ def test_step(host: str) -> None:
     assert not model.learner.net.layer4._forward_hooks
     assert not model.learner.target_encoder.net.layer4._forward_hooks
 
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_moving_average(host: str) -> None:
-    model = worker.dense_byol(host)
     pairs = ((model.learner.online_encoder, model.learner.target_encoder), (model.head, model.target_head))
     before = [recipes.parameters_of(target) for _, target in pairs]
     model.update_moving_average()
@@ -57,25 +51,13 @@ def test_moving_average(host: str) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("host", HOSTS)
-def test_two_ranks_equal_one_process(tmp_path: Path, host: str) -> None:
-    """DistributedDataParallel, which at step 2 refuses a trained parameter without a gradient, such as fc's."""
-    model = worker.dense_byol(host)
-    alone, ranks = worker.run(model, model, slice(None)), run_ranks(worker.__file__, 2, tmp_path, host)
-    for step, expected in enumerate(alone):
-        losses = sum(results[step]["losses"] for results in ranks) / 2
-        assert_close(losses, expected["losses"], recipes.TOLERANCE, "losses")
-        for results in ranks:
-            assert results[step]["grad"].keys() == expected["grad"].keys()
-            for name, value in expected["grad"].items():
-                assert_close(results[step]["grad"][name], value, recipes.TOLERANCE, name)
-            for name, value in expected["state"].items():
-                assert_close(results[step]["state"][name], value, recipes.TOLERANCE, name)
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    worker.check_two_ranks(tmp_path, "byol-pytorch")
 
 
 def test_views_in_two_calls() -> None:
     """Releases that send each view through the encoders by itself give the same dense term, batch norm aside."""
-    model = worker.dense_byol("stand-in").eval()
+    model = worker.dense_byol().eval()
     images = torch.randn(6, 3, 64, 64, dtype=torch.float64)
     together = model(images)[1]
 
@@ -91,12 +73,12 @@ def test_views_in_two_calls() -> None:
 
 
 def test_without_momentum() -> None:
-    module = recipes.example("with_byol_pytorch")
-    learner = worker.byol_class("stand-in")(module.TinyResNet(), 64, projection_hidden_size=32, use_momentum=False)
+    recipe = recipes.example("with_byol_pytorch")
+    learner = worker.byol_pytorch().BYOL(recipe.TinyResNet(), 64, projection_hidden_size=32, use_momentum=False)
     with pytest.raises(ValueError, match=r"^learner: got a BYOL without target_encoder, expected one with"):
-        module.DenseBYOL(learner, in_channels=64)
+        recipe.DenseBYOL(learner, in_channels=64)
 
 
 def test_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    with mock.patch.dict(sys.modules, {"byol_pytorch": recipes.load(recipes.STANDINS / "byol_learner.py")}):
-        recipes.check_main(recipes.example("with_byol_pytorch"), capsys)
+    worker.byol_pytorch()
+    recipes.check_main(recipes.example("with_byol_pytorch"), capsys)

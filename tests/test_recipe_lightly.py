@@ -1,8 +1,8 @@
-"""docs/recipes/lightly.md: MoCo and BYOL of lightly's examples, over a stand-in of lightly and over lightly itself."""
+"""docs/recipes/lightly.md: MoCo and BYOL of lightly's examples, over lightly itself."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -13,24 +13,16 @@ import pytest
 import recipes
 import torch
 from helpers import assert_close
-from standins import lightly_modules
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.skipif(find_spec("lightly") is None, reason="no lightly")
 
-@pytest.fixture(params=recipes.hosts("lightly"), autouse=True)
-def _host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes `lightly` importable: the stand-in, or itself, where need be with a torchvision that does nothing."""
-    modules: dict[str, ModuleType] = {}
-    if request.param == "stand-in":
-        parts = ("lightly", "lightly.models", "lightly.loss", "lightly.models.modules", "lightly.models.utils")
-        modules = dict.fromkeys(parts, lightly_modules)
-    elif find_spec("torchvision") is None:
-        torchvision, ops = ModuleType("torchvision"), ModuleType("torchvision.ops")
-        ops.StochasticDepth = ops.roi_align = None
-        torchvision.ops = ops
-        modules = {"torchvision": torchvision, "torchvision.ops": ops}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
+
+@pytest.fixture(autouse=True)
+def _torchvision() -> Iterator[None]:
+    """lightly asks for it again when it is used."""
+    with recipes.imported(**recipes.torchvision()):
+        yield
 
 
 def moco(**options: float) -> tuple[ModuleType, Any]:

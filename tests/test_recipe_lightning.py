@@ -12,7 +12,17 @@ import oracle
 import pytest
 import torch
 from helpers import assert_close, numpy64
-from recipes import check_maps, check_momentum, check_queue, disturb, example, info_nce, inputs_of, parameters_of
+from recipes import (
+    check_maps,
+    check_momentum,
+    check_queue,
+    disturb,
+    example,
+    info_nce,
+    inputs_of,
+    parameters_of,
+    truth_of,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +49,7 @@ def test_first_step(recipe: ModuleType, checkpointed: bool) -> None:
     if checkpointed:
         model.criterion.forward = partial(checkpoint, model.criterion.forward, use_reentrant=False)
     disturb(model.backbone, model.head)
-    rows = tuple(numpy64(queue.rows).copy() for queue in (model.image_queue, model.dense_queue))
+    queues = truth_of(model.image_queue), truth_of(model.dense_queue)
     weights = parameters_of(model.head), parameters_of(model.head_k)
     before = parameters_of(model.backbone_k), parameters_of(model.head_k)
     networks = [copy.deepcopy(module).double() for module in (model.backbone, model.backbone_k)]
@@ -49,13 +59,13 @@ def test_first_step(recipe: ModuleType, checkpointed: bool) -> None:
     for seen, network, view in zip((maps_q, maps_k), networks, next(iter(loader_of(recipe))), strict=True):
         check_maps(seen, (network(view.double()),))
     query, key = oracle.head(weights[0], maps_q[0]), oracle.head(weights[1], maps_k[0])
-    image = info_nce(query.image, key.image, rows[0])
-    dense = info_nce(query.dense, key.dense, rows[1], index=oracle.match(query.grid, key.grid).index)
+    image = info_nce(query.image, key.image, queues[0])
+    dense = info_nce(query.dense, key.dense, queues[1], index=oracle.match(query.grid, key.grid).index)
     # float32 views of the metrics; the queues are float64
     assert_close(trainer.callback_metrics["image_loss"], image.loss, 1e-6, "image term")
     assert_close(trainer.callback_metrics["dense_loss"], dense.loss, 1e-6, "dense term")
-    check_queue(model.image_queue, rows[0], key.image)
-    check_queue(model.dense_queue, rows[1], key.pooled)
+    check_queue(model.image_queue, queues[0], key.image)
+    check_queue(model.dense_queue, queues[1], key.pooled)
     check_momentum(model.backbone, model.backbone_k, before[0])
     check_momentum(model.head, model.head_k, before[1])
 

@@ -39,7 +39,7 @@ def test_step(recipe: ModuleType, small_crops: int, checkpointed: bool) -> None:
         model.criterion.forward = partial(checkpoint, model.criterion.forward, use_reentrant=False)
     recipes.disturb(model.backbone, model.head)
     host_queue = numpy64(model.queue).copy()
-    rows = [numpy64(queue.rows).copy() for queue in model.dense_queues]
+    truths = [recipes.truth_of(queue) for queue in model.dense_queues]
     crops = [*recipes.views(6, 64, 64), *recipes.views(6)[:small_crops]]
     pools = model.backbone.avgpool, model.momentum_backbone.avgpool
     with recipes.inputs_of(pools[0]) as maps_q, recipes.inputs_of(pools[1]) as maps_k:
@@ -49,10 +49,10 @@ def test_step(recipe: ModuleType, small_crops: int, checkpointed: bool) -> None:
     queries, keys = ([oracle.head(w, m) for m in maps[:2]] for w, maps in zip(weights, (maps_q, maps_k), strict=True))
     assert (weights[0]["dense_mlp.0.weight"] != weights[1]["dense_mlp.0.weight"]).all()
     image, dense, class_losses, classifier = [], [], [], recipes.parameters_of(model.classifier)
-    for query, key, image_rows, dense_rows in zip(queries, keys[::-1], host_queue[::-1], rows[::-1], strict=True):
+    for query, key, image_rows, truth in zip(queries, keys[::-1], host_queue[::-1], truths[::-1], strict=True):
         index = oracle.match(query.grid, key.grid).index
         image.append(recipes.info_nce(query.image, key.image, image_rows.T, temperature=0.1).loss)
-        dense.append(recipes.info_nce(query.dense, key.dense, dense_rows, index=index, temperature=0.1).loss)
+        dense.append(recipes.info_nce(query.dense, key.dense, truth, index=index, temperature=0.1).loss)
         logits = query.mean @ classifier["weight"].T + classifier["bias"]
         class_losses.append((np.log(np.exp(logits).sum(1)) - logits[np.arange(6), np.arange(6)]).mean())
     assert_close(model.logged["train_dense_loss"], np.mean(dense), recipes.TOLERANCE, "dense term")
@@ -66,7 +66,7 @@ def test_step(recipe: ModuleType, small_crops: int, checkpointed: bool) -> None:
     loss.backward()
     model.on_after_backward()
     for view in (0, 1):
-        recipes.check_queue(model.dense_queues[view], rows[view], keys[view].pooled)
+        recipes.check_queue(model.dense_queues[view], truths[view], keys[view].pooled)
     recipes.check_all_trained(model, model.head)
     optimizer.step()
     before, model.trainer.global_step = recipes.parameters_of(model.head_k), 1
