@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,7 +167,7 @@ class Checkpoint:
                 if name not in wanted
             ]
         raise_all("checkpoint", problems)
-        before = {part: _copies(module.state_dict()) for part, module in modules.items()}
+        before = {part: copy.deepcopy(module.state_dict()) for part, module in modules.items()}
         try:
             for part, module in modules.items():
                 _load(module, getattr(self, part))
@@ -197,10 +197,6 @@ def _given(*modules: nn.Module | None) -> dict[str, nn.Module]:
         if not isinstance(module, nn.Module):
             raise TypeError(f"{part}: got {type(module).__name__}, expected a torch.nn.Module")
     return given
-
-
-def _copies(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def _load(module: nn.Module, state: State) -> None:

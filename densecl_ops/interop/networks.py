@@ -24,7 +24,7 @@ NETWORKS = {
     "ConvNeXt or ResNetV2": (r"stem|downsample_layers", r"stages", r"norm|norm_pre|head\.norm"),
     "RegNet": (r"stem", r"s\d|trunk_output", r"final_conv"),
     "EfficientNet or MobileNet": (r"conv_stem", r"blocks", r"bn\d|conv_head|norm_head"),
-    "CNN of torchvision": (r"features", r"features", r"norm"),
+    "CNN of torchvision": (r"features\.(0|conv0)", r"features", r"norm"),
 }
 
 # What no unknown network is taken to own, unless its prefix leads there.
@@ -42,7 +42,7 @@ def find_networks(names: Iterable[str]) -> dict[str, str]:
     for name in names:
         parts = name.split(".")
         for depth in range(len(parts) - 1):
-            children[".".join([*parts[:depth], ""])].add(parts[depth])
+            children[".".join([*parts[:depth], ""])] |= {parts[depth], ".".join(parts[depth : depth + 2])}
     return {
         prefix: kind
         for prefix, inside in children.items()

@@ -134,6 +134,8 @@ def _root_of_backbone(inside: State, found: tuple[str, str] | None, before: str,
     networks = find_networks(inside)
     of_format = [] if found is None else [found[1] + (FORMATS[found[0]].name_of("backbone_q", "") or "")]
     query = [root for root in networks if not KEY_SIDE.search(root)]
+    stems = {root: next(x for name, x in inside.items() if name.startswith(root)) for root in reversed(query)}
+    query = list({stem.data_ptr(): root for root, stem in stems.items()}.values())  # one module may have two names
     for roots in ([""] if "" in networks else [], of_format, query):
         if len(roots) == 1 and any(name.startswith(roots[0]) for name in inside):
             return roots[0]
