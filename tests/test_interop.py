@@ -605,6 +605,11 @@ def test_arguments_and_files(tmp_path: Path) -> None:
         (lambda: read_checkpoint({"state_dict": 3}), ValueError, "state_dict: got int"),
         (lambda: read_checkpoint(holding("net.weight")), ValueError, "got names such as net.weight, expected those of"),
         (lambda: read_checkpoint({}), ValueError, "prefix: got ''"),
+        (
+            lambda: read_checkpoint(holding("fc.weight"), "backbone", prefix=""),
+            ValueError,
+            "got names such as fc.weight",
+        ),
         (lambda: read_checkpoint({}, format="mmcv"), ValueError, "format: got 'mmcv'"),
         (lambda: read_checkpoint(holding("."), format="moco"), ValueError, r"got names .*, expected those of 'moco'"),
         (lambda: read_checkpoint({}, prefix=3), TypeError, "prefix: got int"),

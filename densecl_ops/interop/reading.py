@@ -142,8 +142,8 @@ def _root_of_backbone(inside: State, found: tuple[str, str] | None, before: str,
     if networks:
         what = f"{len(query)} networks" if query else "momentum encoders alone"
         kinds = ", ".join(f"{before + root!r} ({kind})" for root, kind in networks.items())
-        raise ValueError(f'prefix: got {what}, expected one to be chosen, with format="backbone" and prefix= {kinds}')
-    if not unknown_too:
+        raise ValueError(f'prefix: got {what}, expected a choice: format="backbone" and one of these prefixes: {kinds}')
+    if not unknown_too or not any(belongs(name, None) for name in inside):
         raise ValueError(_not_recognised(inside, before, f"{', '.join(NAMES[:-1])} or a known network"))
     return ""
 
