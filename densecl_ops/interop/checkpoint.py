@@ -85,9 +85,9 @@ class Checkpoint:
         """Copies the state of live modules; training on does not change the copy.
 
         Names are those of the modules themselves: what torch.compile, DataParallel, DistributedDataParallel,
-        AveragedModel, activation checkpointing and FSDP put into them, around a module or inside it, is taken out, and
-        nn.Sequential(*resnet.children()) gets the names of its children. Shards of FSDP2 are gathered: there every
-        rank must call it.
+        AveragedModel, activation checkpointing and FSDP put into them, around a module or inside it, is taken out. The
+        children of a ResNet that nn.Sequential gave numbers get their names. Shards of FSDP2 are gathered: there
+        every rank must call it.
 
         Args:
             backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue: The modules of these parts; backbones

@@ -48,7 +48,7 @@ def read_checkpoint(
             it. Inside names, what torch.compile, activation checkpointing and FSDP put there is taken out in any case.
 
     Returns:
-        Checkpoint. Numbers that nn.Sequential(*resnet.children()) gave to the children of a ResNet are its names again.
+        Checkpoint. The children of a ResNet that nn.Sequential gave numbers have their names again.
 
     Raises:
         FileNotFoundError: There is no such file.
