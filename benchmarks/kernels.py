@@ -79,7 +79,9 @@ def compile_case(case: Case) -> Compiled:
 
     try:
         kernel, arguments = _catch_launch(case)
-        options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+        options = {
+            name: arguments.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in arguments
+        }
         signature, constants, attributes = _specialise(kernel.arg_names, arguments, "unaligned" in case.variant)
         if case.target.startswith("gfx"):
             target = GPUTarget("hip", case.target, 64)
@@ -222,8 +224,8 @@ def _specialise(
 
 def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
     """The arguments with which the package would launch this kernel on the target."""
-    from densecl_ops import _launch
-    from densecl_ops.info_nce import triton_configs
+    from densecl_ops import _triton
+    from densecl_ops.info_nce import triton_plan
 
     caught: dict[str, dict[str, Any]] = {}
 
@@ -237,12 +239,12 @@ def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
     module, run = LAUNCHES[case.kernel]
     names = [name for name in vars(module().kernels) if name.endswith("_kernel")]
     originals = {name: getattr(module().kernels, name) for name in names}
-    device = _launch.Device(case.target, TARGETS[case.target][0])
+    device = _triton.Device(case.target, TARGETS[case.target][0])
     patches: list[Any] = [mock.patch.object(module().kernels, name, Recorder(name)) for name in names]
-    patches.append(mock.patch.object(_launch, "describe", return_value=device))
+    patches.append(mock.patch.object(_triton, "describe", return_value=device))
     for form, config in TUNED.items():
         if form in case.variant:
-            patches.append(mock.patch.object(triton_configs, "choose", return_value=config))
+            patches.append(mock.patch.object(triton_plan, "choose", return_value=config))
     for patch in patches:
         patch.start()
     try:

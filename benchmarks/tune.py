@@ -1,13 +1,12 @@
 """Times other tile shapes for attend_kernel on this GPU, beside the row of the table it would replace.
 
-Nothing is changed by a run: whoever finds a better row writes it into densecl_ops/info_nce/triton_configs.py, with the
+Nothing is changed by a run: whoever finds a better row writes it into densecl_ops/info_nce/triton_plan.py, with the
 number, and runs the tests. Needs a GPU, or the interpreter (TRITON_INTERPRET=1) to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -19,10 +18,10 @@ from benchmarks import loss
 from benchmarks.measure import Row, compare, relative_error
 from benchmarks.records import OURS, Shape, Suite, print_rows
 from benchmarks.rivals import Inputs
-from densecl_ops import _launch
+from densecl_ops import _triton
 from densecl_ops._types import BackendName
-from densecl_ops.info_nce import triton_configs
-from densecl_ops.info_nce.triton_configs import Config
+from densecl_ops.info_nce import triton_plan
+from densecl_ops.info_nce.triton_plan import Config
 
 # What compiles for sm_90 without spills (16 bits, D = 128) and can win: two or three programs per multiprocessor let
 # the exponentials of one overlap the products of another. The most likely first. Ranks take registers of their own.
@@ -33,7 +32,7 @@ CANDIDATES = (
     Config(64, 64, 4, 3, 3),
     Config(128, 32, 8, 3, 2),
 )
-WITH_RANK = (Config(64, 128, 4, 3, 2), Config(128, 128, 8, 3))
+WITH_RANK = (Config(64, 128, 4, 3, 2), Config(128, 64, 8, 3))
 
 
 def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
@@ -46,14 +45,13 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     device: torch.device = arguments.device
     dtype = getattr(torch, shape["dtype"])
     inputs = [loss.make_inputs(shape["n"], shape["k"], shape["d"], dtype, device, seed) for seed in range(2)]
-    architecture = _launch.describe(device).architecture
-    table = functools.partial(triton_configs.choose, architecture, dtype, shape["d"])
-    present = table()
+    architecture = _triton.describe(device).architecture
+    present = triton_plan.choose(architecture, dtype, shape["d"])
     run = loss.step if shape["mode"] == "train" else loss.evaluate
 
     def entry(config: Config, form: Callable[[Inputs, BackendName], Tensor]) -> Callable[[Inputs], Any]:
         def timed(one: Inputs) -> Any:
-            with mock.patch.object(triton_configs, "choose", return_value=config):
+            with mock.patch.object(triton_plan, "choose", return_value=config):
                 return run(lambda x: form(x, "triton"), one)
 
         return timed
@@ -61,9 +59,9 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     entries = {OURS: entry(present, loss.ours)}
     for config in CANDIDATES:
         chunked = config._replace(chunk_d=present.chunk_d)
-        if not config.descriptor or triton_configs.tile_by_descriptor(architecture, chunked, shape["d"]):
+        if not config.descriptor or triton_plan.tile_by_descriptor(architecture, chunked, shape["d"]):
             entries[_name(config)] = entry(chunked, loss.ours)
-    for config in (table(lean=False), *WITH_RANK):
+    for config in (present, *WITH_RANK):
         entries[f"rank, {_name(config)}"] = entry(config._replace(chunk_d=present.chunk_d), loss.ours_with_rank)
     rows = compare(entries, inputs, device, cold=False, seconds=arguments.seconds)
     exact_loss, exact_gradient = loss.exact(inputs[0])

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from densecl_ops import _launch
+from densecl_ops import _triton
 from densecl_ops._checks import is_traced, require_choice
 from densecl_ops._types import BackendName
 
@@ -73,13 +73,13 @@ def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> st
         return "the triton package is not installed (pip install 'densecl-ops[triton]')"
     if version < OLDEST_TRITON:
         return f"it needs triton {_dotted(OLDEST_TRITON)}, and {_dotted(version)} is installed"
-    if device_type != "cuda" and not (device_type == "cpu" and _launch.interpreting()):
+    if device_type != "cuda" and not (device_type == "cpu" and _triton.interpreting()):
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     # Code being traced cannot ask the device: there the launchers refuse it, with the same words.
     if device_type == "cuda" and not is_traced(tensor):
-        architecture = _launch.describe(tensor.device).architecture
-        if architecture not in _launch.FAMILIES:
-            return _launch.unknown(architecture)
+        architecture = _triton.describe(tensor.device).architecture
+        if architecture not in _triton.FAMILIES:
+            return _triton.unknown(architecture)
     if dtype == torch.float64:
         return "it has no float64 kernels"
     if channels > WIDEST:

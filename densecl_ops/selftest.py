@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import densecl_ops
-from densecl_ops import _backends, _launch
+from densecl_ops import _backends, _triton
 from densecl_ops._types import BackendName
 from densecl_ops.functional import dense_correspondence, dense_info_nce
 
@@ -276,7 +276,7 @@ def environment(device: torch.device, backend: str) -> dict[str, Any]:
     }
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
-        found |= _launch.describe(device)._asdict()
+        found |= _triton.describe(device)._asdict()
         found["toolkit"] = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         found["driver"] = _driver()
     return found
@@ -319,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="leave out the real sizes")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kernels = device.type == "cuda" or _launch.interpreting()
+    kernels = device.type == "cuda" or _triton.interpreting()
     obstacle = _backends.triton_obstacle(torch.empty(0, device=device), torch.float32) if kernels else None
     backend: BackendName = "triton" if kernels and obstacle is None else "blockwise"
     about = environment(device, backend) | ({"no kernels since": obstacle} if obstacle else {})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import dense_correspondence, dense_info_nce
-from densecl_ops.info_nce import triton_configs
+from densecl_ops.info_nce import triton_plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,8 +125,8 @@ def test_no_race_with_every_multiprocessor_busy(monkeypatch: pytest.MonkeyPatch,
     left of the loss's error is float32's: 1e-6 at a scale of 8, where one tile of 128 other negatives in the place of
     the right ones moves half of the losses by 9e-5 and more.
     """
-    choose = triton_configs.choose
-    monkeypatch.setattr(triton_configs, "choose", lambda *of: choose(*of)._replace(descriptor=descriptor))
+    choose = triton_plan.choose
+    monkeypatch.setattr(triton_plan, "choose", lambda *of: choose(*of)._replace(descriptor=descriptor))
     temperature = math.log2(math.e) / scale
     arguments = inputs(256, 7, torch.bfloat16)
     arguments["query"] = exact_rows(256, 49).mT.unflatten(2, (7, 7))

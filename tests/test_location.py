@@ -255,9 +255,9 @@ def test_every_rule_under_every_option(name: str, reduction: str, backend: str) 
 
 def test_a_rule_in_the_triton_interpreter() -> None:
     pytest.importorskip("triton", minversion="3.6")
-    from densecl_ops import _launch
+    from densecl_ops import _triton
 
-    if not torch.cuda.is_available() and not _launch.interpreting():
+    if not torch.cuda.is_available() and not _triton.interpreting():
         pytest.skip("needs a GPU or TRITON_INTERPRET=1")
     found, truth = rule("location and mutual")
     case = replace(loss_case(found, torch.float32), weight=torch.rand(3, 12), exclude=torch.tensor([2, 8, 0]))

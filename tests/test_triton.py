@@ -28,18 +28,18 @@ from torch import Tensor
 triton = pytest.importorskip("triton", minversion="3.6")
 
 from benchmarks import sanitize  # noqa: E402
-from densecl_ops import _backends, _launch  # noqa: E402
+from densecl_ops import _backends, _triton  # noqa: E402
 from densecl_ops.correspondence import triton_launch as fused_matching  # noqa: E402
 from densecl_ops.functional import dense_correspondence, dense_info_nce  # noqa: E402
-from densecl_ops.info_nce import triton_configs  # noqa: E402
 from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
+from densecl_ops.info_nce import triton_plan  # noqa: E402
 from densecl_ops.info_nce.problem import Problem  # noqa: E402
 
 FLOAT32 = 8e-6  # relative error norm; eager float32 stays below 2e-6 on the same cases
 LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "swapped")
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and not _launch.interpreting(), reason="needs a GPU or TRITON_INTERPRET=1"
+    not torch.cuda.is_available() and not _triton.interpreting(), reason="needs a GPU or TRITON_INTERPRET=1"
 )
 
 
@@ -52,12 +52,12 @@ def case_of(**options: Any) -> Case:
 def loaded_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """How whole tiles of the queue come. `descriptor` is what a test expects; on a GPU float32 takes pointers."""
     expected = SimpleNamespace(descriptor=request.param == "descriptor")
-    choose, built = triton_configs.choose, mock.Mock(wraps=fused.TensorDescriptor)
+    choose, built = triton_plan.choose, mock.Mock(wraps=fused.TensorDescriptor)
     field = {"descriptor": expected.descriptor}
-    monkeypatch.setattr(triton_configs, "choose", lambda *arguments: choose(*arguments)._replace(**field))
+    monkeypatch.setattr(triton_plan, "choose", lambda *arguments: choose(*arguments)._replace(**field))
     monkeypatch.setattr(fused, "TensorDescriptor", built)
     yield expected
-    assert built.called == expected.descriptor or not _launch.interpreting()
+    assert built.called == expected.descriptor or not _triton.interpreting()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -271,12 +271,12 @@ def test_plan_uses_the_device() -> None:
 
     98 blocks leave 34 idle; four parts of the queue are 392 programs, three rounds of 132 but for 4.
     """
-    per_split = fused.plan_split(items=1568, length=65536, block=128, step=128, slots=132)
+    per_split = triton_plan.plan_split(items=1568, length=65536, block=128, step=128, slots=132)
     assert per_split % 128 == 0
     assert 13 * -(-65536 // per_split) in range(125, 133)
-    assert fused.plan_split(items=12544, length=65536, block=128, step=128, slots=132) == 65536 // 4
-    assert fused.plan_split(items=50176, length=65536, block=128, step=128, slots=132) == 65536
-    assert fused.plan_split(items=64, length=100, block=128, step=128, slots=132) == 128
+    assert triton_plan.plan_split(items=12544, length=65536, block=128, step=128, slots=132) == 65536 // 4
+    assert triton_plan.plan_split(items=50176, length=65536, block=128, step=128, slots=132) == 65536
+    assert triton_plan.plan_split(items=64, length=100, block=128, step=128, slots=132) == 128
 
 
 # ---- matching ------------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ class OnGpu(Tensor):
 def test_an_architecture_that_was_never_compiled_for(
     monkeypatch: pytest.MonkeyPatch, architecture: str, chosen: str
 ) -> None:
-    monkeypatch.setattr(_launch, "describe", lambda device: _launch.Device(architecture, 40))
+    monkeypatch.setattr(_triton, "describe", lambda device: _triton.Device(architecture, 40))
     tensor = torch.zeros(1).as_subclass(OnGpu)
     _backends._warn_slow.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
@@ -515,23 +515,23 @@ def test_products_follow_the_float32_setting_of_torch() -> None:
     """Both interfaces of torch; in a process of its own, since torch refuses to mix them."""
     program = """
 import torch
-from densecl_ops import _launch
-from densecl_ops.info_nce import triton_launch
+from densecl_ops import _triton
+from densecl_ops.info_nce import triton_plan
 from densecl_ops.info_nce.problem import Problem
-_launch.describe = lambda device: _launch.Device("sm_90", 132)
+_triton.describe = lambda device: _triton.Device("sm_90", 132)
 query, negatives = torch.zeros(1, 16, 4), torch.zeros(8, 16)
 problem = Problem(query, query, negatives, 5.0, None, None, None, None, False, torch.float32, torch.float32)
-found = [triton_launch._precision(problem)]
+found = [triton_plan.precision(problem)]
 for setting in ("high", "medium", "highest"):
     torch.set_float32_matmul_precision(setting)
-    found.append(triton_launch._precision(problem))
+    found.append(triton_plan.precision(problem))
 torch.backends.cuda.matmul.allow_tf32 = True
-found.append(triton_launch._precision(problem))
+found.append(triton_plan.precision(problem))
 if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
     for owner, setting in ((torch.backends.cuda.matmul, "ieee"), (torch.backends.cuda.matmul, "tf32")):
         owner.fp32_precision = setting
-        found.append(triton_launch._precision(problem))
-found.append(triton_launch._precision(problem._replace(matmul_dtype=torch.bfloat16)))
+        found.append(triton_plan.precision(problem))
+found.append(triton_plan.precision(problem._replace(matmul_dtype=torch.bfloat16)))
 print(*found)
 """
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()

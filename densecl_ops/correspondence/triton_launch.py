@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from densecl_ops import _launch
+from densecl_ops import _triton
 from densecl_ops.correspondence import triton_kernels as kernels
 
 ONE_TILE = 64  # positions; 128 x 128 tiles that find the norms on the way spill up to 396 bytes (sm_80)
@@ -30,7 +30,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
         dtype = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(dtype), key.to(dtype)
     queries, keys = query.shape[2], key.shape[2]
-    architecture = _launch.describe(query.device).architecture
+    architecture = _triton.describe(query.device).architecture
     config = choose(architecture, query.dtype, max(queries, keys))
     one_tile = max(queries, keys) <= ONE_TILE
     inverse_norms = (None, None) if one_tile else (_inverse_norm(query), _inverse_norm(key))
@@ -44,7 +44,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
 
 def choose(architecture: str, dtype: torch.dtype, positions: int) -> Config:
     """The tile for a grid of so many positions; up to ONE_TILE it holds a whole image, which saves the norms."""
-    if _launch.family(architecture) == "interpreter":  # every tile step costs milliseconds there, whatever its size
+    if _triton.family(architecture) == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(64, 64, 128, 4, 1)
     if (
         positions <= ONE_TILE
@@ -64,11 +64,11 @@ def _search(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     images, channels, queries = query.shape
     keys = key.shape[2]
-    architecture = _launch.describe(query.device).architecture
+    architecture = _triton.describe(query.device).architecture
     index = query.new_empty((images, queries), dtype=torch.int64)
     score = query.new_empty((images, queries), dtype=torch.float32)
     back = query.new_empty((images, keys), dtype=torch.int64) if both_ways else None
-    with _launch.launching_on(query):
+    with _triton.launching_on(query):
         kernels.match_kernel[(images * triton.cdiv(queries, config.block_q),)](
             query_ptr=query,
             key_ptr=key,
@@ -80,19 +80,20 @@ def _search(
             query_positions=queries,
             key_positions=keys,
             channels=channels,
-            **_launch.strides("query", query.stride(), "bcp"),
-            **_launch.strides("key", key.stride(), "bcp"),
-            PRECISION=_launch.float32_precision(query.dtype, architecture),
+            **_triton.strides("query", query.stride(), "bcp"),
+            **_triton.strides("key", key.stride(), "bcp"),
+            PRECISION=_triton.float32_precision(query.dtype, architecture),
             UPCAST=query.device.type == "cpu",
             # A second use of a tile, beside a wgmma in flight, makes Triton 3.6 to 3.9 allot one buffer too few (issue
             # 6691 there): the next copy overwrites it. Products are no second use. float32 is split in registers.
-            GRAM=_launch.family(architecture) == "wgmma" and query.element_size() == 2,
+            GRAM=_triton.family(architecture) == "wgmma" and query.element_size() == 2,
             EVEN_C=channels % config.block_c == 0,
             BLOCK_Q=config.block_q,
             BLOCK_K=config.block_k,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **_triton.OPTIONS,
         )
     return index, score, back
 
@@ -100,16 +101,17 @@ def _search(
 def _inverse_norm(features: Tensor) -> Tensor:
     images, channels, positions = features.shape
     out = features.new_empty((images, positions), dtype=torch.float32)
-    with _launch.launching_on(features):
+    with _triton.launching_on(features):
         kernels.inverse_norm_kernel[(images * triton.cdiv(positions, 64),)](
             features_ptr=features,
             out_ptr=out,
             positions=positions,
             channels=channels,
-            **_launch.strides("", features.stride(), "bcp"),
+            **_triton.strides("", features.stride(), "bcp"),
             EVEN_C=channels % 64 == 0,
             BLOCK_P=64,
             BLOCK_C=64,
             num_warps=4,
+            **_triton.OPTIONS,
         )
     return out

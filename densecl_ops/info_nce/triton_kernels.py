@@ -393,15 +393,11 @@ def grad_negatives_kernel(
 
 @triton.jit
 def grad_key_kernel(
-    query_ptr,  # (B, D, P) raw
-    key_ptr,  # (B, D, P_k) raw
-    weight_ptr,  # (B, P): -(upstream gradient) * (1 - p+) / t
+    rows_ptr,  # (B, P, D) float32: what each query adds to the gradient of the unit key that it matches
     order_ptr,  # (B, P) int64: query positions sorted by the key position they match
     bound_ptr,  # (B, P_k + 1) int64: where each key position's queries start in `order`
     out_ptr,  # out (B, P_k, D) float32
     positions, key_positions,
-    query_stride_b, query_stride_d, query_stride_p,
-    key_stride_b, key_stride_d, key_stride_p,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program b * P_k + j: key position j of image b, the sum over the queries that share it, in a fixed order."""
@@ -409,24 +405,11 @@ def grad_key_kernel(
     image = (tl.program_id(0) // key_positions).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
     bound = bound_ptr + image * (key_positions + 1) + target
-    start = tl.load(bound)
     stop = tl.load(bound + 1)
     grad = tl.zeros([BLOCK_D], tl.float32)
-    for p in tl.range(start, stop, BLOCK_P):
-        slot = p + tl.arange(0, BLOCK_P)
-        exists = slot < stop
-        position = tl.load(order_ptr + image * positions + slot, mask=exists, other=0)
-        offset = image * query_stride_b + position * query_stride_p
-        query = _load_rows(query_ptr, offset, channel, query_stride_d, exists, CHANNELS, False)
-        weight = tl.load(weight_ptr + image * positions + position, mask=exists, other=0.0)
-        query = query * (_inverse_norm(query) * weight)[:, None]
-        grad += tl.sum(tl.where((weight == 0)[:, None], 0.0, query), 0)  # a row left out may hold NaN
-
-    row = tl.full([1], 0, tl.int64)
-    offset = image * key_stride_b + target * key_stride_p + row
-    key = _load_rows(key_ptr, offset, channel, key_stride_d, row == 0, CHANNELS, False)
-    inverse_norm = _inverse_norm(key)[:, None]
-    key *= inverse_norm
-    grad = (grad[None, :] - key * tl.sum(grad[None, :] * key, 1)[:, None]) * inverse_norm
-    pointers = out_ptr + (image * key_positions + target) * CHANNELS + channel[None, :]
-    tl.store(pointers, grad, mask=(channel < CHANNELS)[None, :])
+    for first in tl.range(tl.load(bound), stop, BLOCK_P):
+        slot = first + tl.arange(0, BLOCK_P)
+        position = tl.load(order_ptr + image * positions + slot, mask=slot < stop, other=0)
+        grad += tl.sum(_load_tile(rows_ptr, image * positions + position, channel, slot < stop, CHANNELS), 0)
+    pointers = out_ptr + (image * key_positions + target) * CHANNELS + channel
+    tl.store(pointers, grad, mask=channel < CHANNELS)

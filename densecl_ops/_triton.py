@@ -1,4 +1,4 @@
-"""What both Triton backends need for a launch: the device, its precision, strides as arguments."""
+"""What both Triton backends need of Triton: the device it compiles for, its precision, options of every launch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ FAMILIES = {
     "gfx950": "mfma",
     "interpreter": "interpreter",
 }
+
+# Whether a * b + c becomes one instruction: so by default up to Triton 3.9, which warns, and not from 3.10 on.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 class Device(NamedTuple):
