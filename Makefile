@@ -32,7 +32,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python docs/examples/pretrain.py --overwrite
+	$(BIN)/python docs/examples/pretrain.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

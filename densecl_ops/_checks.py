@@ -285,7 +285,9 @@ def outside_inference(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tensors
 
 
-def require_index(name: str, index: Look, shape: tuple[int, ...], reference_name: str, reference: Look) -> None:
+def require_index(
+    name: str, index: Tensor | Look, shape: tuple[int, ...], reference_name: str, reference: Tensor | Look
+) -> None:
     """An integer tensor of the given shape on the device of the reference."""
     require_integer_dtype(name, index)
     require_shape(name, index, shape)

@@ -228,14 +228,21 @@ def dense_direction(maps: tuple[np.ndarray, np.ndarray], prediction: np.ndarray,
 
 
 def byol_terms(
-    maps: tuple[np.ndarray, np.ndarray], heads: tuple[nn.Module, nn.Module], predictors: tuple[nn.Module, nn.Module]
+    maps: tuple[np.ndarray, np.ndarray],
+    heads: tuple[nn.Module, nn.Module],
+    predictors: tuple[nn.Module, nn.Module],
+    contrastive: bool = True,
 ) -> tuple[float, float]:
     """Mean cosine and dense term of one direction, from maps (B, C, H, W) and the weights of BYOL's networks."""
     grids = tuple(x.reshape(*x.shape[:2], -1) for x in maps)
     image, key = (perceptron(h.image_mlp, x.mean(2, keepdims=True)) for h, x in zip(heads, grids, strict=True))
     dense, dense_key = (perceptron(h.dense_mlp, x) for h, x in zip(heads, grids, strict=True))
     cosine = oracle.unit(perceptron(predictors[0], image), 1)[0] * oracle.unit(key, 1)[0]
-    return cosine.sum(1).mean(), dense_direction(grids, perceptron(predictors[1], dense), dense_key)
+    query = perceptron(predictors[1], dense)
+    if contrastive:
+        return cosine.sum(1).mean(), dense_direction(grids, query, dense_key)
+    matched = np.take_along_axis(dense_key, oracle.match(*grids).index[:, None, :], 2)
+    return cosine.sum(1).mean(), (2 - 2 * (oracle.unit(query, 1)[0] * oracle.unit(matched, 1)[0]).sum(1)).mean()
 
 
 PRINTED = r"(image|byol)(_loss)? -?\d+\.\d+, dense(_loss)? \d+\.\d+"  # by every example

@@ -29,8 +29,10 @@ SIGNATURES = {
     "functional.boxes_from_torchvision": "params, image_size=None",
     "functional.dense_correspondence": "query_features, key_features, *, grid_size=None, mutual=False, "
     "min_score=None, backend='auto'",
+    "functional.dense_cosine": "query, key, correspondence=None, *, weight=None, reduction='mean'",
     "functional.dense_info_nce": "query, key, negatives, correspondence=None, *, temperature=0.2, reduction='mean', "
     "weight=None, exclude=None, return_rank=False, backend='auto'",
+    "functional.gather_matches": "key, correspondence",
     "functional.in_batch_negatives": "keys, *, process_group=None, gather_distributed=True",
     "functional.location_correspondence": "query_boxes, key_boxes, query_grid, key_grid=None, *, query_flip=None, "
     "key_flip=None, max_distance=0.7",

@@ -105,6 +105,7 @@ RUNS = {
     "README.md": run_steps,
     "docs/index.md": run_steps,
     "docs/faq.md": run_in_order(),
+    "docs/multi-crop.md": run_in_order(),
     "docs/matching.md": run_in_order("kornia"),
     "docs/training.md": run_in_order("matplotlib"),
     "docs/distributed.md": run_on_two_processes,

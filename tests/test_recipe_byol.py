@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import recipes
 from helpers import assert_close
 
 
-def test_step() -> None:
-    model = recipes.example("byol_loop").Trainer(momentum=0.9).double()
+@pytest.mark.parametrize("contrastive", [True, False])
+def test_step(contrastive: bool) -> None:
+    model = recipes.example("byol_loop").Trainer(momentum=0.9, contrastive=contrastive).double()
     recipes.disturb(model.target)
     images = recipes.views(6, 24, 16)
     with recipes.inputs_of(model.online.head) as maps_q, recipes.inputs_of(model.target.head) as maps_k:
@@ -16,7 +18,7 @@ def test_step() -> None:
     recipes.check_maps(maps_q, tuple(map(model.online.backbone, images)))
     recipes.check_maps(maps_k, tuple(map(model.target.backbone, images)))
     heads, predictors = (model.online.head, model.target.head), (model.predictor, model.dense_predictor)
-    both = [recipes.byol_terms(maps, heads, predictors) for maps in zip(maps_q, maps_k[::-1], strict=True)]
+    both = [recipes.byol_terms(maps, heads, predictors, contrastive) for maps in zip(maps_q, maps_k[::-1], strict=True)]
     cosine, dense = np.transpose(both)
     assert_close(image_loss, (1 - cosine).sum(), recipes.TOLERANCE, "image term")
     assert_close(dense_loss, dense.mean(), recipes.TOLERANCE, "dense term")

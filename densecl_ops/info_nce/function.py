@@ -6,20 +6,18 @@ import functools
 import math
 import warnings
 import weakref
-from typing import Literal, NamedTuple, get_args, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from densecl_ops import _backends, _checks
+from densecl_ops import _backends, _checks, _pairs
 from densecl_ops._checks import Look
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._recomputation import guard, note
 from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce import autograd, eager
 from densecl_ops.info_nce.problem import Problem
-
-REDUCTIONS = get_args(Reduction)
 
 
 @overload
@@ -140,10 +138,10 @@ def dense_info_nce(
         >>> loss.dtype, rank.shape, query.grad.shape
         (torch.float32, torch.Size([4, 49]), torch.Size([4, 128, 7, 7]))
     """
-    _checks.require_choice("reduction", reduction, REDUCTIONS)
+    _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
     return_rank = _checks.require_bool("return_rank", return_rank)
     rows, count, unit_rows = _negatives(negatives)
-    index, valid, name = _correspondence(correspondence)
+    index, valid, name = _pairs.parts(correspondence)
     look = _checks.look
     seen = Seen(
         query=look("query", query),
@@ -185,7 +183,7 @@ def dense_info_nce(
             loss, rank = eager.row_loss(problem, return_rank)
     else:
         loss, rank = autograd.row_loss(problem, return_rank, chosen, traced)
-    loss = _reduce(loss, _row_weight(weight, valid, dtype), reduction)
+    loss = _pairs.reduce(loss, _pairs.row_weight(weight, valid, dtype), reduction)
     if not traced:
         loss = guard(loss, rows)
     return (loss, rank) if return_rank else loss
@@ -199,18 +197,6 @@ def _negatives(negatives: Tensor | NegativeQueue) -> tuple[Tensor, Tensor | None
     if not isinstance(rows, Tensor) or not isinstance(count, Tensor):
         raise TypeError(f"negatives: got {type(negatives).__name__}, expected a (K, D) tensor or a MomentumQueue")
     return rows, count, getattr(negatives, "unit_rows", False) is True
-
-
-def _correspondence(match: Correspondence | Tensor | None) -> tuple[Tensor | None, Tensor | None, str]:
-    """Index, validity, and what to call the index."""
-    if match is None or isinstance(match, Tensor):
-        return match, None, "correspondence"
-    index, valid = getattr(match, "index", None), getattr(match, "valid", None)
-    if not isinstance(index, Tensor) or not isinstance(valid, Tensor):
-        raise TypeError(
-            f"correspondence: got {type(match).__name__}, expected a Correspondence, an integer tensor or None"
-        )
-    return index, valid, "correspondence.index"
 
 
 Fields = tuple[torch.Size, torch.dtype, torch.device]  # of a Look
@@ -233,9 +219,9 @@ class Seen(NamedTuple):
 def _check(seen: Seen) -> tuple[torch.dtype, torch.dtype]:
     """Checks shapes, dtypes and devices; returns the dtypes of the loss and of the products with the negatives."""
     query, key, negatives = Look(*seen.query), Look(*seen.key), Look(*seen.negatives)
-    batch, channels, positions = _checks.require_map("query", query)
-    *_, key_positions = _checks.require_map("key", key)
-    _checks.require_paired_maps("query", query, "key", key)
+    matches, valid, weight = (None if x is None else Look(*x) for x in (seen.matches, seen.valid, seen.weight))
+    _pairs.require_pairs(query, key, matches, valid, weight, seen.index_name)
+    batch, channels = query.shape[:2]
     _checks.require_float_dtype("negatives", negatives)
     if len(negatives.shape) != 2 or negatives.shape[1] != channels or negatives.shape[0] == 0:
         hint = ""
@@ -248,26 +234,8 @@ def _check(seen: Seen) -> tuple[torch.dtype, torch.dtype]:
     _checks.require_same_device("negatives", negatives, "query", query)
     if seen.existing is not None:
         _checks.require_index("negatives.count", Look(*seen.existing), (), "query", query)
-    rows = (batch, positions)
-    if seen.matches is None:
-        grids_differ = len(query.shape) == len(key.shape) == 4 and query.shape[2:] != key.shape[2:]
-        if grids_differ or positions != key_positions:
-            raise ValueError(
-                f"key: got shape {_checks.shape_of(key)} beside a query of {_checks.shape_of(query)}, "
-                "expected the same grid, since correspondence is None"
-            )
-    else:
-        _checks.require_index(seen.index_name, Look(*seen.matches), rows, "query", query)
-    if seen.valid is not None:
-        _checks.require_mask_like("correspondence.valid", Look(*seen.valid), rows, "query", query)
     if seen.exclude is not None:
         _checks.require_index("exclude", Look(*seen.exclude), (batch,), "query", query)
-    if seen.weight is not None:
-        weight = Look(*seen.weight)
-        if weight.dtype != torch.bool:
-            _checks.require_float_dtype("weight", weight)
-        _checks.require_shape("weight", weight, rows)
-        _checks.require_same_device("weight", weight, "query", query)
     dtype = accumulation_dtype(query, key, negatives)
     return dtype, dtype if dtype == torch.float64 else torch.promote_types(query.dtype, negatives.dtype)
 
@@ -344,24 +312,3 @@ def _scales(
             _checks.require_temperature("temperature", float(temperature.detach()))
         return None, temperature.to(dtype).reciprocal()
     return 1.0 / _checks.require_temperature("temperature", temperature), None
-
-
-def _row_weight(weight: Tensor | None, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`weight` with invalid rows at 0, in the dtype of the loss; None if every row counts alike."""
-    if weight is None:
-        return None if valid is None else valid.to(dtype)
-    weight = weight.to(dtype)
-    return weight if valid is None else weight.masked_fill(~valid, 0.0)
-
-
-def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    if weight is not None:
-        loss = loss.masked_fill(weight == 0, 0.0) * weight
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if weight is None:
-        return loss.mean()
-    total = weight.sum()
-    return loss.sum() / total.masked_fill(total == 0, 1.0)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from densecl_ops import _backends, _checks
+from densecl_ops import _backends, _checks, _pairs
 from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
-from densecl_ops.info_nce.function import REDUCTIONS, dense_info_nce
+from densecl_ops.info_nce.function import dense_info_nce
 
 
 class DenseInfoNCELoss(nn.Module):
@@ -53,7 +53,7 @@ class DenseInfoNCELoss(nn.Module):
         backend: BackendName = "auto",
     ) -> None:
         super().__init__()
-        _checks.require_choice("reduction", reduction, REDUCTIONS)
+        _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
         _checks.require_bool("learnable_temperature", learnable_temperature)
         _checks.require_choice("backend", backend, _backends.BACKENDS)
         self._start = _checks.require_temperature("temperature", temperature)

@@ -1,6 +1,7 @@
-"""BYOL as a plain loop, with a dense term: a dense predictor, and the other images of the batch as negatives.
+"""BYOL as a plain loop, with a dense term: a dense predictor, and the other images of the batch as negatives or none.
 
     python docs/examples/byol_loop.py --steps 3
+    python docs/examples/byol_loop.py --steps 3 --no-negatives
 
 docs/recipes/byol.md shows the lines that BYOL does not have.
 """
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, Projection
-from densecl_ops.functional import in_batch_negatives
+from densecl_ops.functional import dense_cosine, in_batch_negatives
 
 DIM, HIDDEN = 128, 256  # of the projections, and of projector and predictors (BYOL on ResNet-50: 256 and 4,096)
 
@@ -40,9 +41,10 @@ class Encoder(nn.Module):
 class Trainer(nn.Module):
     """All state of the run: its state_dict is the checkpoint."""
 
-    def __init__(self, momentum: float = 0.99, temperature: float = 0.2) -> None:
+    def __init__(self, momentum: float = 0.99, temperature: float = 0.2, contrastive: bool = True) -> None:
         super().__init__()
         self.momentum = momentum
+        self.contrastive = contrastive
         self.online = Encoder()
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.predictor = nn.Sequential(
@@ -66,9 +68,13 @@ class Trainer(nn.Module):
             image_loss = image_loss + (1 - F.cosine_similarity(prediction, key.image)).mean()
 
             dense_prediction = self.dense_predictor(query.dense)
-            negatives, own = in_batch_negatives(key.pooled)  # one row per image, over all ranks
             match = self.match(map_q, map_k)
-            dense_loss = dense_loss + 0.5 * self.criterion(dense_prediction, key.dense, negatives, match, exclude=own)
+            if self.contrastive:
+                negatives, own = in_batch_negatives(key.pooled)  # one row per image, over all ranks
+                term = self.criterion(dense_prediction, key.dense, negatives, match, exclude=own)
+            else:
+                term = dense_cosine(dense_prediction, key.dense, match)
+            dense_loss = dense_loss + 0.5 * term
         return image_loss, dense_loss
 
     @torch.no_grad()
@@ -87,10 +93,11 @@ def two_views(images: Tensor) -> tuple[Tensor, Tensor]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A few steps on random images.")
     parser.add_argument("--steps", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--no-negatives", action="store_true", help="the dense term is a cosine, as BYOL's own")
     args = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    model = Trainer()
+    model = Trainer(contrastive=not args.no_negatives)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.03, momentum=0.9)
     images = F.interpolate(torch.rand(16, 3, 8, 8), size=(64, 64), mode="bilinear")
     for step in range(args.steps):

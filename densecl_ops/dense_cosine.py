@@ -1,0 +1,117 @@
+"""The dense term without negatives: for hosts such as BYOL and SimSiam."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from densecl_ops import _checks, _pairs
+from densecl_ops._numerics import accumulation_dtype, no_autocast, normalize
+from densecl_ops._types import Correspondence, Reduction
+
+
+def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tensor:
+    """The key vector that each query position matches.
+
+    Args:
+        key: (B, D, H_k, W_k), (B, D, P_k) or (B, D), any float dtype and strides.
+        correspondence: A Correspondence, or an integer tensor (B, P_q) of key positions. Positions that it calls
+            invalid are gathered like all others: leave them out by `correspondence.valid` where that matters.
+
+    Returns:
+        (B, D, P_q) in the dtype of key. Gradients flow to key; query positions that share a key add up.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes or devices do not fit, or an index is out of range; names the argument.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops.functional import dense_correspondence, gather_matches
+        >>> features_q, features_k = torch.randn(2, 4, 64, 7, 7)
+        >>> key = torch.randn(4, 128, 7, 7)
+        >>> gather_matches(key, dense_correspondence(features_q, features_k)).shape
+        torch.Size([4, 128, 49])
+    """
+    k = _checks.flatten_map("key", key)
+    index, _, name = _pairs.parts(correspondence)
+    if index is None:
+        raise TypeError("correspondence: got None, expected a Correspondence or an integer tensor")
+    positions = index.shape[1] if index.ndim == 2 else k.shape[2]
+    _checks.require_index(name, _checks.require_tensor(name, index), (k.shape[0], positions), "key", k)
+    _require_range(name, index, k)
+    return _gather(k, index)
+
+
+def _require_range(name: str, index: Tensor, key: Tensor) -> None:
+    if _checks.host_may_look(index):
+        _checks.require_range(name, index, key.shape[2])
+
+
+def _gather(key: Tensor, index: Tensor | None) -> Tensor:
+    return key if index is None else key.gather(2, index.long()[:, None, :].expand(-1, key.shape[1], -1))
+
+
+def dense_cosine(
+    query: Tensor,
+    key: Tensor,
+    correspondence: Correspondence | Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Negative cosine similarity of every query position and its match, as BYOL's loss: 0 (same direction) to 4.
+
+    .. math:: \mathrm{loss}_i = |\hat q_i - \hat k_{\mathrm{index}(i)}|^2 =
+              2 - 2 \, \langle \hat q_i, \hat k_{\mathrm{index}(i)} \rangle
+
+    (BYOL, arXiv 2006.07733, equation 2, at every position; PixPro, arXiv 2011.10043, equation 2, but for the constant.)
+    Nothing keeps it from collapse but the host: a predictor on the query, and keys without gradient (a target network,
+    or `key.detach()`). Given (B, D) vectors it is BYOL's own loss.
+
+    Args:
+        query: (B, D, H_q, W_q) predictions, normalised inside; (B, D, P_q) and (B, D) also work. Any strides.
+        key: The same for the other view. Its grid may differ when a correspondence is given.
+        correspondence: A Correspondence, or an integer tensor (B, P_q) of key positions. None: position i matches
+            position i, and the two grids must agree.
+        weight: (B, P_q) scales the rows. A row of weight 0 or with an invalid match is left out, even if it holds NaN.
+        reduction: "mean" (over the total weight), "sum" or "none".
+
+    Returns:
+        The loss in float32 (float64 if query or key are), under autocast too: 0-d, or (B, P_q) for "none". A zero
+        vector gives 2 and no gradient. Gradients flow to query, to key where it requires grad, and to weight.
+
+    Raises:
+        TypeError: An argument has the wrong type or dtype.
+        ValueError: Shapes, devices or values do not fit; names the argument.
+
+    Example:
+        >>> import torch
+        >>> from densecl_ops.functional import dense_correspondence, dense_cosine
+        >>> features_q, features_k = torch.randn(2, 4, 64, 7, 7)
+        >>> prediction, target = torch.randn(4, 128, 7, 7, requires_grad=True), torch.randn(4, 128, 7, 7)
+        >>> loss = dense_cosine(prediction, target, dense_correspondence(features_q, features_k))
+        >>> loss.backward()
+        >>> dense_cosine(target, target).item() < 1e-6
+        True
+
+        The best 10 pairs of every image, as VICRegL takes them:
+
+        >>> match = dense_correspondence(features_q, features_k)
+        >>> best = torch.zeros(4, 49).scatter_(1, match.score.topk(10, dim=1).indices, 1.0)
+        >>> loss = dense_cosine(prediction, target, match, weight=best)
+    """
+    _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
+    index, valid, name = _pairs.parts(correspondence)
+    for argument, value in ("query", query), ("key", key), (name, index), ("weight", weight):
+        if value is not None:
+            _checks.require_tensor(argument, value)
+    _pairs.require_pairs(query, key, index, valid, weight, name)
+    query, key, index, valid, weight = _checks.outside_inference(query, key, index, valid, weight)
+    q, k = _checks.flatten(query), _checks.flatten(key)
+    if index is not None:
+        _require_range(name, index, k)
+    dtype = accumulation_dtype(q, k)
+    with no_autocast(q):
+        unit_query, unit_key = normalize(q.to(dtype), dim=1), normalize(k.to(dtype), dim=1)
+        cosine = (unit_query * _gather(unit_key, index)).sum(1)
+        return _pairs.reduce(2 - 2 * cosine, _pairs.row_weight(weight, valid, dtype), reduction)
