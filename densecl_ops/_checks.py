@@ -23,6 +23,9 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 LOWEST_TEMPERATURE = 1e-18  # 1/t^2, a factor of the gradient to t, leaves float32 below 5e-20, the logits below 1e-38
 
 
+Fields = tuple[torch.Size, torch.dtype, torch.device]  # of a Look
+
+
 class Look(NamedTuple):
     """What the host knows of a tensor without its values, for the checks of a whole call: one look at each tensor."""
 
@@ -31,7 +34,7 @@ class Look(NamedTuple):
     device: torch.device
 
 
-def look(name: str, value: object) -> tuple[torch.Size, torch.dtype, torch.device]:
+def look(name: str, value: object) -> Fields:
     """The fields of a Look. A bare tuple: it is made for each tensor of each call, a Look for the first of a kind."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
         require_tensor(name, value)  # says what it is
@@ -121,16 +124,19 @@ def flatten_map(name: str, value: object) -> Tensor:
     return flatten(tensor)
 
 
-def pool_to_grid(name: str, features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling of a map that flatten_map accepts; one that already has the grid passes unchanged.
-
-    A mean over equal cells, or else two small matrix products. torch's own form has no deterministic backward on CUDA.
-    """
-    if features.ndim != 4:
+def require_poolable(name: str, features: Tensor | Look) -> None:
+    if len(features.shape) != 4:
         raise ValueError(
             f"{name}: got shape {shape_of(features)}, expected a (B, C, H, W) map, "
             "the only form that grid_size can pool"
         )
+
+
+def pool_to_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of a (B, C, H, W) map; one that already has the grid passes unchanged.
+
+    A mean over equal cells, or else two small matrix products. torch's own form has no deterministic backward on CUDA.
+    """
     height, width = features.shape[2:]
     if (height, width) == grid:
         return features

@@ -98,7 +98,10 @@ class DenseProjectionHead(nn.Module):
                 "image; a backbone that pools, such as timm's with num_classes=0, has a map in forward_features",
                 stacklevel=2,
             )
-        grid = features if self.grid_size is None else _checks.pool_to_grid("features", features, self.grid_size)
+        grid = features
+        if self.grid_size is not None:
+            _checks.require_poolable("features", features)
+            grid = _checks.pool_to_grid(features, self.grid_size)
         image = self.image_mlp(reduce(flat, "b c p -> b c", "mean"))
         dense = self.dense_mlp(grid if grid.ndim == 4 else flat[:, :, :, None])
         pooled = reduce(dense, "b d h w -> b d", "mean")

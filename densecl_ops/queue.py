@@ -87,6 +87,7 @@ class MomentumQueue(nn.Module):
     rows: Tensor
     position: Tensor
     count: Tensor
+    _is_replica = False  # torch sets it in what nn.DataParallel copies
     unit_rows = True  # what lets the kernels do without a running maximum
 
     def __init__(
@@ -161,34 +162,56 @@ class MomentumQueue(nn.Module):
             ValueError: keys has another shape or device than the queue, the queue is on the meta device, or the ranks'
                 queues differ in size, dim or dtype. In a process group an error on one rank raises on all, and nothing
                 is written. Or the ranks gather inside DistributedDataParallel.join().
-            RuntimeError: It is called inside a backward pass, where activation checkpointing repeats what it wraps.
+            RuntimeError: It is called inside a backward pass, where activation checkpointing repeats what it wraps, or
+                in a replica that nn.DataParallel made.
         """
-        if not torch.compiler.is_compiling() and in_backward():
+        rows, position, count = self.rows, self.position, self.count
+        traced = _checks.is_traced(rows)
+        if not traced and in_backward():
             raise RuntimeError(
                 "enqueue: got a call inside backward(), where activation checkpointing runs again what it wraps, so "
                 "that keys would enter twice; call enqueue outside of the checkpoint"
+            )
+        if self._is_replica:
+            raise RuntimeError(
+                "enqueue: got a call inside torch.nn.DataParallel, which throws away what its replicas write, so that "
+                "keys would be lost; use DistributedDataParallel, or enqueue the gathered keys outside of it"
             )
         group = _distributed.group_of(self.process_group) if self.gather_distributed else None
         if group is None:
             unit = self._unit_keys(keys)
         else:
             unit = _distributed.outside_graphs(self._unit_keys_of_all_ranks)(keys, group)
-        written = unit.shape[0]
-        skipped = max(0, written - self.size)
+        size, written = rows.shape[0], unit.shape[0]
+        if not traced and rows.device.type == "cpu":  # where the host may look: a third of the time of what follows
+            start, existing = int(position), int(count)
+            if not (0 <= start < size and 0 <= existing <= size):
+                raise ValueError(
+                    f"position and count: got {start} and {existing}, expected places in {size} rows; the queue was "
+                    "not initialised: call reset_parameters()"
+                )
+            if start + written <= size:
+                rows[start : start + written].copy_(unit)
+                position.fill_((start + written) % size)
+                if existing < size:
+                    count.fill_(min(existing + written, size))
+                return
+        skipped = max(0, written - size)
         # Positions stay on the device: reading them on the host would wait for it at every step.
-        target = torch.arange(skipped, written, device=unit.device).add_(self.position).remainder_(self.size)
-        self.rows.index_put_((target,), unit[skipped:])  # index_copy_ has no MPS kernel in older torch
-        self.position.add_(written).remainder_(self.size)
-        self.count.add_(written).clamp_(max=self.size)
+        target = torch.arange(skipped, written, device=unit.device).add_(position).remainder_(size)
+        rows.index_put_((target,), unit[skipped:])  # index_copy_ has no MPS kernel in older torch
+        position.add_(written).remainder_(size)
+        count.add_(written).clamp_(max=size)
 
     def _unit_keys(self, keys: Tensor) -> Tensor:
+        rows = self.rows
         _checks.require_float("keys", keys)
-        if keys.ndim != 2 or keys.shape[1] != self.dim:
-            raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (n, {self.dim})")
-        _checks.require_same_device("keys", keys, "the queue", self.rows)
+        if keys.ndim != 2 or keys.shape[1] != rows.shape[1]:
+            hint = "; of a Projection enqueue `pooled`, one vector per image" if keys.ndim > 2 else ""
+            raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (n, {rows.shape[1]}){hint}")
+        _checks.require_same_device("keys", keys, "the queue", rows)
         _checks.require_values("keys", keys)
-        unit = normalize_keys(keys, self.rows.dtype)
-        return unit.masked_fill(~unit.isfinite().all(1, keepdim=True), 0.0)
+        return normalize_keys(keys, rows.dtype).nan_to_num_(0.0)  # a row that is not finite is all NaN
 
     def _unit_keys_of_all_ranks(self, keys: Tensor, group: dist.ProcessGroup) -> Tensor:
         synchronised = self._membership.is_synchronised_in(group)

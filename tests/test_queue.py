@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from densecl_ops import DenseInfoNCELoss, MomentumQueue
+from densecl_ops.functional import dense_info_nce
+from densecl_ops.info_nce import function
 
 DTYPES = st.sampled_from(list(EPS))
 
@@ -331,3 +333,30 @@ def test_rows_that_were_averaged_are_told_at_loading() -> None:
     queue.rows.mul_(0.26)
     with pytest.warns(UserWarning, match=r"rows: got a row of length 0\.26.*use_buffers=False"):
         MomentumQueue(8, 3).load_state_dict(queue.state_dict())
+
+
+def test_a_replica_of_data_parallel_does_not_enqueue() -> None:
+    """Its buffers are thrown away, and the keys with them."""
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        MomentumQueue(8, 4)._replicate_for_data_parallel().enqueue(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(("name", "value"), [("position", 94705377164016), ("position", -1), ("count", 9)])
+def test_a_queue_that_was_not_initialised_says_so(name: str, value: int) -> None:
+    """As transformers leaves what a checkpoint does not hold."""
+    queue = MomentumQueue(8, 4, init="empty")
+    getattr(queue, name).fill_(value)
+    with pytest.raises(ValueError, match=r"call reset_parameters\(\)"):
+        queue.enqueue(torch.randn(2, 4))
+    if name == "count":
+        with pytest.raises(ValueError, match=r"negatives.count: got 9, expected 0 to 8; .*reset_parameters\(\)"):
+            dense_info_nce(torch.randn(2, 4), torch.randn(2, 4), queue)
+
+
+def test_averaged_rows_are_told_with_their_cause() -> None:
+    """ema-pytorch writes through .data, which leaves no version; the loss looks at a tensor's first call."""
+    function._warn_of_length.cache_clear()
+    queue = MomentumQueue(64, 4)
+    queue.rows.data.mul_(0.5)
+    with pytest.warns(UserWarning, match="averaging of buffers spoils a queue.*ignore_startswith_names"):
+        dense_info_nce(torch.randn(2, 4), torch.randn(2, 4), queue)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from densecl_ops._numerics import accumulation_dtype, inverse_root
+from densecl_ops._numerics import accumulation_dtype, inverse_norm, inverse_root
 
 # Scores held at once. 2^20 float32 (4 MiB) stay in the cache between the product, the scaling and the argmax.
 TILE_SCORES_CPU = 2**20
@@ -16,6 +16,8 @@ TILE_SCORES = 2**24  # 64 MiB: few enough launches, still small beside the featu
 # small enough to be reused. Half of it for the copies, which are there besides. Smaller tiles are a little faster on a
 # quiet machine and much slower on a loaded one, whose threads wait for each other at the end of every pass.
 TILE_FEATURES = 2**22
+# Features and scores that are matched in a dozen operations, by whose number small calls are bound.
+SMALL = 2**14
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,6 +29,9 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     """
     images, channels, queries = query.shape
     keys = key.shape[2]
+    small = images * (channels * (queries + keys) + queries * keys) <= SMALL
+    if small and not mutual and query.device.type == "cpu" and query.dtype == key.dtype == torch.float32:
+        return _match_at_once(query, key)
     budget = TILE_SCORES_CPU if query.device.type == "cpu" else TILE_SCORES
     dtype = accumulation_dtype(query, key)
 
@@ -61,6 +66,14 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
             here = torch.arange(queries, device=index.device)
             agreed[part] = back_index.gather(1, index[part]) == here
     return index, score, agreed
+
+
+def _match_at_once(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    inverse = inverse_norm(torch.cat([query, key], 2), 1)
+    products = torch.bmm(query.transpose(1, 2), key).mul_(inverse[:, :, query.shape[2] :])
+    score, index = products.max(2)
+    score.mul_(inverse[:, 0, : query.shape[2]])
+    return index, score, torch.ones_like(index, dtype=torch.bool)
 
 
 class _Tiles:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from densecl_ops import _backends, _checks
+from densecl_ops._checks import Fields, Look
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._operators import operator
 from densecl_ops._types import BackendName, Correspondence
@@ -63,12 +65,14 @@ def dense_correspondence(
         (True, torch.Size([2, 9]))
     """
     grid = _checks.require_grid_size("grid_size", grid_size)
-    _checks.require_bool("mutual", mutual)
+    mutual = _checks.require_bool("mutual", mutual)
     if min_score is not None:
         min_score = _checks.require_cosine("min_score", min_score)
-    query, key = _pooled("query_features", query_features, grid), _pooled("key_features", key_features, grid)
-    _checks.require_paired_maps("query_features", query, "key_features", key)
-    chosen = _backends.choose(backend, query, accumulation_dtype(query, key))
+    look = _checks.look
+    seen = look("query_features", query_features), look("key_features", key_features)
+    dtype = (_check if _checks.is_traced(query_features) else _check_once)(*seen, grid)
+    query, key = _pooled(query_features, grid), _pooled(key_features, grid)
+    chosen = _backends.choose(backend, query, dtype)
     with torch.no_grad():
         if chosen == "eager":  # left open to compilers, which fuse it
             with no_autocast(query):
@@ -79,9 +83,22 @@ def dense_correspondence(
     return Correspondence(index, score, valid)
 
 
-def _pooled(name: str, features: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    flat = _checks.flatten_map(name, features)  # what came is checked before pooling changes its shape
-    return flat if grid is None else _checks.flatten_map(name, _checks.pool_to_grid(name, features, grid))
+def _check(query: Fields, key: Fields, grid: tuple[int, int] | None) -> torch.dtype:
+    """Checks shapes, dtypes and devices; returns the accumulation dtype."""
+    looks = {"query_features": Look(*query), "key_features": Look(*key)}
+    for name, features in looks.items():
+        _checks.require_map(name, features)
+        if grid is not None:
+            _checks.require_poolable(name, features)
+    _checks.require_paired_maps("query_features", looks["query_features"], "key_features", looks["key_features"])
+    return accumulation_dtype(*looks.values())
+
+
+_check_once = functools.lru_cache(maxsize=256)(_check)  # as in the loss
+
+
+def _pooled(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    return _checks.flatten(features if grid is None else _checks.pool_to_grid(features, grid))
 
 
 class Backend(Protocol):

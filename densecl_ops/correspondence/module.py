@@ -46,14 +46,10 @@ class DenseCorrespondence(nn.Module):
         backend: BackendName = "auto",
     ) -> None:
         super().__init__()
-        _checks.require_grid_size("grid_size", grid_size)
-        _checks.require_bool("mutual", mutual)
-        if min_score is not None:
-            _checks.require_cosine("min_score", min_score)
         _checks.require_choice("backend", backend, _backends.BACKENDS)
-        self.grid_size = grid_size
-        self.mutual = mutual
-        self.min_score = min_score
+        self.grid_size = _checks.require_grid_size("grid_size", grid_size)
+        self.mutual = _checks.require_bool("mutual", mutual)
+        self.min_score = None if min_score is None else _checks.require_cosine("min_score", min_score)
         self.backend = backend
 
     if TYPE_CHECKING:

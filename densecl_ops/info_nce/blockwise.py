@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
@@ -40,6 +41,8 @@ _HAS_AMX = _capabilities is not None and bool(_capabilities().get("amx_bf16"))
 # bfloat16 rows per call of it: it packs them into a buffer of its own, whose page faults cost more than the products
 # if that is all of the queue.
 _FLASH_ROWS = 4096
+# Logits that are held at once, in a handful of operations: 128 KiB, 8 queries by 4,096 negatives.
+SMALL = 2**15
 
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
@@ -61,7 +64,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
 
     log_sum_exp = seen.log_sum_exp.view_as(positive)
     margin = log_sum_exp - positive
-    loss = torch.logaddexp(margin, torch.zeros_like(margin))
+    loss = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
     pull = margin.sigmoid()
     rank = loss.new_empty(0, dtype=torch.int64) if seen.rank is None else seen.rank.view_as(positive)
     if seen.mean is None:
@@ -112,6 +115,8 @@ class _Tile(NamedTuple):
 
 def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor | None) -> _Attention:
     """Log-sum-exp over the negatives of each scaled query row (N, D), with mean and, of `positive` (N, 1), rank."""
+    if positive is None and _is_small(scaled, problem):
+        return _attend_at_once(scaled, _existing_negatives(problem), want_mean)
     if positive is None and _flash_is_better(problem, want_mean):
         return _flash_attend(scaled, problem, want_mean)
 
@@ -149,6 +154,25 @@ def _attend(scaled: Tensor, problem: Problem, want_mean: bool, positive: Tensor 
     if twice_rank is None or positive is None:
         return _Attention(log_sum_exp, mean, None)
     return _Attention(log_sum_exp, mean, (twice_rank // 2).masked_fill_(positive.isnan(), problem.negatives.shape[0]))
+
+
+def _is_small(scaled: Tensor, problem: Problem) -> bool:
+    """Whether all logits together are small enough to be bound by the number of operations; knows no `exclude`."""
+    return (
+        scaled.device.type == "cpu"
+        and problem.exclude is None
+        and problem.negatives.dtype == problem.matmul_dtype == problem.dtype
+        and scaled.shape[0] * problem.negatives.shape[0] <= SMALL
+    )
+
+
+def _attend_at_once(scaled: Tensor, negatives: Tensor, want_mean: bool) -> _Attention:
+    logits = torch.mm(scaled, negatives.t())
+    if logits.shape[1] == 0:
+        return _Attention(logits.logsumexp(1), torch.zeros_like(scaled) if want_mean else None, None)
+    log_share = logits.log_softmax(1)  # one pass; logsumexp takes six, and gives the shares in another
+    log_sum_exp = logits[:, 0] - log_share[:, 0]
+    return _Attention(log_sum_exp, torch.mm(log_share.exp_(), negatives) if want_mean else None, None)
 
 
 def _tiles(scaled: Tensor, problem: Problem, dtype: torch.dtype, of_the_caller: int = 0) -> Iterator[_Tile]:

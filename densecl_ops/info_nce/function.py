@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from densecl_ops import _backends, _checks, _pairs
-from densecl_ops._checks import Look
+from densecl_ops._checks import Fields, Look
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._recomputation import guard, note
 from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
@@ -197,9 +197,6 @@ def _negatives(negatives: Tensor | NegativeQueue) -> tuple[Tensor, Tensor | None
     if not isinstance(rows, Tensor) or not isinstance(count, Tensor):
         raise TypeError(f"negatives: got {type(negatives).__name__}, expected a (K, D) tensor or a MomentumQueue")
     return rows, count, getattr(negatives, "unit_rows", False) is True
-
-
-Fields = tuple[torch.Size, torch.dtype, torch.device]  # of a Look
 
 
 class Seen(NamedTuple):

@@ -163,14 +163,6 @@ class DenseInfoNCELoss(nn.Module):
             backend=self.backend,
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = f"{prefix}logit_scale"
-        if (
-            self.logit_scale is not None and name in state_dict and state_dict[name].ndim == 0
-        ):  # before it had one element
-            state_dict = {**state_dict, name: state_dict[name].reshape(1)}
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         learned = "" if self.logit_scale is None else ", learnable_temperature=True"
         scale = self.logit_scale
