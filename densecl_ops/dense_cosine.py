@@ -59,10 +59,11 @@ def dense_cosine(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Negative cosine similarity of every query position and its match, as BYOL's loss: 0 (same direction) to 4.
+    """Negative cosine similarity of every query position and its match, as BYOL's loss: 0 (same direction) to 4.
 
-    .. math:: \mathrm{loss}_i = |\hat q_i - \hat k_{\mathrm{index}(i)}|^2 =
-              2 - 2 \, \langle \hat q_i, \hat k_{\mathrm{index}(i)} \rangle
+    With q^ and k^ the normalised projections::
+
+        loss_i = |q^_i - k^_index(i)|^2 = 2 - 2 <q^_i, k^_index(i)>
 
     (BYOL, arXiv 2006.07733, equation 2, at every position; PixPro, arXiv 2011.10043, equation 2, but for the constant.)
     Nothing keeps it from collapse but the host: a predictor on the query, and keys without gradient (a target network,

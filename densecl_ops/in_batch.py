@@ -18,12 +18,12 @@ def in_batch_negatives(
     process_group: dist.ProcessGroup | None = None,
     gather_distributed: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    r"""Unit rows of the keys of every rank, and which of them are this rank's own.
+    """Unit rows of the keys of every rank, and which of them are this rank's own.
 
-    With B_r the batch of rank r of R and k_b the keys of all ranks in rank order,
+    With B_r the batch of rank r of R and k_b the keys of all ranks in rank order::
 
-    .. math:: n_j = k_j / |k_j|, \quad j = 0 \ldots K - 1, \quad K = \sum_{r < R} B_r, \qquad
-              \mathrm{own}_b = b + \sum_{s < r} B_s
+        n_j = k_j / |k_j|, j = 0 ... K - 1, K = B_0 + ... + B_(R - 1)
+        own_b = b + B_0 + ... + B_(r - 1)
 
     (SimCLR, arXiv 2002.05709, section 2.1: the other images of the batch are the negatives.) Pass them to the loss as
     `negatives` and `exclude`, so that no image is its own negative.

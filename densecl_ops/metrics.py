@@ -16,12 +16,11 @@ __all__ = ["contrastive_accuracy", "match_score", "mutual_share"]
 
 
 def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = None) -> Tensor:
-    r"""Share of positives that fewer than `top_k` negatives outscore; the accuracy that MoCo trainers print.
+    """Share of positives that fewer than `top_k` negatives outscore; the accuracy that MoCo trainers print.
 
-    .. math:: \frac{1}{|V|} \sum_{i \in V} [\mathrm{rank}_i < \mathrm{top\_k}]
-
-    with V the valid rows. In `rank` ties count half: a collapsed network, whose vectors are all equal, ranks K / 2 and
-    so scores 0, and a positive that is NaN ranks last. With no valid row the result is 0, as the loss is.
+    The mean of rank_i < top_k over the valid rows i. In `rank` ties count half: a collapsed network, whose vectors are
+    all equal, ranks K / 2 and so scores 0, and a positive that is NaN ranks last. With no valid row the result is 0, as
+    the loss is.
 
     Args:
         rank: (B, P) or, image-level, (B,) integers: how many negatives score above the positive, what
@@ -54,7 +53,7 @@ def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = No
 
 
 def match_score(correspondence: Correspondence) -> Tensor:
-    r"""Mean score of the valid matches; for feature matching their mean cosine similarity.
+    """Mean score of the valid matches; for feature matching their mean cosine similarity.
 
     It says how alike the matched *backbone* features are, not whether the matches are right: a collapsed backbone
     scores 1. With no valid match the result is 0. NaN scores of valid matches give NaN.
@@ -96,10 +95,11 @@ def mutual_share(
     grid_size: int | tuple[int, int] | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
-    r"""Share of query positions whose match names them back: i is the nearest query of its own nearest key.
+    """Share of query positions whose match names them back: i is the nearest query of its own nearest key.
 
-    .. math:: \frac{1}{B P_q} \sum_{b,i} [\, i = \arg\max_l \langle f^q_{b,l}, f^k_{b,\mathrm{index}(i)} \rangle
-        / |f^q_{b,l}| \,]
+    The mean over images b and positions i of::
+
+        i == argmax_l <f_q[b, l], f_k[b, index(i)]> / |f_q[b, l]|
 
     Near 1 every position has a partner of its own; it is low where many positions share one key. It costs one more
     matching, so log it every few steps. If the loss already uses `DenseCorrespondence(mutual=True)` and no

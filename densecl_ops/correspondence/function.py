@@ -25,9 +25,11 @@ def dense_correspondence(
     min_score: float | None = None,
     backend: BackendName = "auto",
 ) -> Correspondence:
-    r"""Matches every position of one view with the most similar position of the other view of the same image.
+    """Matches every position of one view with the most similar position of the other view of the same image.
 
-    .. math:: \mathrm{index}_{b,i} = \arg\max_j \frac{\langle f^q_{b,i}, f^k_{b,j} \rangle}{|f^k_{b,j}|}
+    With the features f of image b::
+
+        index[b, i] = argmax_j <f_q[b, i], f_k[b, j]> / |f_k[b, j]|
 
     (DenseCL, arXiv 2011.09157, section 3.3: on backbone features, not on projections.) Ties go to the lowest
     index; several queries may share a key. Products are accumulated in float32 (float64 for float64 features)

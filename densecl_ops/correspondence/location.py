@@ -20,13 +20,13 @@ def location_correspondence(
     key_flip: Tensor | None = None,
     max_distance: float | None = 0.7,
 ) -> Correspondence:
-    r"""Matches every position of one crop with the position of the other crop that lies nearest in the image.
+    """Matches every position of one crop with the position of the other crop that lies nearest in the image.
 
     With c the centres of the grid cells in image coordinates and d the diagonal of a cell, the larger of the two
-    views',
+    views'::
 
-    .. math:: \mathrm{index}_{b,i} = \arg\min_j |c^q_{b,i} - c^k_{b,j}|, \qquad
-              \mathrm{valid}_{b,i} = |c^q_{b,i} - c^k_{b,\mathrm{index}(i)}| / d_b \le \mathrm{max\_distance}
+        index[b, i] = argmin_j |c_q[b, i] - c_k[b, j]|
+        valid[b, i] = |c_q[b, i] - c_k[b, index(i)]| / d_b <= max_distance
 
     (the distance rule of PixPro, arXiv 2011.10043, section 3.1.) Ties go to the lowest index.
 

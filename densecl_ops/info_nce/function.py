@@ -81,11 +81,11 @@ def dense_info_nce(
     return_rank: bool = False,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""InfoNCE of every query position against its matching key position and a shared set of negatives.
+    """InfoNCE of every query position against its matching key position and a shared set of negatives.
 
-    With q^ and k^ the normalised projections, s+ = <q^_i, k^_index(i)> / t and s_j = <q^_i, n_j> / t,
+    With q^ and k^ the normalised projections, s+ = <q^_i, k^_index(i)> / t and s_j = <q^_i, n_j> / t::
 
-    .. math:: \mathrm{loss}_i = \log\Bigl(e^{s_+} + \sum_j e^{s_j}\Bigr) - s_+
+        loss_i = log(exp(s+) + sum_j exp(s_j)) - s+
 
     (DenseCL, arXiv 2011.09157, equation 2). Given (B, D) vectors it is MoCo's image-level loss.
 
