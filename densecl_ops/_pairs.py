@@ -9,7 +9,7 @@ from torch import Tensor
 
 from densecl_ops import _checks
 from densecl_ops._checks import Look
-from densecl_ops._types import Correspondence, Reduction
+from densecl_ops._types import Correspondence, Grids, Reduction
 
 REDUCTIONS = get_args(Reduction)
 
@@ -33,6 +33,7 @@ def require_pairs(
     valid: Tensor | Look | None,
     weight: Tensor | Look | None,
     index_name: str,
+    grids: Grids | None = None,
 ) -> None:
     """Two maps of the same images, and what belongs to the query positions: shapes, dtypes and devices, no values."""
     batch, _, positions = _checks.require_map("query", query)
@@ -47,7 +48,20 @@ def require_pairs(
                 "expected the same grid, since correspondence is None"
             )
     else:
+        if len(index.shape) == 2 and index.shape[1] != positions:
+            raise ValueError(
+                f"{index_name}: got shape {_checks.shape_of(index)}, expected {rows}, one for each position of query; "
+                "give matching and head the same grid_size"
+            )
         _checks.require_index(index_name, index, rows, "query", query)
+    if grids is not None and len(query.shape) == len(key.shape) == 4:
+        expected = (query.shape[2:], key.shape[2:])
+        if grids != expected:
+            (h, w), (i, j) = grids
+            raise ValueError(
+                f"correspondence: got a match from a {h} x {w} grid into {i} x {j}, expected {tuple(expected[0])} and "
+                f"{tuple(expected[1])}, the grids of query and key; give matching and head the same grid_size"
+            )
     if valid is not None:
         _checks.require_mask_like("correspondence.valid", valid, rows, "query", query)
     if weight is not None:

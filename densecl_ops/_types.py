@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.serialization import add_safe_globals
 from torch.utils import _pytree
@@ -11,20 +12,34 @@ from torch.utils import _pytree
 BackendName = Literal["auto", "eager", "blockwise", "triton"]
 Reduction = Literal["mean", "sum", "none"]
 Init = Literal["random", "empty"]
+Grids = tuple[tuple[int, ...], tuple[int, ...]]  # (H, W) of query and key
 
 
-class Correspondence(NamedTuple):
-    """For every query position, the matching key position of the same image.
+class _Correspondence(NamedTuple):
+    index: Tensor  # type: ignore[assignment]  # the contract's name hides tuple.index
+    score: Tensor
+    valid: Tensor
+
+
+class Correspondence(_Correspondence):
+    """For every query position, the matching key position of the same image. Unpacks into its first three attributes.
 
     Attributes:
         index: (B, P_q) int64, position in the key grid, row-major.
         score: (B, P_q) float32, how well the two agree; cosine similarity in [-1, 1] for feature matching.
         valid: (B, P_q) bool, False where the match is to be left out of the loss.
+        grids: ((H_q, W_q), (H_k, W_k)) of the two views where they are known, as of maps; else None. The loss refuses
+            maps of other grids, a transposed one too, which has as many positions.
     """
 
-    index: Tensor  # type: ignore[assignment]  # the contract's name hides tuple.index
-    score: Tensor
-    valid: Tensor
+    grids: Grids | None = None
+
+
+def with_grids(match: Correspondence, grids: Grids) -> Correspondence:
+    """The match, which knows its grids; not in compiled code, where a tuple is its items."""
+    if not torch.compiler.is_compiling():
+        match.grids = grids
+    return match
 
 
 class Projection(NamedTuple):

@@ -106,7 +106,7 @@ def dense_cosine(
     for argument, value in ("query", query), ("key", key), (name, index), ("weight", weight):
         if value is not None:
             _checks.require_tensor(argument, value)
-    _pairs.require_pairs(query, key, index, valid, weight, name)
+    _pairs.require_pairs(query, key, index, valid, weight, name, getattr(correspondence, "grids", None))
     query, key, index, valid, weight = _checks.outside_inference(query, key, index, valid, weight)
     q, k = _checks.flatten(query), _checks.flatten(key)
     if index is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,18 @@ import pytest
 import torch
 
 from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
-from densecl_ops.functional import dense_correspondence, dense_info_nce, in_batch_negatives, location_correspondence
+from densecl_ops.functional import (
+    dense_correspondence,
+    dense_cosine,
+    dense_info_nce,
+    in_batch_negatives,
+    location_correspondence,
+)
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
 INTS, LONG = torch.zeros(2, 6, dtype=torch.int32), torch.int64
+MAP, TURNED, WHOLE = (torch.ones(2, 4, *grid) for grid in ((2, 3), (3, 2), (4, 4)))
+ROWS = torch.nn.functional.normalize(torch.ones(5, 4), dim=1)
 
 
 def refused(error: type[Exception], argument: str, came: str, call: Callable[[], Any], wish: str = "expected") -> None:
@@ -518,3 +527,36 @@ def test_duck_queues(backend: str) -> None:
     strange = [None, rows.numpy(), rows[0], rows.int(), rows.to_sparse(), rows.to("meta")]
     for pair in [(rows, count) for count in counts] + [(x, one) for x in strange]:
         helpers.refused(loss(negatives=SimpleNamespace(rows=pair[0], count=pair[1]), backend=backend))
+
+
+# ---- common mistakes: the message says what to do -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (lambda: dense_info_nce(MAP, MAP, ROWS, dense_correspondence(WHOLE, WHOLE)), "same grid_size"),
+        (
+            lambda: dense_info_nce(MAP, MAP, ROWS, dense_correspondence(TURNED, TURNED)),
+            "a 3 x 2 grid .* same",
+        ),
+        (lambda: dense_cosine(MAP, MAP, dense_correspondence(TURNED, TURNED)), "a 3 x 2 grid .* same"),
+        (lambda: dense_info_nce(MAP, MAP, ROWS, index_with(-1)), "`valid` leaves out"),
+        (lambda: MomentumQueue(8, 4).enqueue(MAP), "`pooled`"),
+    ],
+)
+def test_common_mistakes(call: Callable[[], Any], advice: str) -> None:
+    assert re.search(advice, str(helpers.refused(call).value))
+
+
+def test_a_match_carries_its_grids_and_still_unpacks() -> None:
+    match = dense_correspondence(TURNED, WHOLE)
+    index, _, valid = match
+    assert match.grids == ((3, 2), (4, 4))
+    assert match._replace(valid=~valid).grids is None
+    assert dense_correspondence(TURNED, WHOLE, grid_size=2).grids == ((2, 2), (2, 2))
+    assert location_correspondence(torch.ones(2, 4).cumsum(1), torch.ones(2, 4).cumsum(1), (2, 3)).grids == (
+        (2, 3),
+        (2, 3),
+    )
+    assert torch.isfinite(dense_info_nce(MAP, MAP, ROWS, (match._replace(index=index * 0))))

@@ -12,7 +12,7 @@ from densecl_ops import _backends, _checks
 from densecl_ops._checks import Fields, Look
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._operators import operator
-from densecl_ops._types import BackendName, Correspondence
+from densecl_ops._types import BackendName, Correspondence, with_grids
 from densecl_ops.correspondence import eager
 
 
@@ -82,7 +82,10 @@ def dense_correspondence(
         else:
             index, score, agreed = _match(query, key, mutual, chosen)
         valid = agreed if min_score is None else agreed & ~(score < min_score)
-    return Correspondence(index, score, valid)
+    match = Correspondence(index, score, valid)
+    if query_features.ndim == key_features.ndim == 4:
+        match = with_grids(match, (grid, grid) if grid else (query_features.shape[2:], key_features.shape[2:]))
+    return match
 
 
 def _check(query: Fields, key: Fields, grid: tuple[int, int] | None) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from densecl_ops import _checks
-from densecl_ops._types import Correspondence
+from densecl_ops._types import Correspondence, with_grids
 from densecl_ops.correspondence.boxes import widened
 
 
@@ -86,7 +86,7 @@ def location_correspondence(
     diagonal = torch.maximum(_cell_diagonal(x_q, y_q, grid_q), _cell_diagonal(x_k, y_k, grid_k))
     distance = torch.hypot(off_y[:, :, None], off_x[:, None, :]).flatten(1) / diagonal[:, None]
     valid = torch.ones_like(index, dtype=torch.bool) if max_distance is None else distance <= max_distance
-    return Correspondence(index, -distance.float(), valid)
+    return with_grids(Correspondence(index, -distance.float(), valid), (grid_q, grid_k))
 
 
 def _as_boxes(name: str, value: object) -> Tensor:

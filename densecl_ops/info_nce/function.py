@@ -15,7 +15,7 @@ from densecl_ops import _backends, _checks, _pairs
 from densecl_ops._checks import Fields, Look
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._recomputation import guard, note
-from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
+from densecl_ops._types import BackendName, Correspondence, Grids, NegativeQueue, Reduction
 from densecl_ops.info_nce import autograd, eager
 from densecl_ops.info_nce.problem import Problem
 
@@ -153,6 +153,7 @@ def dense_info_nce(
         exclude=None if exclude is None else look("exclude", exclude),
         weight=None if weight is None else look("weight", weight),
         index_name=name,
+        grids=getattr(correspondence, "grids", None) if valid is not None else None,
     )
     traced = _checks.is_traced(query)
     dtype, matmul_dtype = (_check if traced else _check_once)(seen)
@@ -211,13 +212,14 @@ class Seen(NamedTuple):
     exclude: Fields | None
     weight: Fields | None
     index_name: str
+    grids: Grids | None
 
 
 def _check(seen: Seen) -> tuple[torch.dtype, torch.dtype]:
     """Checks shapes, dtypes and devices; returns the dtypes of the loss and of the products with the negatives."""
     query, key, negatives = Look(*seen.query), Look(*seen.key), Look(*seen.negatives)
     matches, valid, weight = (None if x is None else Look(*x) for x in (seen.matches, seen.valid, seen.weight))
-    _pairs.require_pairs(query, key, matches, valid, weight, seen.index_name)
+    _pairs.require_pairs(query, key, matches, valid, weight, seen.index_name, seen.grids)
     batch, channels = query.shape[:2]
     _checks.require_float_dtype("negatives", negatives)
     if len(negatives.shape) != 2 or negatives.shape[1] != channels or negatives.shape[0] == 0:
