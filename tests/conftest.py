@@ -12,11 +12,17 @@ import torch
 from helpers import BACKENDS, FUSED
 from hypothesis import HealthCheck, settings
 
-if not torch.cuda.is_available():  # read when kernels are defined, so before anything imports triton
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
+collect_ignore = ["ptx"]
 if not (Path(__file__).parents[1] / "benchmarks" / "results").exists():  # the sdist leaves the records out
-    collect_ignore = ["test_benchmarks.py", "test_pages.py"]
+    collect_ignore += ["test_benchmarks.py", "test_pages.py"]
+
+if target := os.environ.get("PTX_TARGET"):  # `make execute`
+    from ptx.executor import install
+
+    install(int(target))
+    collect_ignore.remove("ptx")
+elif not torch.cuda.is_available():  # read when kernels are defined, so before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "repeatable",
