@@ -169,8 +169,8 @@ def install(target: int) -> None:
                 arguments.append(value)
         arguments += [0] * (len(program.params) - len(arguments))  # scratch memory, which no kernel here asks for
         grid = grid(bound) if callable(grid) else grid
-        launch = execute(program, arguments, grid, kernel.metadata.num_warps, kernel.metadata.shared, tensors, maps)
-        LAUNCHES.append(launch)
+        memory = kernel.metadata.shared
+        LAUNCHES.append(execute(program, arguments, grid, kernel.metadata.num_warps, memory, tensors, maps))
         return kernel
 
     driver.set_active(_Driver(target))

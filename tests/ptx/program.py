@@ -115,8 +115,7 @@ class Program:
         return self.slots[key]
 
     def register(self, name: str) -> int:
-        bits = 64 if name.startswith("%rd") else 32
-        return self.slot(name, bits)
+        return self.slot(name, 64 if name.startswith("%rd") else 32)
 
     def value(self, text: str, bits: int) -> int:
         """The slot of a source operand."""
@@ -229,11 +228,8 @@ class Program:
             if len(parts) != 3 or len(args) != 3:
                 raise NotImplementedError("form of setp")
             bits = 64 if kind.endswith("64") else 16 if parts[-1].endswith("16") else 32
-            self.emit(
-                f"SETP_{kind}",
-                [self.value(args[0], 1), self.value(args[1], bits), self.value(args[2], bits)],
-                COMPARE.index(parts[1]),
-            )
+            slots = [self.value(args[0], 1), self.value(args[1], bits), self.value(args[2], bits)]
+            self.emit(f"SETP_{kind}", slots, COMPARE.index(parts[1]))
         elif parts[0] == "mov":
             self._mov(parts[1], *args)
         elif op.startswith("ld.param"):
@@ -260,23 +256,12 @@ class Program:
             if len(values) != count or (not load and wide != (size == 8)):
                 raise NotImplementedError("form of ld or st")
             flags = int(wide) + 2 * (parts[-1][0] == "s")
-            self.emit(
-                f"{parts[0].upper()}_{space}",
-                [*values, address] if load else [address, *values],
-                size,
-                count,
-                offset,
-                flags,
-            )
+            slots = [*values, address] if load else [address, *values]
+            self.emit(f"{parts[0].upper()}_{space}", slots, size, count, offset, flags)
         elif re.fullmatch(r"cp\.async\.c[ag]\.shared\.global", op):
             (shared, off), (source, goff) = self._address(args[0], 32), self._address(args[1], 64)
-            self.emit(
-                "CP_ASYNC",
-                [shared, source, self.value(args[3], 32) if len(args) > 3 else -1],
-                int(args[2], 0),
-                off,
-                goff,
-            )
+            slots = [shared, source, self.value(args[3], 32) if len(args) > 3 else -1]
+            self.emit("CP_ASYNC", slots, int(args[2], 0), off, goff)
         elif op in ("cp.async.wait_group", "wgmma.wait_group.sync.aligned"):
             self.emit("CP_WAIT" if parts[0] == "cp" else "WG_WAIT", [], int(args[0], 0))
         elif op == "bar.sync":
