@@ -6,6 +6,7 @@ every layout, every gradient, one tile and many. tests/test_kernels.py shows how
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -51,13 +52,15 @@ def case_of(**options: Any) -> Case:
 @pytest.fixture(params=["pointers", "descriptor"])
 def loaded_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """How whole tiles of the queue come. `descriptor` is what a test expects; on a GPU float32 takes pointers."""
+    if request.param == "descriptor" and os.environ.get("PTX_TARGET") == "80":
+        pytest.skip("no tensor copies before sm_90")
     expected = SimpleNamespace(descriptor=request.param == "descriptor")
     choose, built = triton_plan.choose, mock.Mock(wraps=fused.TensorDescriptor)
     field = {"descriptor": expected.descriptor}
     monkeypatch.setattr(triton_plan, "choose", lambda *arguments: choose(*arguments)._replace(**field))
     monkeypatch.setattr(fused, "TensorDescriptor", built)
     yield expected
-    assert built.called == expected.descriptor or not _triton.interpreting()
+    assert built.called == expected.descriptor or os.environ.get("TRITON_INTERPRET") != "1"
 
 
 @pytest.mark.parametrize("splits", [1, 3])
