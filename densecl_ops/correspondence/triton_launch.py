@@ -83,7 +83,7 @@ def _search(
             **_triton.strides("query", query.stride(), "bcp"),
             **_triton.strides("key", key.stride(), "bcp"),
             PRECISION=_triton.float32_precision(query.dtype, architecture),
-            UPCAST=query.device.type == "cpu",
+            UPCAST=architecture == "interpreter",
             # A second use of a tile, beside a wgmma in flight, makes Triton 3.6 to 3.9 allot one buffer too few (issue
             # 6691 there): the next copy overwrites it. Products are no second use. float32 is split in registers.
             GRAM=_triton.family(architecture) == "wgmma" and query.element_size() == 2,

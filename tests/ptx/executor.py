@@ -134,14 +134,11 @@ def install(target: int) -> None:
     from triton.runtime.driver import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from densecl_ops import _launch
-    from densecl_ops.info_nce import triton_launch
+    from densecl_ops import _triton
 
     compile_only = jit.JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if "UPCAST" in kwargs:
-            kwargs["UPCAST"] = False  # what tensors on a GPU ask for
         kernel = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
         names = self.signature.parameters
         bound = self.signature.bind(*args, **{k: v for k, v in kwargs.items() if k in names}).arguments
@@ -175,7 +172,6 @@ def install(target: int) -> None:
 
     driver.set_active(_Driver(target))
     jit.JITFunction.run = run
-    device = _launch.Device(f"sm_{target}", MULTIPROCESSORS[target])
-    _launch.describe = lambda _: device
-    _launch.interpreting = lambda: True  # kernels on CPU tensors
-    triton_launch._product_dtype = lambda problem: problem.matmul_dtype
+    device = _triton.Device(f"sm_{target}", MULTIPROCESSORS[target])
+    _triton.describe = lambda _: device
+    _triton.interpreting = lambda: True  # kernels on CPU tensors

@@ -15,15 +15,15 @@ from helpers import Case, assert_close, error, expected, flat64, lay_out, make_c
 from ptx import executor
 
 from benchmarks import tune
-from densecl_ops import _launch
-from densecl_ops.info_nce import triton_configs
+from densecl_ops import _triton
 from densecl_ops.info_nce import triton_launch as fused
+from densecl_ops.info_nce import triton_plan
 
 ALL = ("query", "key", "negatives", "temperature")
 # Relative error of the loss and of the gradients: at most twice what was measured (one negative: 4e-4, 3e-3). One tile
 # of other negatives in the place of the right ones moves both by more than 1e-2.
 TOLERANCES = {torch.float32: (5e-7, 2e-6), torch.float16: (1e-4, 2e-3), torch.bfloat16: (1e-3, 8e-3)}
-TARGET = int(_launch.describe(torch.device("cpu")).architecture[3:])
+TARGET = int(_triton.describe(torch.device("cpu")).architecture[3:])
 
 
 def case_of(dtype: torch.dtype, channels: int, negatives: int = 300, **options: object) -> Case:
@@ -101,12 +101,12 @@ def test_a_long_queue(
 
 @pytest.mark.parametrize("config", dict.fromkeys((*tune.CANDIDATES, *tune.WITH_RANK)), ids=str)
 @pytest.mark.parametrize("rank", [False, True])
-def test_other_tiles(monkeypatch: pytest.MonkeyPatch, config: triton_configs.Config, rank: bool) -> None:
+def test_other_tiles(monkeypatch: pytest.MonkeyPatch, config: triton_plan.Config, rank: bool) -> None:
     """What the tuner tries, whole tiles by a tensor descriptor (TMA) among it."""
     if config.descriptor and TARGET < 90:
         pytest.skip("no tensor copies before sm_90")
     forward = fused.forward
-    monkeypatch.setattr(triton_configs, "choose", lambda *arguments, **options: config)
+    monkeypatch.setattr(triton_plan, "choose", lambda *arguments, **options: config)
     monkeypatch.setattr(fused, "forward", lambda *arguments: forward(*arguments, splits=2))
     check(case_of(torch.bfloat16, 128, negatives=1_500, count=1_437), ("query",), rank)
 

@@ -131,7 +131,7 @@ def test_a_second_use_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why match_kernel finds norms by products on sm_90. When this passes without GRAM, GRAM can go."""
     if TARGET < 90:
         pytest.skip("no wgmma before sm_90")
-    monkeypatch.setattr(matching._launch, "family", lambda _: "mma")
+    monkeypatch.setattr(matching._triton, "family", lambda _: "mma")
     query = lay_out(torch.randn(1, 256, 7, 7), "channels_last").bfloat16()
     with pytest.raises(executor.FaultError, match="under a pending wgmma"):
         dense_correspondence(query, query, backend="triton")
