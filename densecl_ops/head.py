@@ -94,8 +94,8 @@ class DenseProjectionHead(nn.Module):
             )
         if features.ndim == 2 and not torch.compiler.is_compiling():
             warnings.warn(
-                f"features: got (B, C) vectors of shape {_checks.shape_of(features)}, so that dense is one position an "
-                "image; a backbone that pools, such as timm's with num_classes=0, has a map in forward_features",
+                "features: got (B, C) vectors, so that dense is one position an image; a backbone that pools, such as "
+                "timm's with num_classes=0, has a map in forward_features",
                 stacklevel=2,
             )
         grid = features

@@ -97,6 +97,14 @@ def show_equation(display: str) -> Callable[[Any, Any], None]:
     return visit
 
 
+def link_pictures(app: Any, page: nodes.document, name: str) -> None:
+    """A wide picture is small on a phone: a touch opens it alone."""
+    for picture in list(page.findall(nodes.image)):
+        file = "../" * name.count("/") + "_images/" + Path(picture["uri"]).name
+        if not isinstance(picture.parent, nodes.reference):
+            picture.replace_self(nodes.reference("", "", picture.deepcopy(), refuri=file, internal=True))
+
+
 def without_overloads(analyze: Callable[[ModuleAnalyzer], None]) -> Callable[[ModuleAnalyzer], None]:
     """One signature per function, that of the implementation: overloads are for type checkers."""
 
@@ -118,5 +126,6 @@ def pack_examples(app: Any, exception: Exception | None) -> None:
 def setup(app: Any) -> None:
     app.connect("source-read", repository_links)
     app.add_html_math_renderer("mathml", (show_equation("inline"), None), (show_equation("block"), None))
+    app.connect("doctree-resolved", link_pictures)
     app.connect("build-finished", pack_examples)
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)  # type: ignore[assignment, method-assign]

@@ -86,7 +86,7 @@ def test_tokens_and_vectors() -> None:
     assert_close(tokens.dense, dense, 1e-12)
     assert_close(tokens.image, image, 1e-12)
     assert_close(tokens.pooled, pooled, 1e-12)
-    with pytest.warns(UserWarning, match=r"features: got \(B, C\) vectors of shape .* num_classes=0"):
+    with pytest.warns(UserWarning, match=r"features: got \(B, C\) vectors, .* num_classes=0"):
         vector = head(features[:, :, 0, 0])
     assert vector.dense.shape == (3, 4)
     assert_close(vector.dense, dense[:, :, 0, 0], 1e-12)
