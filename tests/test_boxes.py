@@ -253,6 +253,11 @@ def test_not_replays(value: Any, message: str) -> None:
         boxes_from_albumentations(value, (120, 160))
 
 
+def own(library: Any) -> Any:
+    """A colour step of the user's, under its module's name in the replay."""
+    return type("Mine", (library.ImageOnlyTransform,), {"apply": lambda self, img, **_: img})(p=1)
+
+
 def composed(steps: Callable[[Any], list[Any]], seed: int) -> tuple[Tensor, dict[str, Any]]:
     library = pytest.importorskip("albumentations")
     compose = library.ReplayCompose(steps(library))
@@ -265,7 +270,7 @@ def composed(steps: Callable[[Any], list[Any]], seed: int) -> tuple[Tensor, dict
     "steps",
     [
         lambda a: [a.RandomResizedCrop(SMALL), a.HorizontalFlip(), a.VerticalFlip(), a.ColorJitter(p=0)],
-        lambda a: [a.RandomResizedCrop(LARGE, scale=(0.3, 1)), a.HorizontalFlip(), a.GaussNoise((0, 0), p=1)],
+        lambda a: [a.RandomResizedCrop(LARGE, scale=(0.3, 1)), a.HorizontalFlip(), a.GaussNoise((0, 0), p=1), own(a)],
         lambda a: [a.HorizontalFlip(), a.RandomCrop(56, 60), a.OneOf([a.RandomResizedCrop(SMALL), a.NoOp()], p=1)],
         lambda a: [a.Sequential([a.CenterCrop(100, 100), a.RandomScale(p=1)], p=1), a.RandomSizedCrop((40, 80), SMALL)],
     ],

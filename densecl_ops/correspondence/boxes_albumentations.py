@@ -74,7 +74,7 @@ def boxes_from_albumentations(replay: Mapping[str, Any], image_size: tuple[int, 
 
 def _applied(step: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Class and draw of the applied steps in their order, nested ones unrolled."""
-    name = str(step.get("__class_fullname__")).rpartition(".")[2]
+    name = str(step.get("__class_fullname__"))  # with its module only where it is not albumentations' own
     if not step.get("applied"):
         return
     if "transforms" not in step:
@@ -88,10 +88,10 @@ def _applied(step: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 
 def _moves_no_pixels(name: str) -> bool:
-    import albumentations
+    from albumentations import ImageOnlyTransform
+    from albumentations.core.serialization import SERIALIZABLE_REGISTRY
 
-    kind = getattr(albumentations, name, None)
-    return name in UNMOVED or (isinstance(kind, type) and issubclass(kind, albumentations.ImageOnlyTransform))
+    return name in UNMOVED or issubclass(SERIALIZABLE_REGISTRY.get(name, object), ImageOnlyTransform)
 
 
 def _no_replay(what: str) -> ValueError:
