@@ -47,7 +47,8 @@ execute: $(VENV)/installed
 	done
 
 test-gpu: # in the interpreter that has torch for the GPU, not in .venv, whose torch may be a CPU build
-	PYTHON=$(PYTHON) benchmarks/gpu_run.sh runs/gpu selftest tests headline sanitize
+	PYTHON=$(PYTHON) benchmarks/gpu_run.sh runs/gpu first
+	PYTHON=$(PYTHON) benchmarks/gpu_run.sh runs/gpu second
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

@@ -99,7 +99,7 @@ def test_a_long_queue(
     check(case_of(dtype, channels, negatives=4_100, count=count), ("query",))
 
 
-@pytest.mark.parametrize("config", dict.fromkeys((*tune.CANDIDATES, *tune.WITH_RANK)), ids=str)
+@pytest.mark.parametrize("config", tune.CANDIDATES, ids=str)
 @pytest.mark.parametrize("rank", [False, True])
 def test_other_tiles(monkeypatch: pytest.MonkeyPatch, config: triton_plan.Config, rank: bool) -> None:
     """What the tuner tries, whole tiles by a tensor descriptor (TMA) among it."""
