@@ -64,7 +64,9 @@ ATTEND = {
     # 64 KiB of shared memory.
     ("mfma", 2): (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(64, 32, 8, 2), Config(16, 32, 8, 2)),
     ("mma", 4): _TF32X3,
-    ("wgmma", 4): _TF32X3,
+    # From 64 rows on the second product would be a wgmma, whose split operand is written to shared memory with 16-way
+    # bank conflicts: at D = 128 twice the wavefronts and 7 times the barriers of mma, for as many instructions.
+    ("wgmma", 4): (Config(32, 64, 4, 2, 2, chunk_d=32), Config(32, 64, 8, 2, chunk_d=32), *_TF32X3[2:]),
     ("tcgen05", 4): (_TF32X3[1], *_TF32X3[1:]),  # at D = 64 four warps spill 64 bytes there
     # CDNA multiplies float32 as it is.
     ("mfma", 4): (
@@ -94,7 +96,8 @@ def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = Tr
     if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(32, 64, 4, 1, chunk_d=32 if channels > 64 else None)
     config = ATTEND[_triton.family(architecture), dtype.itemsize][_width(channels)]
-    return config if lean or config.block_k <= 32 else config._replace(block_k=config.block_k // 2)
+    halved = not lean and config.block_k > 32 and dtype != torch.float32
+    return config._replace(block_k=config.block_k // 2) if halved else config
 
 
 def choose_grad_negatives(architecture: str, dtype: torch.dtype, channels: int) -> Config:
