@@ -6,9 +6,11 @@ host; values are looked at only where the tensor already lives there, so that no
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -47,7 +49,10 @@ def shape_of(tensor: Tensor | Look) -> str:
 
 def require_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+        hint = "; pick one of its levels" if isinstance(value, Mapping) else ""
+        if hasattr(value, "last_hidden_state"):
+            hint = "; of a transformers output take .last_hidden_state[:, 1:].transpose(1, 2)"
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor{hint}")
     if value.layout != torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout)
         raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
@@ -167,6 +172,15 @@ def require_paired_maps(query_name: str, query: Tensor | Look, key_name: str, ke
     require_values(query_name, query)
 
 
+def transposed(x: Tensor | Look, channels: int) -> str | None:
+    """How to bring x, whose last dimension has so many channels, into the order of the contract; None if it has not."""
+    if len(x.shape) not in (3, 4) or x.shape[-1] != channels or x.shape[1] == channels:
+        return None
+    if len(x.shape) == 3:
+        return "(B, P, C) tokens: pass .transpose(1, 2)"
+    return "a (B, H, W, C) map: pass .permute(0, 3, 1, 2)"
+
+
 def require_values(name: str, tensor: Tensor | Look) -> None:
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: got a tensor on meta, expected a device that holds values")
@@ -215,14 +229,21 @@ def require_number(name: str, value: object) -> float:
 
 
 def require_temperature(name: str, value: object) -> float:
-    if type(value) is float and LOWEST_TEMPERATURE <= value < math.inf:  # the usual case
+    if type(value) is float and LOWEST_TEMPERATURE <= value <= 1:  # the usual case
         return value
     number = require_number(name, value)
     if number <= 0:
         raise ValueError(f"{name}: got {number}, expected a number above 0")
     if number < LOWEST_TEMPERATURE:
         raise ValueError(f"{name}: got {number}, expected at least {LOWEST_TEMPERATURE}")
+    if number > 1 and not torch.compiler.is_compiling():
+        _warn_of_high(name)
     return number
+
+
+@functools.cache  # once per process
+def _warn_of_high(name: str) -> None:
+    warnings.warn(f"{name}: got one above 1, which hardly tells negatives apart; was 1 / t meant for t?", stacklevel=4)
 
 
 def require_cosine(name: str, value: object) -> float:

@@ -60,6 +60,11 @@ class DenseProjectionHead(nn.Module):
             raise TypeError(
                 f"norm_layer: got {norm_layer!r}, expected a callable such as torch.nn.BatchNorm2d, or None"
             )
+        if isinstance(norm_layer, nn.Module):
+            raise TypeError(
+                f"norm_layer: got a {type(norm_layer).__name__} that is made, expected what makes one for each branch, "
+                "such as torch.nn.BatchNorm2d or lambda channels: torch.nn.GroupNorm(32, channels)"
+            )
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
         self.grid_size = _checks.require_grid_size("grid_size", grid_size)
         image: list[nn.Module] = [nn.Linear(in_channels, hidden_channels)]
@@ -87,11 +92,12 @@ class DenseProjectionHead(nn.Module):
         """
         flat = _checks.flatten_map("features", features)
         if flat.shape[1] != self.in_channels:
-            tokens = features.ndim == 3 and features.shape[2] == self.in_channels
+            way = _checks.transposed(features, self.in_channels)
             raise ValueError(
                 f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
-                + ("; for (B, P, C) tokens pass .transpose(1, 2)" if tokens else "")
+                + (f"; it looks like {way}" if way else "")
             )
+        self._require_like_parameters(features)
         if features.ndim == 2 and not torch.compiler.is_compiling():
             warnings.warn(
                 "features: got (B, C) vectors, so that dense is one position an image; a backbone that pools, such as "
@@ -108,6 +114,18 @@ class DenseProjectionHead(nn.Module):
         shape = (*dense.shape[:2], *grid.shape[2:])
         return Projection(image, dense.reshape(shape), pooled)
 
+    def _require_like_parameters(self, features: Tensor) -> None:
+        first = self.image_mlp[0]
+        if type(first) is not nn.Linear:  # a quantised layer, or one of another library, has its own rules
+            return
+        if features.is_meta and not first.weight.is_meta:
+            raise ValueError(f"features: got a tensor on meta, expected {first.weight.device}, where the head is")
+        if features.dtype != first.weight.dtype and not torch.is_autocast_enabled(features.device.type):
+            raise TypeError(
+                f"features: got dtype {features.dtype}, expected {first.weight.dtype}, which the head has, "
+                "or a call under torch.autocast"
+            )
+
     def extra_repr(self) -> str:
         sizes = f"in_channels={self.in_channels}, hidden_channels={self.hidden_channels}, "
         return f"{sizes}out_channels={self.out_channels}, grid_size={self.grid_size}"
@@ -117,4 +135,9 @@ def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
     norm = norm_layer(channels)
     if not isinstance(norm, nn.Module):
         raise TypeError(f"norm_layer: got a callable that returns {type(norm).__name__}, expected a torch.nn.Module")
+    if type(norm) in (nn.LayerNorm, nn.BatchNorm1d):
+        raise TypeError(
+            f"norm_layer: got {type(norm).__name__}, expected one for (B, C, H, W) maps, such as "
+            "torch.nn.BatchNorm2d or lambda channels: torch.nn.GroupNorm(1, channels)"
+        )
     return norm

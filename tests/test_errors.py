@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+from densecl_ops import (
+    Correspondence,
+    DenseCorrespondence,
+    DenseInfoNCELoss,
+    DenseProjectionHead,
+    MomentumQueue,
+    _checks,
+)
 from densecl_ops.functional import (
     dense_correspondence,
     dense_cosine,
@@ -20,10 +27,12 @@ from densecl_ops.functional import (
     in_batch_negatives,
     location_correspondence,
 )
+from densecl_ops.info_nce import function
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
 INTS, LONG = torch.zeros(2, 6, dtype=torch.int32), torch.int64
 MAP, TURNED, WHOLE = (torch.ones(2, 4, *grid) for grid in ((2, 3), (3, 2), (4, 4)))
+HEAD = DenseProjectionHead(4, 4, 4)
 ROWS = torch.nn.functional.normalize(torch.ones(5, 4), dim=1)
 
 
@@ -543,10 +552,36 @@ def test_duck_queues(backend: str) -> None:
         (lambda: dense_cosine(MAP, MAP, dense_correspondence(TURNED, TURNED)), "a 3 x 2 grid .* same"),
         (lambda: dense_info_nce(MAP, MAP, ROWS, index_with(-1)), "`valid` leaves out"),
         (lambda: MomentumQueue(8, 4).enqueue(MAP), "`pooled`"),
+        (lambda: dense_info_nce(MAP.permute(0, 2, 3, 1), MAP.permute(0, 2, 3, 1), ROWS), r"\.permute\(0, 3, 1, 2\)"),
+        (lambda: dense_info_nce(MAP, MAP, ROWS.T), r"\.T$"),
+        (lambda: HEAD(WHOLE.permute(0, 2, 3, 1)[:, :3]), r"\.permute\(0, 3, 1, 2\)"),
+        (lambda: HEAD(torch.ones(2, 9, 4)), r"\.transpose\(1, 2\)"),
+        (lambda: HEAD({"p2": MAP, "p3": MAP}), "pick one of its levels"),
+        (lambda: HEAD(SimpleNamespace(last_hidden_state=MAP)), r"\.last_hidden_state\[:, 1:\]\.transpose\(1, 2\)"),
+        (lambda: HEAD(MAP.half()), r"torch\.float32 .*torch\.autocast"),
+        (lambda: HEAD(MAP.to("meta")), "meta, expected cpu"),
+        (lambda: DenseProjectionHead(4, norm_layer=torch.nn.BatchNorm2d(4)), "expected what makes one"),
+        (lambda: DenseProjectionHead(4, norm_layer=torch.nn.LayerNorm), "GroupNorm"),
     ],
 )
 def test_common_mistakes(call: Callable[[], Any], advice: str) -> None:
     assert re.search(advice, str(helpers.refused(call).value))
+
+
+@pytest.mark.parametrize(
+    ("call", "advice"),
+    [
+        (lambda: DenseInfoNCELoss(temperature=5.0), "was 1 / t meant"),
+        (lambda: dense_info_nce(MAP, MAP.clone().requires_grad_(), MomentumQueue(8, 4)), r"torch\.no_grad\(\)"),
+        (lambda: [dense_info_nce(MAP, MAP, queue) for queue in [MomentumQueue(8, 4, init="empty")] * 2], "enqueue"),
+    ],
+)
+def test_likely_mistakes_are_warned_of_once(call: Callable[[], Any], advice: str) -> None:
+    for warned in (_checks._warn_of_high, function._warn_of_key_gradient, function._warn_of_empty):
+        warned.cache_clear()
+    with pytest.warns(UserWarning, match=advice) as seen:
+        call(), call()
+    assert len(seen) == 1
 
 
 def test_a_match_carries_its_grids_and_still_unpacks() -> None:

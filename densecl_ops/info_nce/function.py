@@ -157,6 +157,8 @@ def dense_info_nce(
     )
     traced = _checks.is_traced(query)
     dtype, matmul_dtype = (_check if traced else _check_once)(seen)
+    if unit_rows and key.requires_grad and not traced:
+        _warn_of_key_gradient()
     if not traced and query.device.type == "cpu":  # where looking at values waits for no device
         _check_values(rows, count, unit_rows, index, key, exclude, name)
     scale, learned_scale = _scales(temperature, query, dtype, traced)
@@ -224,8 +226,12 @@ def _check(seen: Seen) -> tuple[torch.dtype, torch.dtype]:
     _checks.require_float_dtype("negatives", negatives)
     if len(negatives.shape) != 2 or negatives.shape[1] != channels or negatives.shape[0] == 0:
         hint = ""
-        if len(query.shape) == 3 and len(negatives.shape) == 2 and query.shape[2] == negatives.shape[1] != channels:
-            hint = f"; query, {_checks.shape_of(query)}, looks like (B, P, D) tokens: pass .transpose(1, 2)"
+        if len(negatives.shape) == 2:
+            way = _checks.transposed(query, negatives.shape[1])
+            if way is not None:
+                hint = f"; query, {_checks.shape_of(query)}, looks like {way}"
+            elif negatives.shape[0] == channels:
+                hint = "; a (D, K) queue, as MoCo stores it, is passed as .T"
         raise ValueError(
             f"negatives: got shape {_checks.shape_of(negatives)}, expected (K, {channels}) with K at least 1, "
             f"{channels} being the channels of query{hint}"
@@ -272,6 +278,8 @@ def _warn_of_lengths(rows: Tensor, existing: int, unit_rows: bool) -> None:
     version, key = 0 if rows.is_inference() else rows._version, id(rows)
     known = _looked_at.get(key)
     if known is not None and known[0]() is rows and version - known[1] < (64 if unit_rows else 1):
+        if existing == 0 and unit_rows and version == known[1]:
+            _warn_of_empty()
         return
     _looked_at[key] = weakref.ref(rows, functools.partial(_forget, key)), version
     if _checks.find_length(rows[: existing : max(1, existing // 64)]) is not None:
@@ -283,6 +291,23 @@ def _forget(key: int, dead: object) -> None:
 
 
 _looked_at: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+
+@functools.cache  # once per process
+def _warn_of_empty() -> None:
+    warnings.warn(
+        "negatives: got an empty queue again, beside which every loss is 0; call enqueue(keys) after each loss",
+        stacklevel=5,
+    )
+
+
+@functools.cache  # once per process
+def _warn_of_key_gradient() -> None:
+    warnings.warn(
+        "key: got a tensor that requires grad beside a queue, whose rows come from a network that learns by its moving "
+        "average alone; compute the key under torch.no_grad()",
+        stacklevel=3,
+    )
 
 
 @functools.cache  # once per process
