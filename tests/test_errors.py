@@ -558,7 +558,7 @@ def test_duck_queues(backend: str) -> None:
         (lambda: HEAD(torch.ones(2, 9, 4)), r"\.transpose\(1, 2\)"),
         (lambda: HEAD({"p2": MAP, "p3": MAP}), "pick one of its levels"),
         (lambda: HEAD(SimpleNamespace(last_hidden_state=MAP)), r"\.last_hidden_state\[:, 1:\]\.transpose\(1, 2\)"),
-        (lambda: HEAD(MAP.half()), r"torch\.float32 .*torch\.autocast"),
+        (lambda: HEAD(MAP.half()), r"torch\.float32, .*torch\.autocast"),
         (lambda: HEAD(MAP.to("meta")), "meta, expected cpu"),
         (lambda: DenseProjectionHead(4, norm_layer=torch.nn.BatchNorm2d(4)), "expected what makes one"),
         (lambda: DenseProjectionHead(4, norm_layer=torch.nn.LayerNorm), "GroupNorm"),
