@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,14 +81,6 @@ def test_location(
     check_location(boxes, grids, flips, max_distance, dtype)
 
 
-def test_same_crop_matches_itself_at_distance_zero() -> None:
-    boxes = torch.tensor([[3.0, 5.0, 17.0, 19.0]])
-    match = location_correspondence(boxes, boxes, 7, max_distance=0.0)
-    assert match.index.tolist() == [list(range(49))]
-    assert (match.score == 0).all()
-    assert match.valid.all()
-
-
 @given(seed=st.integers(0, 10**6), grids=st.tuples(GRIDS, GRIDS), dtype=st.sampled_from([torch.float32, torch.int64]))
 def test_ties_of_any_two_grids(seed: int, grids: tuple[tuple[int, int], tuple[int, int]], dtype: torch.dtype) -> None:
     """Whole pixels, but cells of any size: in fractions, so that equal distances are equal; the lowest index wins."""
@@ -143,24 +133,6 @@ def test_whatever_the_default_dtype(defaults: None) -> None:
     assert match.valid.all()
 
 
-def test_flip_mirrors_the_columns() -> None:
-    boxes = torch.tensor([[0.0, 0, 8, 8]]).expand(2, -1)
-    match = location_correspondence(boxes, boxes, 2, key_flip=torch.tensor([True, False]))
-    assert match.index.tolist() == [[1, 0, 3, 2], [0, 1, 2, 3]]
-    match = location_correspondence(boxes, boxes, 2, query_flip=torch.tensor([True, False]))
-    assert match.index.tolist() == [[1, 0, 3, 2], [0, 1, 2, 3]]
-
-
-def test_ties_go_to_the_lowest_index() -> None:
-    """One query cell centred on the corner of four key cells."""
-    boxes = torch.tensor([[0.0, 0, 8, 8]])
-    for key_grid, flip in ((2, False), (4, False), ((2, 4), True)):
-        match = location_correspondence(boxes, boxes, 1, key_grid, key_flip=torch.tensor([flip]))
-        grid = (key_grid, key_grid) if isinstance(key_grid, int) else key_grid
-        lowest = (grid[0] // 2 - 1) * grid[1] + grid[1] // 2 - 1
-        assert match.index.tolist() == [[lowest]]
-
-
 def test_default_distance_is_pixpros() -> None:
     """Cells of 1 x 1: centres 0.9 apart are 0.636 diagonals apart, 1.1 apart 0.778."""
     here = torch.tensor([[0.0, 0, 1, 1]]).expand(2, -1)
@@ -168,18 +140,6 @@ def test_default_distance_is_pixpros() -> None:
     match = location_correspondence(here, there, 1)
     assert match.valid.tolist() == [[True], [False]]
     assert match.score.flatten().tolist() == pytest.approx([-0.9 / 2**0.5, -1.1 / 2**0.5])
-
-
-def test_distance_is_in_diagonals_of_the_larger_cell() -> None:
-    small, large = torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[2.0, 0, 5, 4]])
-    for a, b in ((small, large), (large, small)):
-        assert location_correspondence(a, b, 1).score.item() == pytest.approx(-np.hypot(3, 1.5) / 5)
-
-
-def test_disjoint_crops_have_no_match() -> None:
-    match = location_correspondence(torch.tensor([[0, 0, 10, 10]]), torch.tensor([[90, 90, 99, 99]]), 5)
-    assert not match.valid.any()
-    assert ((match.index >= 0) & (match.index < 25)).all()
 
 
 @pytest.mark.parametrize("name", ["query_boxes", "key_boxes"])
@@ -263,19 +223,3 @@ def test_a_rule_in_the_triton_interpreter() -> None:
     case = replace(loss_case(found, torch.float32), weight=torch.rand(3, 12), exclude=torch.tensor([2, 8, 0]))
     assert 0 < truth.valid.sum() < truth.valid.size
     check("triton", case, 5e-6)
-
-
-# ---- the documentation ----------------------------------------------------------------------------------------------
-
-PAGE = Path(__file__).parent.parent / "docs" / "matching.md"
-
-
-def test_the_page_on_matching_runs() -> None:
-    """Its snippets, one after the other; an `assert` in them is the page's own claim."""
-    pytest.importorskip("kornia")
-    space: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) >= 5
-    for block in blocks:
-        exec(block, space)
-    assert space["loss"].isfinite()
