@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import helpers
 import numpy as np
@@ -251,25 +252,65 @@ def test_backward_under_autocast(backend: str) -> None:
         assert_close(a, b, 1e-6 if backend in helpers.FUSED else 1e-2)
 
 
-@pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5, 3)])
-@pytest.mark.parametrize("channels", [5, 32])
-def test_bfloat16_in_several_calls_of_the_attention_operator(
-    monkeypatch: pytest.MonkeyPatch, channels: int, negatives: int, count: int | None
+@pytest.mark.parametrize("form", ["tiles", "tiles, oneDNN", "flash", "at once"])
+@pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5000, 4300)])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_every_form(
+    monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype, negatives: int, count: int | None
 ) -> None:
-    """What a processor with matrix units does in steps of 4,096 rows; any processor can do it."""
-    monkeypatch.setattr(blockwise, "_HAS_AMX", True)
-    monkeypatch.setattr(blockwise, "_FLASH_ROWS", 16)
-    case = make_case(21, channels=channels, negatives=negatives, count=count).to(torch.bfloat16)
-    truth = helpers.expected(case)
-    seen, usual = (helpers.run(backend, case, rank=False) for backend in ("blockwise", "eager"))
-    without = helpers.run("blockwise", case, wanted=(), rank=False)
-    assert_close(without.loss, seen.loss, 1e-6)
-    maps, existing = (case.query.flatten(2), case.key.flatten(2)), None if count is None else torch.tensor(count)
-    problem = Problem(*maps, case.negatives, 5.0, None, case.index, None, existing, True, torch.float32, torch.bfloat16)
-    assert blockwise.forward(problem, want_grad=False, want_rank=False).grad_query.numel() == 0
-    for name in ("loss", "query", "key", "negatives"):
-        wish, tolerance = getattr(truth, name), 2 * helpers.error(getattr(usual, name), getattr(truth, name))
-        assert_close(getattr(seen, name), wish, tolerance + 1e-3, name)
+    """Any processor can do what another one is given: products in float32, or in bfloat16 where the input is."""
+    for product in {torch.float32, dtype} - {torch.float16}:
+        if (form == "tiles, oneDNN" and product != torch.float32) or (form == "at once" and dtype != torch.float32):
+            continue
+        monkeypatch.setattr(blockwise, "_choose", lambda *_, product=product: (form, product))
+        case = make_case(21, channels=32, negatives=negatives, count=count).to(dtype)
+        truth = helpers.expected(case)
+        seen, usual = (helpers.run(backend, case, rank=False) for backend in ("blockwise", "eager"))
+        without = helpers.run("blockwise", case, wanted=(), rank=False)
+        assert_close(without.loss, seen.loss, 1e-6)
+        for name in ("loss", "query", "key", "negatives"):
+            wish, tolerance = getattr(truth, name), 2 * helpers.error(getattr(usual, name), getattr(truth, name))
+            floor = 1e-5 if dtype == torch.float32 else 1e-3
+            assert_close(getattr(seen, name), wish, tolerance + floor, name)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "options", "form", "product"),
+    [
+        ({"cpu_name": "Intel"}, torch.float32, {}, "flash", torch.float32),
+        ({"cpu_name": "Intel"}, torch.float32, {"rank": True}, "tiles", torch.float32),
+        ({"cpu_name": "Intel"}, torch.float32, {"grad": False}, "tiles", torch.float32),
+        ({"cpu_name": "Intel"}, torch.bfloat16, {}, "flash", torch.float32),
+        ({"cpu_name": "Intel"}, torch.float16, {}, "flash", torch.float32),
+        ({"cpu_name": "Intel"}, torch.float64, {}, "flash", torch.float64),
+        ({"cpu_name": "Intel", "avx512_bf16": True}, torch.bfloat16, {}, "tiles", torch.bfloat16),
+        ({"cpu_name": "Intel", "amx_bf16": True}, torch.bfloat16, {}, "flash", torch.bfloat16),
+        ({"cpu_name": "Intel", "amx_bf16": True}, torch.bfloat16, {"exclude": True}, "tiles", torch.bfloat16),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, torch.float32, {}, "tiles, oneDNN", torch.float32),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, torch.bfloat16, {"rank": True}, "tiles, oneDNN", torch.float32),
+        ({}, torch.float32, {}, "flash", torch.float32),
+        ({}, torch.float32, {"small": True}, "at once", torch.float32),
+    ],
+)
+def test_choice_of_the_form(
+    monkeypatch: pytest.MonkeyPatch,
+    capabilities: dict[str, Any],
+    dtype: torch.dtype,
+    options: dict[str, bool],
+    form: str,
+    product: torch.dtype,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(blockwise, "_processor", blockwise._processor.__wrapped__)
+    exclude = torch.zeros(3, dtype=torch.int64) if options.get("exclude") else None
+    case, exact = (
+        make_case(0, negatives=16 if options.get("small") else 4096).to(dtype),
+        torch.promote_types(dtype, torch.float32),
+    )
+    maps = case.query.flatten(2), case.key.flatten(2)
+    problem = Problem(*maps, case.negatives, 5.0, None, case.index, exclude, None, True, exact, dtype)
+    chosen = blockwise._choose(problem, options.get("grad", True), options.get("rank", False))
+    assert chosen == (form, product)
 
 
 def test_equal_logits_give_log_1_plus_k() -> None:

@@ -1,0 +1,120 @@
+"""Blocks of rows on threads of our own: regions, settings of threads, forks, errors, repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import helpers
+import pytest
+import torch
+from helpers import make_case
+
+from densecl_ops import _parallel
+from densecl_ops._parallel import for_blocks
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs libgomp and gcc")
+def test_parallel_regions() -> None:
+    """At the end of each, a call waits for its slowest thread."""
+    sizes = "256,4096", "600,9000"
+    command = [sys.executable, "-m", "benchmarks.regions", "--seconds", "0", "--sizes", *sizes]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["ours"]["regions"] <= 4, row
+        assert row.get("ours with rank", row["ours"])["regions"] <= 4, row
+    assert rows[0]["MoCo's lines"]["regions"] > 4  # so something is counted
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("size", "most", "least"), [(0, 5, 1), (1, 5, 1), (10, 5, 1), (11, 5, 1), (31, 64, 16), (7, 1, 1)]
+)
+def test_blocks_cover_all_rows(threads: int, size: int, most: int, least: int) -> None:
+    before, seen = torch.get_num_threads(), torch.zeros(size)
+    try:
+        torch.set_num_threads(threads)
+        for_blocks(lambda part: seen[part].add_(1), size, most, least)
+    finally:
+        torch.set_num_threads(before)
+    assert (seen == 1).all()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_settings_of_threads() -> None:
+    """One thread for the operators of a block; the caller, later threads and modes are as they were."""
+    numbers, modes = [], []
+
+    def look(part: slice) -> None:
+        numbers.append(torch.get_num_threads())
+        modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+
+    for_blocks(look, 8, 2)
+    with torch.inference_mode():
+        for_blocks(look, 8, 2)
+    assert numbers == [1] * 8
+    assert modes == [(False, False)] * 4 + [(True, False)] * 4
+    later = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert (numbers[-1], torch.get_num_threads()) == (2, 2)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_errors_of_a_block() -> None:
+    def fail(part: slice) -> None:
+        if part.start:
+            raise ValueError("here")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="here"):
+            for_blocks(fail, 8, 2)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork() -> None:
+    """A child has no threads of its parent: it starts its own."""
+    for_blocks(lambda part: None, 8, 2)
+    child = os.fork()
+    if child == 0:
+        for_blocks(lambda part: None, 8, 2)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_on_threads(dtype: torch.dtype) -> None:
+    """Repeats agree bit by bit; in inference mode and beside other threads of the user, too."""
+    case = make_case(3, batch=32, query_grid=(7, 7), key_grid=(7, 7), negatives=3000, reduction="none").to(dtype)
+    first = helpers.run("blockwise", case)
+    with torch.inference_mode():
+        loss = helpers.info_nce("blockwise", case.query, case.key, case.negatives, case.index, reduction="none")
+    results = []
+    users = [threading.Thread(target=lambda: results.append(helpers.run("blockwise", case))) for _ in range(3)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    helpers.assert_close(loss, first.loss, 1e-6 if dtype == torch.float32 else 1e-2)
+    for again in results:
+        for name in ("loss", "rank", "query", "key", "negatives"):
+            assert torch.equal(getattr(again, name), getattr(first, name)), name
+    assert len(_parallel._pool(2, os.getpid())._threads) == 2
