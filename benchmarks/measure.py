@@ -109,6 +109,7 @@ def compare(
     samples = {name: [first] if rounds[name] == 1 else [] for name, first in first_samples.items()}
     names = [name for name in rounds if rounds[name] > 1]
     for index in range(max((rounds[name] for name in names), default=0)):
+        gc.collect()
         start = index % len(names)
         for name in names[start:] + names[:start]:
             if index < rounds[name]:
@@ -125,7 +126,6 @@ def compare(
 def _timed(run: Callable[[], Any], device: torch.device, cold: bool) -> tuple[float, float]:
     """Seconds on the device, and seconds until the call returned."""
     if device.type != "cuda":
-        gc.collect()
         start = time.perf_counter()
         run()
         spent = time.perf_counter() - start
