@@ -113,14 +113,6 @@ def test_empty_start() -> None:
     assert (queue.rows == 0).all()
 
 
-def test_newest_of_too_many_win() -> None:
-    queue, keys = MomentumQueue(3, 2, dtype=torch.float64), keys_of(0, 8, 2)
-    queue.enqueue(keys_of(1, 1, 2))
-    queue.enqueue(keys)
-    newest = oracle.unit(numpy64(keys[5:]), 1)[0]
-    np.testing.assert_allclose(queue.rows.numpy(), np.roll(newest, 9 % 3, 0), atol=1e-14)
-
-
 @pytest.mark.parametrize(
     "layout",
     [
