@@ -33,7 +33,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python docs/examples/pretrain.py
+	$(BIN)/python docs/examples/pretrain.py --overwrite
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -69,9 +69,9 @@ HEALTHY = {
     "empty-no-warmup": Run("empty queue, no warm-up", "--queue-init empty --lambda-warmup 0"),
 }
 BROKEN = {
-    "enqueue-first": Run("enqueue before the loss", "--steps 150", enqueue_first),
-    "same-view": Run("the same view twice", "--steps 150", same_view),
-    "high-lr": Run("learning rate 50 times too high", "--steps 150 --lr 1"),
+    "enqueue-first": Run("enqueue before the loss", "--steps 150 --lambda-warmup 50", enqueue_first),
+    "same-view": Run("the same view twice", "--steps 150 --lambda-warmup 50", same_view),
+    "high-lr": Run("learning rate 50 times too high", "--steps 150 --lambda-warmup 50 --lr 1"),
 }
 
 

@@ -24,28 +24,18 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS.parent / "docs" / "examples"))
 
 import pretrain  # noqa: E402
+from PIL import Image  # noqa: E402
 
-SETTINGS = [
-    "--steps",
-    "7",
-    "--batch-size",
-    "4",
-    "--lambda-warmup",
-    "2",
-    "--no-amp",
-    "--backbone",
-    "small_gn",
-    "--save-every",
-    "2",
-]
+SETTINGS = "--steps 7 --batch-size 4 --lambda-warmup 2 --no-amp --backbone small_gn --save-every 2"
 STALL_AT = 5  # one step after the checkpoint of step 4
 NEVER = 10**6
 
 
 def torchrun(out: Path, stall_at: int, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = [str(TESTS / "distributed_pretrain.py"), str(stall_at)]
     return subprocess.Popen(
-        [*command, str(TESTS / "distributed_pretrain.py"), str(stall_at), *SETTINGS, "--out", str(out), *arguments],
+        [*command, *worker, *SETTINGS.split(), "--out", str(out), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
         stdout=subprocess.DEVNULL,
         stderr=(out / "errors").open("w"),
@@ -53,10 +43,10 @@ def torchrun(out: Path, stall_at: int, *arguments: str) -> subprocess.Popen:
     )
 
 
-def finish(out: Path, *arguments: str) -> None:
+def finish(out: Path, *arguments: str, status: int = 0) -> None:
     process = torchrun(out, NEVER, *arguments)
     try:
-        assert process.wait(timeout=240) == 0, (out / "errors").read_text()
+        assert process.wait(timeout=240) == status, (out / "errors").read_text()
     finally:
         kill(process, out)
 
@@ -115,7 +105,7 @@ def test_killed_run_resumes_to_the_same_end(whole: Path, tmp_path: Path) -> None
     finish(killed, "--resume")
     assert_same_run(load(killed), load(whole), atol=0)
 
-    pretrain.main([*SETTINGS, "--out", str(alone), "--resume"])
+    pretrain.main([*SETTINGS.split(), "--out", str(alone), "--resume"])
     assert_same_run(load(alone), load(whole), atol=3e-4)
 
 
@@ -134,3 +124,19 @@ def test_sigterm_on_one_rank_stops_all_after_the_same_step(whole: Path, tmp_path
 
     finish(tmp_path, "--resume")
     assert_same_run(load(tmp_path), load(whole), atol=0)
+
+
+def test_ranks_without_a_shared_disk(whole: Path, tmp_path: Path) -> None:
+    """Rank 0's checkpoint is the one that all go on from; ranks that see other images all stop, in the same words."""
+    (tmp_path / "node0").mkdir()
+    shutil.copyfile(whole / "image-and-dense.previous.pt", tmp_path / "node0" / "image-and-dense.pt")
+    apart = ["--out", str(tmp_path / "node{rank}")]  # the last --out counts
+    finish(tmp_path, *apart, "--resume")
+    assert_same_run(load(tmp_path / "node0"), load(whole), atol=0)
+
+    for rank, names in enumerate(("ab", "ac")):
+        (tmp_path / f"images{rank}").mkdir()
+        for name in names:
+            Image.new("RGB", (40, 40)).save(tmp_path / f"images{rank}" / f"{name}.png")
+    finish(tmp_path, *apart, "--overwrite", "--images", str(tmp_path / "images{rank}"), status=1)
+    assert (tmp_path / "errors").read_text().count("processes differ in names of images: rank 0: ") == 2

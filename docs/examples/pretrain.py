@@ -16,17 +16,19 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pretraining import checkpoints, options, processes
 from pretraining.augment import augment
-from pretraining.backbones import Backbone, build
+from pretraining.backbones import Backbone, build, load_weights
 from pretraining.images import BuiltIn, Folder, Order, Samples, stream
 from pretraining.pictures import draw
-from pretraining.progress import Progress
+from pretraining.progress import READ_EVERY, Progress
 from pretraining.stereo import Matches, evaluate, load_pair
+from pretraining.streams import Iterated, Shards, Stream
 from torch import Tensor, nn
 
 from densecl_ops import (
@@ -55,11 +57,13 @@ class Encoder(nn.Module):
 
 
 class Output(NamedTuple):
-    """Both terms of a batch, the share of positions whose match beats all negatives, and what the queues are owed."""
+    """Both terms of a batch, how its positives rank among the negatives, and what the queues are owed."""
 
     image_loss: Tensor
     dense_loss: Tensor
     accuracy: Tensor
+    rank: Tensor
+    negatives: Tensor
     image_key: Tensor
     dense_key: Tensor
     match: Correspondence
@@ -100,7 +104,9 @@ class DenseCL(nn.Module):
             match = self.match(maps_q, maps_k)
         dense_loss, rank = self.criterion(query.dense, key.dense, self.dense_queue, match, return_rank=True)
         accuracy = contrastive_accuracy(rank, valid=match.valid)
-        return Output(image_loss, dense_loss, accuracy, key.image, key.pooled, match, (maps_q.detach(), maps_k))
+        mean_rank = (rank * match.valid).sum() / match.valid.sum().clamp(min=1)
+        ranks = accuracy, mean_rank, self.dense_queue.count.clone()
+        return Output(image_loss, dense_loss, *ranks, key.image, key.pooled, match, (maps_q.detach(), maps_k))
 
     @torch.no_grad()
     def update(self, outputs: list[Output]) -> None:
@@ -127,15 +133,21 @@ def learning_rate_at(step: int, value: float, steps: int) -> float:
     return value * min(1.0, (step + 1) * 20 / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(model: DenseCL, samples: Samples, lambda_: float, checkpoint: Path, args: argparse.Namespace) -> Tensor:
+def train(
+    model: DenseCL, samples: Samples | Stream, lambda_: float, checkpoint: Path, args: argparse.Namespace
+) -> Tensor:
     """Trains in place; returns the history (steps, 3) of image term, dense term and accuracy."""
     device, rank = next(model.parameters()).device, processes.rank()
     settings = checkpoints.settings_of(args, lambda_)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
     start, history = 0, torch.zeros(args.steps, 3)
-    if args.resume and checkpoint.exists():
-        start, history, skipped = checkpoints.resume(checkpoint, model, optimizer, settings)
-        samples.skipped |= skipped
+    state = checkpoints.resume(checkpoint, model, optimizer, settings) if args.resume else None
+    if state is not None:
+        start = state["step"]
+        history[:start] = state["history"][:start]
+        samples.skipped |= state["skipped"]
+        if isinstance(samples, Stream):
+            samples.go_on(state["places"])
     history = history.to(device)
     parallel = processes.distribute(model)
     forward = torch.compile(parallel) if args.compile else parallel
@@ -157,7 +169,9 @@ def train(model: DenseCL, samples: Samples, lambda_: float, checkpoint: Path, ar
             outputs, measured = [], torch.zeros(3, device=device)
             for part in range(args.accumulate):
                 views = next(batches)
-                progress.skip(views.skipped)
+                progress.tell(views)
+                if views.place is not None:
+                    samples.places[views.place[0]] = views.place[1]
                 pixels, boxes, uniform = (x.to(device, non_blocking=True).flatten(0, 1) for x in views[:3])
                 images = augment(pixels, uniform).contiguous(memory_format=layout)
                 (images_q, images_k), (boxes_q, boxes_k) = images.chunk(2), boxes.chunk(2)
@@ -173,10 +187,14 @@ def train(model: DenseCL, samples: Samples, lambda_: float, checkpoint: Path, ar
             model.update(outputs)
 
             history[step] = processes.mean(measured)
-            progress.step(step, history[step], rate, output, (images_q, images_k))
+            progress.step(step, history[step], rate, weight > 0, output, (images_q, images_k))
             stopped = stop.anywhere()
-            if rank == 0 and (stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps):
-                state = {"step": step + 1, "history": history.cpu(), "settings": settings, "skipped": samples.skipped}
+            due = stopped or (step + 1) % args.save_every == 0 or step + 1 == args.steps
+            if due or step % READ_EVERY == 0:
+                checkpoints.require_finite(history[: step + 1], model if due else None, checkpoint)
+            if due:
+                state = {"step": step + 1, "history": history.cpu(), "settings": settings}
+                state |= {"skipped": processes.union(samples.skipped), "places": processes.union(samples.places)}
                 checkpoints.save(checkpoint, model, optimizer, **state)
             if stopped:
                 print(f"stopped by SIGTERM after step {step + 1}; --resume goes on", file=sys.stderr)
@@ -184,47 +202,74 @@ def train(model: DenseCL, samples: Samples, lambda_: float, checkpoint: Path, ar
     return history
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, dataset: Iterable[Any] | None = None) -> None:
+    """Trains; `dataset` is an IterableDataset of images or (image, ...), instead of --images and --shards."""
     args = options.parse(arguments)
     device = processes.start()
     try:
-        run(args, device)
+        run(args, device, dataset)
     finally:
         processes.end()
 
 
-def run(args: argparse.Namespace, device: torch.device) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    source = BuiltIn() if args.images is None else Folder(args.images)
-    args.images_seen = f"{'scikit-image' if args.images is None else 'folder'}, {len(source)}"
-    if args.epochs is not None:
-        args.steps = math.ceil(args.epochs * len(source) / args.batch_size)
-    samples = Samples(source, args.seed, args.view, args.window)
+def run(args: argparse.Namespace, device: torch.device, dataset: Iterable[Any] | None) -> None:
+    rank, count = processes.rank(), processes.count()
+    source = processes.together(lambda: find_images(args, dataset))
+    processes.together(lambda: options.settle(args, len(source)))
+    processes.agree(checkpoints.settings_of(args, args.lambda_) | {"names of images": source.digest})
+
+    last = "image and dense" if args.lambda_ > 0 else "image term alone"
+    arms = ({"image term alone": 0.0} if args.compare else {}) | {last: args.lambda_}
+    files = {name: args.out / f"{name.replace(' ', '-')}.pt" for name in arms}
+    processes.from_rank_0(lambda: checkpoints.claim(list(files.values()), args))
 
     matches: dict[str, Matches] = {}
     seconds: dict[str, float] = {}
-    arms = {"image term alone": 0.0} if args.compare else {}
-    for name, lambda_ in (arms | {"image and dense": args.lambda_}).items():
-        model, stride = make_model(args)
+    skipped: dict[str, str] = {}
+    for name, lambda_ in arms.items():
+        model, stride = processes.together(lambda: make_model(args))
         model.to(device)
         pair = load_pair(stride, device)
-        matches["random weights"] = evaluate(model.encoder_q.backbone, pair)
+        matches["random weights" if args.weights is None else "weights given"] = evaluate(
+            model.encoder_q.backbone, pair
+        )
+        if isinstance(source, (Shards, Iterated)):
+            samples: Samples | Stream = Stream(source, args.seed, args.view, args.window, args.workers, rank, count)
+        else:
+            samples = Samples(source, args.seed, args.view, args.window)
+        samples.skipped |= skipped  # named already
         began = time.perf_counter()
-        history = train(model, samples, lambda_, args.out / f"{name.replace(' ', '-')}.pt", args)
+        history = train(model, samples, lambda_, files[name], args)
         seconds[name] = time.perf_counter() - began
         matches[name] = evaluate(model.encoder_q.backbone, pair)
+        skipped |= processes.union(samples.skipped)
 
-    skipped = processes.union(samples.skipped)
-    if processes.rank() == 0:
-        draw(pair, matches, history.cpu(), args.lambda_warmup, args.out / "matches.png")
-        checkpoints.report(args, matches, seconds, skipped)
-        checkpoints.export(model, args.out, args.densecl)
+    def write() -> None:
+        picture = args.out / "matches.png"
+        weights = checkpoints.export(model, args.out, args.densecl)
+        draw(pair, matches, last, history.cpu(), args.lambda_warmup, picture)
+        checkpoints.report(args, matches, pair, seconds, skipped, [*weights, picture, *files.values()])
+
+    processes.from_rank_0(write)  # all leave together: a rank that is gone would have its launcher kill the writer
+
+
+def find_images(args: argparse.Namespace, dataset: Iterable[Any] | None) -> BuiltIn | Folder | Shards | Iterated:
+    """What to train on, and a word for it that settings and results keep."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    kinds = {"dataset": dataset, "shards": args.shards, "folder": args.images}
+    kind = next((kind for kind, given in kinds.items() if given is not None), "scikit-image")
+    makers = {"dataset": Iterated, "shards": Shards, "folder": Folder}
+    source = makers[kind](kinds[kind]) if kind in makers else BuiltIn()
+    args.images_seen = f"{kind}, {len(source)}" if len(source) else kind
+    return source
 
 
 def make_model(args: argparse.Namespace) -> tuple[DenseCL, int]:
     """The model of these options, at the start that their seed gives it, and its stride in pixels."""
     torch.manual_seed(args.seed)
     backbone = build(args.backbone)
+    if args.weights is not None:
+        load_weights(backbone.network, args.weights)
     wanted = {name: getattr(args, name) for name in ("queue_size", "momentum", "queue_init", "matching")}
     return DenseCL(Encoder(backbone), **wanted), backbone.stride
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from densecl_ops.interop import read_checkpoint
 
 
 class Backbone(NamedTuple):
@@ -20,13 +23,20 @@ class Backbone(NamedTuple):
 
 
 def build(name: str) -> Backbone:
-    """ "small", "small_gn", or a name that torchvision or, where it has none of it, timm knows; random weights."""
+    """ "small", "small_gn", or a name that torchvision or, where it has none of it, timm knows.
+
+    Weights are random, but for a name of timm with a tag, such as "resnet50.a1_in1k".
+    """
     if name in ("small", "small_gn"):
         network: nn.Module | None = small_resnet(nn.BatchNorm2d if name == "small" else group_norm)
     else:
         network = _of_torchvision(name) or _of_timm(name)
     if network is None:
-        raise SystemExit(f"--backbone: got {name!r}, expected small, small_gn, or a ResNet of torchvision or timm")
+        missing = [package for package in ("torchvision", "timm") if importlib.util.find_spec(package) is None]
+        hint = f" (not installed: {', '.join(missing)})" if missing else ""
+        raise SystemExit(
+            f"--backbone: got {name!r}, expected small, small_gn, or a ResNet of torchvision or timm{hint}"
+        )
     network.eval()  # its statistics stay at their start
     with torch.no_grad():
         features = network(torch.zeros(1, 3, 64, 64))
@@ -86,5 +96,17 @@ def _of_timm(name: str) -> nn.Module | None:
 
     if not timm.is_model(name):
         return None
-    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
+    try:
+        network: nn.Module = timm.create_model(name, pretrained="." in name, num_classes=0, global_pool="")
+    except Exception as error:  # of the network, or of a tag that does not exist
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"--backbone: the weights of {name} cannot be had ({reason})") from error
     return network
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """The query backbone of a state dict or checkpoint, whole."""
+    try:
+        read_checkpoint(path, format="backbone").load_into(backbone_q=network)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--weights: {path} does not fit this backbone: {error}") from error

@@ -7,27 +7,30 @@ processes sees the same views in the same order, and a run resumes at any step.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
-import warnings
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import skimage.data
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from pretraining.decoding import SUFFIXES, decode
+
+if TYPE_CHECKING:
+    from pretraining.streams import Place, Stream
 
 # The photographs that lie inside the scikit-image wheel. Its stereo pair is kept for the evaluation.
 BUILT_IN = (
     *("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel"),
     *("hubble_deep_field", "immunohistochemistry", "moon", "retina", "rocket"),
 )
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-SMALLEST = 32  # pixels; images with a shorter side are skipped
 SHORT_SIDE = 384  # pixels that the shorter side of a larger image counts as, where a window is cut
 GRACE = 30  # seconds that a worker goes on after SIGTERM
 TRIES = 100  # images tried for one sample before the folder is called unusable
@@ -39,18 +42,14 @@ class Folder:
     """The images below a folder. Kept are the bytes of their names, in one array that all workers share."""
 
     def __init__(self, root: Path) -> None:
-        names = sorted(
-            os.path.relpath(os.path.join(folder, file), root)  # noqa: PTH118  (a million Path objects take their time)
-            for folder, _, files in os.walk(root)
-            for file in files
-            if os.path.splitext(file)[1].lower() in SUFFIXES  # noqa: PTH122
-        )
+        names = sorted(os.path.relpath(path, root) for path in _walk(root, set()))
         if not names:
             raise SystemExit(f"--images {root}: no image found; looked for {', '.join(sorted(SUFFIXES))}")
         encoded = [os.fsencode(name) for name in names]
         self.root = root
         self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
         self.ends = np.cumsum([len(name) for name in encoded])
+        self.digest = hashlib.sha256(b"".join(encoded)).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -63,10 +62,27 @@ class Folder:
         return decode(self.root / self.name(index))
 
 
+def _walk(folder: str | Path, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Paths of the images below a folder; a linked folder counts as a folder, and each comes once."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                here = entry.stat()
+                if (here.st_dev, here.st_ino) not in seen:
+                    seen.add((here.st_dev, here.st_ino))
+                    yield from _walk(entry.path, seen)
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122  (a million Path objects are slow)
+                yield entry.path
+
+
 class BuiltIn:
     """The photographs of scikit-image: few, so they stay in memory, scaled down once."""
 
+    digest = ""
+
     def __init__(self) -> None:
+        import skimage.data
+
         self.images = [Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in BUILT_IN]
         for image in self.images:
             shrink = max(1, min(image.size) / SHORT_SIDE)
@@ -82,23 +98,6 @@ class BuiltIn:
         return self.images[index]
 
 
-def decode(path: Path) -> Image.Image:
-    """Upright, RGB, 8 bits; raises what Pillow raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata, and sizes below the limit that Pillow raises at
-        with Image.open(path) as file:
-            if min(file.size) < SMALLEST:
-                raise ValueError(f"{file.width} x {file.height} pixels, smaller than {SMALLEST}")
-            image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to 8
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels, whose white is unknown")
-    elif image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # palettes with transparent entries have no direct way
-    return image.convert("RGB")
-
-
 class Views(NamedTuple):
     """Two views each of B images, as they leave the workers.
 
@@ -107,38 +106,58 @@ class Views(NamedTuple):
         boxes: (2, B, 4) float32, the crops in pixels of the upright images; left and right swapped where mirrored.
         uniform: (2, B, 8) float32 in [0, 1), the random numbers of the augmentation that follows.
         skipped: (name, reason) of files that could not be used.
+        scaled: (name, how) of images whose white the file did not state.
+        place: The reader of a stream, and where it goes on.
     """
 
     images: Tensor
     boxes: Tensor
     uniform: Tensor
     skipped: list[tuple[str, str]]
+    scaled: list[tuple[str, str]]
+    place: tuple[int, Place] | None = None
 
 
-class Samples(Dataset[Views]):
+class Samples(Dataset["Views | str"]):
     """Sample (n, index): two views of image `index`, by the n-th random numbers of the run."""
 
     def __init__(self, source: Folder | BuiltIn, seed: int, view: int, window: int) -> None:
         self.source, self.seed, self.view, self.window = source, seed, view, window
         self.skipped: dict[str, str] = {}  # name and reason; filled by whoever reads the batches
+        self.places: dict[int, Place] = {}  # a stream's; sample numbers say it here
 
-    def __getitem__(self, sample: tuple[int, int]) -> Views:
+    def __getitem__(self, sample: tuple[int, int]) -> Views | str:
         number, index = sample
         random = np.random.default_rng((self.seed, 1, number))
         skipped: list[tuple[str, str]] = []
         for _ in range(TRIES):
+            name = self.source.name(index)
             try:
-                image = self.source.open(index)
-                break
+                return views_of(self.source.open(index), name, self.view, self.window, random, skipped)
             except Exception as error:  # of a dozen types, in Pillow, for a file that is broken
-                skipped.append((self.source.name(index), str(error) or type(error).__name__))
+                skipped.append((name, reason(error)))
                 index = int(random.integers(len(self.source)))
-        else:
-            raise SystemExit(f"no usable image in {TRIES} tries; the last: {': '.join(skipped[-1])}")
-        region = random_window(image.size, self.window, random)
-        views, boxes = zip(*(random_view(image, region, self.view, random) for _ in range(2)), strict=True)
-        uniform = random.random((2, 8), dtype=np.float32)
-        return Views(torch.stack(views), torch.tensor(boxes), torch.from_numpy(uniform), skipped)
+        return no_usable(skipped)
+
+
+def views_of(
+    image: Image.Image, name: str, view: int, window: int, random: np.random.Generator, skipped: list[tuple[str, str]]
+) -> Views:
+    """Two views of one image, without the dimension B."""
+    region = random_window(image.size, window, random)
+    views, boxes = zip(*(random_view(image, region, view, random) for _ in range(2)), strict=True)
+    uniform = torch.from_numpy(random.random((2, 8), dtype=np.float32))
+    scaled = [(name, image.info["scaled"])] if "scaled" in image.info else []
+    return Views(torch.stack(views), torch.tensor(boxes), uniform, skipped, scaled)
+
+
+def reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def no_usable(skipped: list[tuple[str, str]]) -> str:
+    """In place of views, since what a worker raises arrives with a traceback."""
+    return f"no usable image in {len(skipped)} tries; the last: {': '.join(skipped[-1])}"
 
 
 def random_window(size: tuple[int, int], window: int, random: np.random.Generator) -> Box:
@@ -186,9 +205,10 @@ class Order:
     ) -> None:
         self.images, self.seed, self.batch, self.steps = images, seed, batch, steps
         self.parts, self.rank, self.processes = parts, rank, processes
+        self.share = batch // parts // processes
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch // self.parts // self.processes
+        share = self.share
         epoch, order = -1, np.empty(0, np.int64)
         for step in self.steps:
             for part in range(self.parts):
@@ -206,11 +226,13 @@ class Order:
 
 
 @contextlib.contextmanager
-def stream(samples: Samples, order: Order, workers: int, pin_memory: bool) -> Iterator[Iterator[Views]]:
+def stream(samples: Samples | Stream, order: Order, workers: int, pin_memory: bool) -> Iterator[Iterator[Views]]:
     """The batches, decoded in `workers` processes (0: in this one) ahead of their use."""
-    loader = DataLoader(
+    indexed = isinstance(samples, Samples)
+    loader: DataLoader[Views | str] = DataLoader(
         samples,
-        batch_sampler=order,
+        batch_size=1 if indexed else order.share,
+        batch_sampler=order if indexed else None,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
@@ -219,16 +241,25 @@ def stream(samples: Samples, order: Order, workers: int, pin_memory: bool) -> It
     )
     batches = iter(loader)
     try:
-        yield batches
+        yield map(_usable, batches)
     finally:
         if workers:  # a traceback would keep them alive
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _collate(samples: list[Views]) -> Views:
-    images, boxes, uniform, skipped = zip(*samples, strict=True)
-    files = [file for files_of_one in skipped for file in files_of_one]
-    return Views(torch.stack(images, 1), torch.stack(boxes, 1), torch.stack(uniform, 1), files)
+def _collate(samples: list[Views | str]) -> Views | str:
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    images, boxes, uniform, skipped, scaled, places = zip(*samples, strict=True)
+    parts = torch.stack(images, 1), torch.stack(boxes, 1), torch.stack(uniform, 1)
+    return Views(*parts, list(chain(*skipped)), list(chain(*scaled)), places[-1])
+
+
+def _usable(batch: Views | str) -> Views:
+    if isinstance(batch, str):
+        raise SystemExit(batch)
+    return batch
 
 
 def _outlive_sigterm(_: int) -> None:

@@ -20,7 +20,7 @@ LIMITS = (0, 0.5, CLOSE, 5, 15, 100)  # cells; blue up to CLOSE, which counts as
 COLOURS = ListedColormap(["#08519c", "#6baed6", "#fdbe85", "#fd8d3c", "#a63603"])
 
 
-def draw(pair: Pair, matches: dict[str, Matches], history: Tensor, warmup: int, path: Path) -> None:
+def draw(pair: Pair, matches: dict[str, Matches], arm: str, history: Tensor, warmup: int, path: Path) -> None:
     """The left image as every kind of weights matches it, above the image itself and the curves of the training."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 6.9), layout="constrained")
@@ -36,7 +36,7 @@ def draw(pair: Pair, matches: dict[str, Matches], history: Tensor, warmup: int, 
         photo.imshow(pair.left[0].permute(1, 2, 0).cpu().numpy())
         photo.set_axis_off()
         photo.set_title("the left image,\nto be matched with the right one", fontsize=10)
-        draw_history(losses, accuracy, history, warmup)
+        draw_history(losses, accuracy, arm, history, warmup)
         figure.savefig(path, dpi=100)
     with Image.open(path) as picture:  # 256 colours: a third of the bytes
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
@@ -55,7 +55,7 @@ def draw_errors(axes: Axes, pair: Pair, matches: Matches, name: str) -> None:
     axes.set_title(f"{name}: {matches.close:.1%} right,\nmedian error {matches.median:.2f} cells", fontsize=11)
 
 
-def draw_history(losses: Axes, accuracy: Axes, history: Tensor, warmup: int) -> None:
+def draw_history(losses: Axes, accuracy: Axes, arm: str, history: Tensor, warmup: int) -> None:
     """Both terms on the left, the contrastive accuracy on the right; pale as measured, dark as a running mean."""
     image, dense, share = history.numpy().T
     for axes, values, colour, style, label in (
@@ -70,9 +70,9 @@ def draw_history(losses: Axes, accuracy: Axes, history: Tensor, warmup: int) -> 
         axes.set_xlabel("step")
         if 0 < warmup < len(values):
             axes.axvline(warmup, color=GREY, linewidth=0.8, linestyle=":")
-    losses.set_title("image and dense: loss\n(dotted: the dense term joins in)", fontsize=10)
+    losses.set_title(f"{arm}: loss\n(dotted: the dense term joins in)", fontsize=10)
     losses.set_ylabel("nats")
     losses.legend(frameon=False)
-    accuracy.set_title("image and dense: positions\nwhose match beats every negative", fontsize=10)
+    accuracy.set_title(f"{arm}: positions\nwhose match beats every negative", fontsize=10)
     accuracy.set_ylabel("share")
     accuracy.set_ylim(0, 1.02)

@@ -7,16 +7,44 @@ import inspect
 import os
 import signal
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# DDP imports it too. Imported after a process group is there, it keeps the group in default arguments, and the group's
+# threads live on while the interpreter ends.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+Answer = TypeVar("Answer")
+
+# What other launchers call RANK, WORLD_SIZE and LOCAL_RANK.
+LAUNCHERS = (
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
+
+def read_launcher() -> None:
+    """Lets processes of srun or mpirun find each other as those of torchrun do, or refuses to train each alone."""
+    for rank, size, local in LAUNCHERS:
+        if "RANK" in os.environ or rank not in os.environ or int(os.environ.get(size, 1)) == 1:
+            continue
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            raise SystemExit(
+                f"{rank} and {size} say that this is one of {os.environ[size]} processes, but not where they meet: "
+                "start them with torchrun, or set MASTER_ADDR and MASTER_PORT"
+            )
+        os.environ |= {"RANK": os.environ[rank], "WORLD_SIZE": os.environ[size]}
+        os.environ["LOCAL_RANK"] = os.environ.get(local, "0")
+
 
 def start() -> torch.device:
-    """Joins torchrun's process group, if there is one, and returns this process's device."""
+    """Joins the process group, if there is one, and returns this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -70,13 +98,48 @@ def mean(values: Tensor) -> Tensor:
     return values / count()
 
 
-def union(items: dict[str, str]) -> dict[str, str]:
+def gather(item: Answer) -> list[Answer]:
+    """Every process's item, by rank."""
+    everyone: list[Any] = [item] * count()
+    if count() > 1:
+        dist.all_gather_object(everyone, item)
+    return everyone
+
+
+def union(items: dict[Any, Any]) -> dict[Any, Any]:
     """Of all processes' dicts."""
-    if count() == 1:
-        return items
-    everyone: list[Any] = [None] * count()
-    dist.all_gather_object(everyone, items)
-    return {key: value for one in everyone for key, value in one.items()}
+    return {key: value for one in gather(items) for key, value in one.items()}
+
+
+def together(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` answers here; where one process gives up, all do, in its words."""
+    answer, problem = None, None
+    try:
+        answer = ask()
+    except (SystemExit, OSError) as error:
+        problem = str(error)
+    problems = [one for one in gather(problem) if one is not None]
+    if problems:
+        raise SystemExit(problems[0])
+    return answer  # type: ignore[return-value]
+
+
+def from_rank_0(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` answers on rank 0, everywhere: nodes may not see each other's files."""
+    answer: list[Any] = [together(lambda: ask() if rank() == 0 else None)]
+    if count() > 1:
+        dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    return answer[0]  # type: ignore[no-any-return]
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """Stops all processes, in the same words, where they are about to train different things."""
+    everyone = gather(facts)
+    for name in facts:
+        seen = [one[name] for one in everyone]
+        if any(one != seen[0] for one in seen):
+            told = ", ".join(f"rank {number}: {one}" for number, one in enumerate(seen))
+            raise SystemExit(f"processes differ in {name}: {told}")
 
 
 class StopSignal:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import skimage.data
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +41,8 @@ class Matches(NamedTuple):
 
 def load_pair(stride: int, device: torch.device) -> Pair:
     """Cuts off what does not fill a cell at the lower and right edges."""
+    import skimage.data
+
     arrays = skimage.data.stereo_motorcycle()  # type: ignore[no-untyped-call]
     height, width = (side // stride * stride for side in arrays[2].shape)
     left, right, disparity = (
