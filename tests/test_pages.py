@@ -111,6 +111,7 @@ RUNS = {
     "docs/distributed.md": run_on_two_processes,
 }
 RUN_ELSEWHERE = {
+    "docs/pretraining.md": "test_pretrain.py",
     "docs/checkpoints.md": "test_interop.py",  # on checkpoints that only that file can write
     "docs/use-the-weights.md": "test_interop.py",  # where torchvision or timm is installed
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import io
 import json
 import math
 import os
@@ -517,6 +518,46 @@ def test_decoded_pixels(folder: Path) -> None:
     np.testing.assert_allclose(decoded("cmyk.jpg"), np.stack([c, m, y], 2) * k[..., None] / 255, atol=1.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "scaled"),
+    [
+        ("16 of 16.png", lambda x: x.astype(np.uint16) * 257, None),
+        ("12 of 16.png", lambda x: x.astype(np.uint16) * 16, "up to 4095"),
+        ("10 of 16.tif", lambda x: x.astype(np.uint16) * 4, "up to 1023"),
+        ("8 of 32.tif", lambda x: x.astype(np.int32), "up to 255"),
+        ("signed 16.tif", lambda x: x.astype(np.int16) * 10 - 1000, "from -1000 to 1550"),
+        ("signed 8.tif", lambda x: (x.astype(np.int16) - 128).astype(np.int8), "from -128 to 127"),
+        ("stated.tif", lambda x: x.astype(np.uint16) * 2, None),
+        ("12 of 16.pgm", lambda x: x.astype(np.uint16) * 16, None),
+        ("colours, 12 of 16.tif", lambda x: np.dstack([x, x, x]).astype(np.uint16) * 16, "up to 4095"),
+        ("four bands, 12 of 16.tif", lambda x: np.dstack([x, x, x, x // 2]).astype(np.uint16) * 16, "up to 4095"),
+        ("four bands, 16 of 16.tif", lambda x: np.dstack([x, x, x, x // 2]).astype(np.uint16) * 257, None),
+        ("colours, packed.tif", lambda x: np.dstack([x, x, x]).astype(np.uint16) * 16, "up to 4095"),
+    ],
+)
+def test_grey_levels_of_more_bits(tmp_path: Path, name: str, change, scaled: str | None) -> None:
+    """All 256 are kept, by what the file says of its white, else by its own range."""
+    import tifffile
+
+    grey, path = np.resize(np.arange(256, dtype=np.uint8), (40, 64)), tmp_path / name
+    pixels = change(grey)
+    if path.suffix == ".pgm":
+        path.write_bytes(b"P5 64 40 4080\n" + pixels.astype(">u2").tobytes())
+    elif path.suffix == ".png":
+        Image.fromarray(pixels).save(path)
+    else:
+        tags = [(281, "H", 1, 510, True)] if name == "stated.tif" else []
+        kind = "rgb" if pixels.ndim == 3 else "minisblack"
+        compression = "zlib" if "packed" in name else None
+        tifffile.imwrite(path, pixels, photometric=kind, extratags=tags, compression=compression)
+    for file in (path, io.BytesIO(path.read_bytes())):
+        image = decoding.decode(file)
+        np.testing.assert_allclose(
+            np.asarray(image).astype(int), grey[..., None].repeat(3, 2), atol=int(".pgm" in name)
+        )
+        assert image.info.get("scaled") == scaled
+
+
 def samples_of(width: int, height: int, window: int = 0) -> images.Samples:
     """Of one image whose red is x and whose green is y."""
 
@@ -577,31 +618,38 @@ def test_every_image_once_per_epoch_on_any_number_of_processes() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="unit of ru_maxrss")
-def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "shard"])
+def test_memory_does_not_grow_with_the_images(tmp_path: Path, kind: str) -> None:
     """Peak memory of the stream over 50 and over 1,500 files, which decoded would take 390 MB more."""
     program = """
 import resource, sys
 from pathlib import Path
 from pretraining.images import Folder, Order, Samples, stream
-source = Folder(Path(sys.argv[1]))
-with stream(Samples(source, 0, 32, 0), Order(len(source), 0, 50, range(len(source) // 50)), 0, False) as batches:
-    for views in batches:
-        pass
-print(len(source), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+from pretraining.streams import Shards, Stream
+path, images = Path(sys.argv[1]), int(sys.argv[2])
+samples = Samples(Folder(path), 0, 32, 0) if path.is_dir() else Stream(Shards([path]), 0, 32, 0, 0, 0, 1)
+seen = 0
+with stream(samples, Order(images, 0, 50, range(images // 50)), 0, False) as batches:
+    while seen < images:
+        seen += next(batches).images.shape[1]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
     first = tmp_path / "image.jpg"
     Image.fromarray(noise(300, 300, 3)).save(first)
     peaks = []
     for count in (50, 1500):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        for number in range(count):
-            (folder / f"{number}.jpg").hardlink_to(first)
+        path = tmp_path / str(count)
+        if kind == "folder":
+            path.mkdir()
+            for number in range(count):
+                (path / f"{number}.jpg").hardlink_to(first)
+        else:
+            with tarfile.open(path, "w") as tar:
+                for number in range(count):
+                    tar.add(first, f"{number}.jpg")
         environment = os.environ | {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", program, str(folder)]
-        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        assert int(printed.split()[0]) == count
-        peaks.append(int(printed.split()[1]))
+        command = [sys.executable, "-c", program, str(path), str(count)]
+        peaks.append(int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] - peaks[0] < 40, peaks
 
 
@@ -620,6 +668,20 @@ def test_augmentation() -> None:
     torch.testing.assert_close(grey, grey[:, :1].expand_as(grey), rtol=0, atol=1e-6)
     normal = augment.normalize(torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) + 0.1).flatten()
     torch.testing.assert_close(normal, 0.1 / torch.tensor([0.229, 0.224, 0.225]))
+
+
+def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hook for Weights & Biases, with a stand-in."""
+    logged: list[tuple[dict, int]] = []
+    wandb = types.SimpleNamespace(run=True, log=lambda numbers, step: logged.append((numbers, step)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(progress.Progress, "step", lambda *_: None)
+    for block in re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "pretraining.md").read_text(), re.DOTALL):
+        exec(block, {})
+    for step in range(11):
+        progress.Progress.step(None, step, torch.tensor([1.0, 2.0, 0.5]), 0.1)
+    assert [step for _, step in logged] == [0, 10]
+    assert logged[1][0] == {"loss/image": 1, "loss/dense": 2, "dense/top-1": 0.5, "rate": 0.1}
 
 
 def tiny_model(**options: object) -> pretrain.DenseCL:

@@ -1,7 +1,7 @@
 """DenseCL on one page: MoCo-v2 with a dense term, on one CPU, one GPU, or several of either.
 
     python docs/examples/pretrain.py                      # photographs inside scikit-image, minutes on 2 cores
-    python docs/examples/pretrain.py --images DIR         # any folder of images
+    python docs/examples/pretrain.py --images DIR         # any folder of images; --shards TAR ... for webdataset's
     torchrun --nproc-per-node 2 docs/examples/pretrain.py
 
 Here is the algorithm; the folder pretraining/ has what surrounds it. Whatever it trains on, it ends by measuring dense
