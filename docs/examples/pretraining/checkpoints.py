@@ -89,7 +89,8 @@ def write_whole(path: Path, write: Callable[[Path], object], keep: Path | None =
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         temporary.unlink(missing_ok=True)
         kept = f"; {path.name} is as it was" if path.exists() else ""
-        raise SystemExit(f"{path} could not be written: {str(error).splitlines()[0]}{kept}") from error
+        why = str(error) if isinstance(error, OSError) else "is the disk full?"
+        raise SystemExit(f"{path} could not be written ({why}){kept}") from error
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Answer = TypeVar("Answer")
+RUNS = itertools.count()
 
 # What other launchers call RANK, WORLD_SIZE and LOCAL_RANK.
 LAUNCHERS = (
@@ -51,7 +53,11 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
     if "RANK" in os.environ:
-        dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+        store, rank, world_size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # An earlier run in this process has left its addresses behind.
+        store = dist.PrefixStore(f"run {next(RUNS)}", store)  # type: ignore[attr-defined]
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return device
 
 
