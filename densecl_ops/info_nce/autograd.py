@@ -30,7 +30,9 @@ def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> t
         backend: A fused one.
         traced: As `_checks.is_traced` says of the call.
     """
-    if not torch.compiler.is_dynamo_compiling() and _is_forward_mode(problem):
+    # A level is below 0 in neither a dual_level nor a jvp; unpack_dual, which is public, takes ten times as long.
+    compiling = traced and torch.compiler.is_dynamo_compiling()
+    if not compiling and forward_ad._current_level >= 0 and _has_tangent(problem):
         raise RuntimeError(
             f"dense_info_nce: the {backend!r} backend has no forward-mode derivative (jvp); use backend='eager'"
         )
@@ -107,11 +109,7 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
 
 
-def _is_forward_mode(problem: Problem) -> bool:
-    if (
-        forward_ad._current_level < 0
-    ):  # neither in a dual_level nor in a jvp; unpack_dual, public, takes ten times as long
-        return False
+def _has_tangent(problem: Problem) -> bool:
     duals = [forward_ad.unpack_dual(x) for x in problem if isinstance(x, Tensor)]  # type: ignore[no-untyped-call]
     return TransformType.Jvp in _transforms() or any(dual.tangent is not None for dual in duals)
 

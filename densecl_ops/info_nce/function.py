@@ -138,8 +138,10 @@ def dense_info_nce(
         >>> loss.dtype, rank.shape, query.grad.shape
         (torch.float32, torch.Size([4, 49]), torch.Size([4, 128, 7, 7]))
     """
-    _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
-    return_rank = _checks.require_bool("return_rank", return_rank)
+    if reduction not in _pairs.REDUCTIONS:
+        _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
+    if not isinstance(return_rank, bool):
+        return_rank = _checks.require_bool("return_rank", return_rank)
     rows, count, unit_rows = _negatives(negatives)
     index, valid, name = _pairs.parts(correspondence)
     look = _checks.look
@@ -186,7 +188,8 @@ def dense_info_nce(
             loss, rank = eager.row_loss(problem, return_rank)
     else:
         loss, rank = autograd.row_loss(problem, return_rank, chosen, traced)
-    loss = _pairs.reduce(loss, _pairs.row_weight(weight, valid, dtype), reduction)
+    row_weight = None if weight is None and valid is None else _pairs.row_weight(weight, valid, dtype)
+    loss = _pairs.reduce(loss, row_weight, reduction)
     if not traced:
         loss = guard(loss, rows)
     return (loss, rank) if return_rank else loss
@@ -258,18 +261,18 @@ def _check_values(
     exclude: Tensor | None,
     index_name: str,
 ) -> None:
-    existing = len(rows)
+    existing = size = rows.shape[0]
     if count is not None:
         existing = int(count)
-        if not 0 <= existing <= len(rows):
+        if not 0 <= existing <= size:
             raise ValueError(
-                f"negatives.count: got {existing}, expected 0 to {len(rows)}; a queue that was not initialised "
+                f"negatives.count: got {existing}, expected 0 to {size}; a queue that was not initialised "
                 "(to_empty, a checkpoint without it) needs reset_parameters()"
             )
     if index is not None:
         _checks.require_range(index_name, index, math.prod(key.shape[2:]))
     if exclude is not None:
-        _checks.require_range("exclude", exclude, len(rows))
+        _checks.require_range("exclude", exclude, size)
     _warn_of_lengths(rows, existing, unit_rows)
 
 
