@@ -301,7 +301,7 @@ def test_choice_of_the_form(
     product: torch.dtype,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(blockwise, "_processor", blockwise._processor.__wrapped__)
+    monkeypatch.setattr(blockwise, "processor", blockwise.processor.__wrapped__)
     exclude = torch.zeros(3, dtype=torch.int64) if options.get("exclude") else None
     case, exact = (
         make_case(0, negatives=16 if options.get("small") else 4096).to(dtype),

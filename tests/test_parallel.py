@@ -30,12 +30,12 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs libgomp and gcc")
 def test_parallel_regions() -> None:
     """At the end of each, a call waits for its slowest thread."""
-    sizes = "256,4096", "600,9000"
+    sizes = "256,4096", "600,9000", "4,2048,7,7", "3,1024,14,14"
     command = [sys.executable, "-m", "benchmarks.regions", "--seconds", "0", "--sizes", *sizes]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     rows = [json.loads(line) for line in out.splitlines()]
-    assert len(rows) == 4
+    assert len(rows) == 8
     for row in rows:
         assert row["ours"]["regions"] <= 4, row
         assert row.get("ours with rank", row["ours"])["regions"] <= 4, row

@@ -10,9 +10,7 @@ so one pass gives both, nothing of size N x K is ever held, and a small loss kee
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from densecl_ops._numerics import inverse_norm
 from densecl_ops._parallel import for_blocks
+from densecl_ops._processor import matmul, processor
 from densecl_ops.info_nce.problem import (
     TIE_WIDTH,
     UNSHIFTED_LIMIT,
@@ -113,7 +112,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
             part = slice(start, start + rows)
             _, logits = _tile(scaled[part], span, None if excluded is None else excluded[part], plan)
             probability = logits.sub_(shift[part]).exp_().t().to(plan.dtype)
-            grad[span] += _product(probability, weighted[part].to(plan.dtype), plan)
+            grad[span] += matmul(probability, weighted[part].to(plan.dtype), plan.form == "tiles, oneDNN")
             del logits, probability
 
     width = _columns(min(rows, len(scaled)), scaled.device.type)
@@ -166,41 +165,19 @@ def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
 
 def _choose(problem: Problem, want_grad: bool, want_rank: bool) -> tuple[str, torch.dtype]:
     """The fastest form on this CPU and the dtype of its products; docs/performance.md has the measurements."""
-    processor, dtype = _processor(), problem.matmul_dtype
-    if want_rank or dtype == torch.float16 or (dtype == torch.bfloat16 and not processor.bfloat16):
+    cpu, dtype = processor(), problem.matmul_dtype
+    if want_rank or dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu.bfloat16):
         dtype = problem.dtype  # exact, and float32 products are faster where 16-bit ones have no instructions
     plain = not want_rank and problem.exclude is None
     size = problem.query.shape[0] * problem.query.shape[2] * problem.negatives.shape[0]
     if size <= SMALL and plain and problem.negatives.dtype == dtype == problem.dtype:
         return "at once", dtype
-    flash_can = plain and processor.flash
+    flash_can = plain and cpu.flash
     if dtype == torch.bfloat16:
-        return ("flash" if flash_can and processor.amx else "tiles"), dtype
-    if dtype == torch.float32 and processor.onednn:
+        return ("flash" if flash_can and cpu.amx else "tiles"), dtype
+    if dtype == torch.float32 and cpu.onednn:
         return "tiles, oneDNN", dtype
     return ("flash" if flash_can and want_grad else "tiles"), dtype
-
-
-class _Processor(NamedTuple):
-    bfloat16: bool  # has instructions for products of it
-    amx: bool
-    onednn: bool  # multiplies float32 faster in oneDNN, by a private operator, than in MKL, as torch.mm does
-    flash: bool  # torch has its private attention operator for CPUs, which returns the log-sum-exp, too
-
-
-@functools.cache
-def _processor() -> _Processor:
-    ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
-    capabilities = ask()
-    amx = bool(capabilities.get("amx_bf16"))
-    # MKL leaves the AVX-512 of AMD processors unused: 114 GFLOP/s a core, where oneDNN reaches 253 (EPYC, Zen 5).
-    is_amd = "AMD" in str(capabilities.get("cpu_name")) and bool(capabilities.get("avx512_f"))
-    return _Processor(
-        bfloat16=amx or bool(capabilities.get("avx512_bf16")),
-        amx=amx,
-        onednn=is_amd and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-        flash=hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
-    )
 
 
 def _longest(rows: Tensor, dtype: torch.dtype) -> float:
@@ -256,7 +233,7 @@ def _attend(
             top = higher
         total += logits.exp_().sum(1, keepdim=True)
         if mean is not None:
-            mean += _product(logits.to(plan.dtype), rows, plan)
+            mean += matmul(logits.to(plan.dtype), rows, plan.form == "tiles, oneDNN")
         del logits  # so that the next tile takes its place: fresh memory costs a third of the time in page faults
     log_sum_exp = total.log() if top is None else _finite(top) + total.log()
     if mean is not None:
@@ -270,7 +247,7 @@ def _attend(
 def _tile(scaled: Tensor, span: slice, excluded: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
     """Negatives (T, D) in the dtype of the products; logits (R, T) in the accumulation dtype, -inf where left out."""
     rows = plan.negatives[span].to(plan.problem.matmul_dtype).to(plan.dtype)
-    logits = _product(scaled.to(plan.dtype), rows.t(), plan).to(scaled.dtype)
+    logits = matmul(scaled.to(plan.dtype), rows.t(), plan.form == "tiles, oneDNN").to(scaled.dtype)
     if plan.problem.existing is not None and scaled.device.type != "cpu":
         column = torch.arange(span.start, span.start + len(rows), device=scaled.device)
         logits.masked_fill_(column >= plan.problem.existing, float("-inf"))
@@ -280,14 +257,6 @@ def _tile(scaled: Tensor, span: slice, excluded: Tensor | None, plan: _Plan) -> 
         column = column.clamp(0, len(rows) - 1)
         logits.scatter_(1, column, logits.gather(1, column).masked_fill(inside, float("-inf")))
     return rows, logits
-
-
-def _product(a: Tensor, b: Tensor, plan: _Plan) -> Tensor:
-    """a @ b; `_Processor` says when torch.mm, the public form, is the slower one."""
-    if plan.form == "tiles, oneDNN":
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return product
-    return torch.mm(a, b)
 
 
 def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention:
