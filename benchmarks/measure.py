@@ -236,7 +236,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: versions.get(name) for name in ("triton", "torchvision", "pykeops")},
+        **{name: versions.get(name) for name in ("triton", "torchvision")},
         "densecl_ops": densecl_ops.__version__,
         "commit": commit(),
     }

@@ -32,7 +32,6 @@ NAMES = {  # contestant: (in a row of its own, at the head of a column)
     "attention, flash": ("hand-written around torch's flash attention, K = V = queue", "flash"),
     "attention, cuDNN": ("the same around cuDNN's attention", "cuDNN"),
     "attention, flex": ("the same around flex attention", "flex"),
-    "pykeops": ("pykeops", "pykeops"),
     "eager": ('`backend="eager"`, the textbook formula', "eager"),
     "blockwise": ('`backend="blockwise"`, without a kernel', "blockwise"),
     OURS: ("**densecl_ops**", ""),

@@ -62,14 +62,6 @@ def linear_cross_entropy(inputs: Inputs, chunks: bool) -> Tensor:
     return F.softplus(lse.float() - (scaled * key).sum(1).float()).mean()
 
 
-def keops(inputs: Inputs) -> Tensor:
-    from pykeops.torch import LazyTensor
-
-    query, key = F.normalize(inputs.query, dim=1) / TEMPERATURE, F.normalize(inputs.key, dim=1)
-    scores = (LazyTensor(query[:, None, :]) * LazyTensor(inputs.queue[None, :, :])).sum(-1)
-    return F.softplus(scores.logsumexp(1).squeeze(1) - (query * key).sum(1)).mean()
-
-
 # The rivals that know the trick: attention with K = V = queue gives log-sum-exp and gradient in one pass.
 Attend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # query, queue -> mean row, log-sum-exp
 
@@ -144,5 +136,4 @@ def all_rivals(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
         found["attention, flash"] = lambda inputs: attention(inputs, attend_cpu)
     flex = attend_flex()
     found["attention, flex"] = lambda inputs: attention(inputs, flex)
-    found["pykeops"] = keops
     return found

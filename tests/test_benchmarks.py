@@ -48,7 +48,6 @@ def test_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert row["error_loss"] < 1e-5, name
             assert case is forward or row["error_gradient"] < 1e-5, name
         assert case["rows"]["densecl_ops"]["ratio"] == 1
-    assert "no module" in train["rows"]["pykeops"]["failed"].lower() or "ratio" in train["rows"]["pykeops"]
     before = (tmp_path / "loss.json").read_text()
     assert "N = 66" in capsys.readouterr().out
     assert run("loss", tmp_path, "--dtypes", "float32") == json.loads(before), "a finished case is not measured again"
