@@ -124,8 +124,7 @@ def test_a_folder_of_images(folder: Path, tmp_path: Path, capfd: pytest.CaptureF
         assert float(line.removeprefix(name).split()[0]) == pytest.approx(row["close"], abs=1e-3)
     assert Image.open(out / "matches.png").width > 800
     written = printed.split("written:\n  ")[1].split()
-    files = [*(path for path in out.iterdir() if path.is_file()), tmp_path / "r.json"]
-    assert sorted(written) == sorted(map(str, files))
+    assert sorted(written) == sorted(map(str, [*out.iterdir(), tmp_path / "r.json"]))
     image_only, both = load(out, "image-term-alone.pt"), load(out)
     torch.testing.assert_close(image_only["history"][:2], both["history"][:2], rtol=0, atol=0)  # lambda is still 0
     assert bool((both["history"][:, :2] > 0).all())
@@ -255,7 +254,8 @@ def test_what_a_resumed_run_may_change(
     changed = ["--steps", "6", "--accumulate", "2", "--images", str(tmp_path / "images")]
     arguments = [*TINY, "--resume", "--out", str(tmp_path / "out"), "--workers", "0"]
     pretrain.main([*arguments, *changed])
-    told = capfd.readouterr().err
+    printed, told = capfd.readouterr()
+    assert "image-and-dense.previous.pt" in printed.split("written:")[1]
     for line in ("accumulate 1, now 2", "images folder, 10, now folder, 11", "steps 4, now 6: the learning rate"):
         assert f"resumed at step 4 with {line}" in told
     state, before = load(tmp_path / "out"), load(finished)
@@ -266,12 +266,18 @@ def test_what_a_resumed_run_may_change(
         pretrain.main([*arguments, *changed, "--steps", "5"])
 
 
-def test_start_from_weights(finished: Path, tmp_path: Path) -> None:
-    wanted = torch.load(finished / "backbone.pth", weights_only=True)
+def test_weights_in_and_out(finished: Path) -> None:
+    """Plain names, and the official code's; a run starts from either, or from a checkpoint."""
+    model = load(finished)["model"]
+    weights, official = load(finished, "backbone.pth"), read_checkpoint(finished / "densecl.pth")
+    assert {name.split(".")[0] for name in weights} == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    assert_same(weights, {name: model[f"encoder_q.backbone.{name}"] for name in weights})
+    assert_same(official.head_k, {name: model[f"encoder_k.head.{name}"] for name in official.head_k})
+    assert_same(official.dense_queue, {name: model[f"dense_queue.{name}"] for name in official.dense_queue})
     for name in ("backbone.pth", CHECKPOINT, "densecl.pth"):
         model, _ = pretrain.make_model(options.parse([*TINY, "--weights", str(finished / name)]))
         for encoder in (model.encoder_q, model.encoder_k):
-            assert_same(encoder.backbone.state_dict(), wanted)
+            assert_same(encoder.backbone.state_dict(), weights)
     with pytest.raises(SystemExit, match=r"--weights: .*backbone.pth does not fit this backbone"):
         pretrain.make_model(options.parse(["--backbone", "small", "--weights", str(finished / "backbone.pth")]))
 
@@ -429,17 +435,6 @@ def test_queue_init(finished: Path, tmp_path: Path) -> None:
     assert int(load(tmp_path)["model"]["dense_queue.count"]) == 4 * 4  # steps, batch
     with pytest.raises(SystemExit, match="was made with queue_init empty, not random"):
         pretrain.main([*TINY, "--out", str(tmp_path), "--resume", "--matching", "mutual"])
-
-
-def test_weights_are_written_in_plain_names(finished: Path) -> None:
-    model = load(finished)["model"]
-    weights = torch.load(finished / "backbone.pth", weights_only=True)
-    assert {name.split(".")[0] for name in weights} == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
-    assert_same(weights, {name: model[f"encoder_q.backbone.{name}"] for name in weights})
-    official = read_checkpoint(finished / "densecl.pth")
-    assert official.format == "densecl"
-    assert_same(official.head_k, {name: model[f"encoder_k.head.{name}"] for name in official.head_k})
-    assert_same(official.dense_queue, {name: model[f"dense_queue.{name}"] for name in official.dense_queue})
 
 
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
@@ -685,13 +680,6 @@ def test_matching_by_place() -> None:
     assert torch.equal(index[1], index[0].flip(1))
 
 
-def test_shares_of_a_run() -> None:
-    for arguments, steps, warmup in (("--epochs 0.5", 2, 0), ("--epochs 4", 10, 2), ("--lambda-warmup 7", 250, 7)):
-        args = options.parse(["--batch-size", "4", *arguments.split()])
-        options.settle(args, images=10)
-        assert (args.steps, args.lambda_warmup) == (steps, warmup)
-
-
 def test_options_of_the_paper() -> None:
     """The documented commands are understood, and are MoCo-v2's."""
     page = (EXAMPLES.parent / "pretraining.md").read_text().replace("\\\n", " ")
@@ -711,6 +699,10 @@ def test_schedules() -> None:
     assert max(rates) == rates[4]
     assert rates[50] == pytest.approx(1.0)
     assert 0 < rates[99] < 0.001
+    for arguments, steps, warmup in (("--epochs 0.5", 2, 0), ("--epochs 4", 10, 2), ("--lambda-warmup 7", 250, 7)):
+        args = options.parse(["--batch-size", "4", *arguments.split()])
+        options.settle(args, images=10)
+        assert (args.steps, args.lambda_warmup) == (steps, warmup)
 
 
 def test_true_columns() -> None:

@@ -145,9 +145,7 @@ def train(
     if state is not None:
         start = state["step"]
         history[:start] = state["history"][:start]
-        samples.skipped |= state["skipped"]
-        if isinstance(samples, Stream):
-            samples.go_on(state["places"])
+        samples.go_on(state)
     history = history.to(device)
     parallel = processes.distribute(model)
     forward = torch.compile(parallel) if args.compile else parallel
@@ -245,10 +243,11 @@ def run(args: argparse.Namespace, device: torch.device, dataset: Iterable[Any] |
         skipped |= processes.union(samples.skipped)
 
     def write() -> None:
-        picture = args.out / "matches.png"
-        weights = checkpoints.export(model, args.out, args.densecl)
-        draw(pair, matches, last, history.cpu(), args.lambda_warmup, picture)
-        checkpoints.report(args, matches, pair, seconds, skipped, [*weights, picture, *files.values()])
+        written = [*checkpoints.export(model, args.out, args.densecl), args.out / "matches.png"]
+        draw(pair, matches, last, history.cpu(), args.lambda_warmup, written[-1])
+        for file in files.values():
+            written += [path for path in (file, checkpoints.previous(file), file.with_suffix("")) if path.exists()]
+        checkpoints.report(args, matches, pair, seconds, skipped, written)
 
     processes.from_rank_0(write)  # all leave together: a rank that is gone would have its launcher kill the writer
 

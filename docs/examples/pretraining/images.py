@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -125,6 +125,10 @@ class Samples(Dataset["Views | str"]):
         self.source, self.seed, self.view, self.window = source, seed, view, window
         self.skipped: dict[str, str] = {}  # name and reason; filled by whoever reads the batches
         self.places: dict[int, Place] = {}  # a stream's; sample numbers say it here
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.skipped |= state["skipped"]
 
     def __getitem__(self, sample: tuple[int, int]) -> Views | str:
         number, index = sample

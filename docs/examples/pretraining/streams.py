@@ -103,8 +103,10 @@ class Stream(IterableDataset["Views | str"]):
         self.skipped: dict[str, str] = {}  # as of Samples
         self.places = dict.fromkeys(range(self.first, self.first + max(1, workers)), START)  # by who reads the batches
 
-    def go_on(self, places: dict[int, Place]) -> None:
-        """From where all readers were."""
+    def go_on(self, state: dict[str, Any]) -> None:
+        """From a checkpoint: where all readers were."""
+        self.skipped |= state["skipped"]
+        places = state["places"]
         if len(places) != self.readers:
             epoch = min(place[0] for place in places.values())
             places = dict.fromkeys(range(self.readers), (epoch, 0, 0))
