@@ -13,7 +13,7 @@ import torch
 from helpers import assert_close, check, error, make_case
 
 from densecl_ops import DenseInfoNCELoss
-from densecl_ops.info_nce import blockwise
+from densecl_ops.info_nce import at_once, blockwise
 from densecl_ops.info_nce.problem import Problem
 
 LOW = (torch.float16, torch.bfloat16)
@@ -263,6 +263,7 @@ def test_every_form(
         if (form == "tiles, oneDNN" and product != torch.float32) or (form == "at once" and dtype != torch.float32):
             continue
         monkeypatch.setattr(blockwise, "_choose", lambda *_, product=product: (form, product))
+        monkeypatch.setattr(at_once, "serves", lambda *_: form == "at once")
         case = make_case(21, channels=32, negatives=negatives, count=count).to(dtype)
         truth = helpers.expected(case)
         seen, usual = (helpers.run(backend, case, rank=False) for backend in ("blockwise", "eager"))
@@ -289,7 +290,6 @@ def test_every_form(
         ({"cpu_name": "AMD EPYC", "avx512_f": True}, torch.float32, {}, "tiles, oneDNN", torch.float32),
         ({"cpu_name": "AMD EPYC", "avx512_f": True}, torch.bfloat16, {"rank": True}, "tiles, oneDNN", torch.float32),
         ({}, torch.float32, {}, "flash", torch.float32),
-        ({}, torch.float32, {"small": True}, "at once", torch.float32),
     ],
 )
 def test_choice_of_the_form(
@@ -303,10 +303,7 @@ def test_choice_of_the_form(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(blockwise, "processor", blockwise.processor.__wrapped__)
     exclude = torch.zeros(3, dtype=torch.int64) if options.get("exclude") else None
-    case, exact = (
-        make_case(0, negatives=16 if options.get("small") else 4096).to(dtype),
-        torch.promote_types(dtype, torch.float32),
-    )
+    case, exact = make_case(0, negatives=4096).to(dtype), torch.promote_types(dtype, torch.float32)
     maps = case.query.flatten(2), case.key.flatten(2)
     problem = Problem(*maps, case.negatives, 5.0, None, case.index, exclude, None, True, exact, dtype)
     chosen = blockwise._choose(problem, options.get("grad", True), options.get("rank", False))

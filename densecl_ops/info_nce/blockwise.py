@@ -19,6 +19,7 @@ from torch import Tensor
 from densecl_ops._numerics import inverse_norm
 from densecl_ops._parallel import for_blocks
 from densecl_ops._processor import matmul, processor
+from densecl_ops.info_nce import at_once
 from densecl_ops.info_nce.problem import (
     TIE_WIDTH,
     UNSHIFTED_LIMIT,
@@ -35,12 +36,12 @@ from densecl_ops.info_nce.problem import (
 # On a CPU a thread takes up to BLOCK_ROWS query rows at a time. The logits of a tile, 2 MiB in float32, stay in its
 # cache from one pass to the next; half and twice of it are up to 10 % slower.
 BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**19, 4096
-# Logits that are held at once, in a handful of operations: 128 KiB, 8 queries by 4,096 negatives.
-SMALL = 2**15
 
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     """As in Backend. From normalisation to gradient, a block of query rows is computed by one thread."""
+    if at_once.serves(problem, want_rank):
+        return at_once.forward(problem, want_grad)
     batch, channels, positions = problem.query.shape
     size = batch * positions
     plan = _plan(problem, want_grad, want_rank)
@@ -142,7 +143,7 @@ class _Plan(NamedTuple):
     problem: Problem
     negatives: Tensor  # (K', D), those that exist as far as the host can tell
     dtype: torch.dtype  # of the products
-    form: str  # "tiles", "tiles, oneDNN", "flash" or "at once"
+    form: str  # "tiles", "tiles, oneDNN" or "flash"
     bounded: bool  # no logit can overflow exp() unshifted
 
 
@@ -154,8 +155,8 @@ def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
     form, dtype = _choose(problem, want_grad, want_rank) if on_cpu else ("tiles", problem.matmul_dtype)
     if want_rank:  # it needs exact products
         dtype = problem.dtype
-    if form in ("flash", "at once"):
-        bounded = True  # they keep a maximum of their own
+    if form == "flash":
+        bounded = True  # it keeps a maximum of its own
     elif on_cpu:
         bounded = _longest(negatives, problem.dtype) * float(problem.inverse_temperature) <= UNSHIFTED_LIMIT
     else:
@@ -169,9 +170,6 @@ def _choose(problem: Problem, want_grad: bool, want_rank: bool) -> tuple[str, to
     if want_rank or dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu.bfloat16):
         dtype = problem.dtype  # exact, and float32 products are faster where 16-bit ones have no instructions
     plain = not want_rank and problem.exclude is None
-    size = problem.query.shape[0] * problem.query.shape[2] * problem.negatives.shape[0]
-    if size <= SMALL and plain and problem.negatives.dtype == dtype == problem.dtype:
-        return "at once", dtype
     flash_can = plain and cpu.flash
     if dtype == torch.bfloat16:
         return ("flash" if flash_can and cpu.amx else "tiles"), dtype
@@ -206,8 +204,6 @@ def _attend(
     """Log-sum-exp over the negatives of each scaled query row (R, D), with mean and, of `positive` (R, 1), rank."""
     if plan.form == "flash":
         return _attend_by_flash(scaled, want_mean, plan)
-    if plan.form == "at once":
-        return _attend_at_once(scaled, plan.negatives, want_mean)
     total = scaled.new_zeros(len(scaled), 1)
     mean = torch.zeros_like(scaled) if want_mean else None
     twice_rank = None if positive is None else torch.zeros_like(total, dtype=torch.int64)
@@ -275,15 +271,6 @@ def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention
             mean.lerp_(part_mean[0, 0].to(mean.dtype), (part_sum - both).exp_())
         log_sum_exp = both
     return _Attention(log_sum_exp, mean if want_mean else None, None)
-
-
-def _attend_at_once(scaled: Tensor, negatives: Tensor, want_mean: bool) -> _Attention:
-    logits = torch.mm(scaled, negatives.t())
-    if logits.shape[1] == 0:
-        return _Attention(logits.logsumexp(1, keepdim=True), torch.zeros_like(scaled) if want_mean else None, None)
-    log_share = logits.log_softmax(1)  # one pass; logsumexp takes six, and gives the shares in another
-    log_sum_exp = logits[:, :1] - log_share[:, :1]
-    return _Attention(log_sum_exp, torch.mm(log_share.exp_(), negatives) if want_mean else None, None)
 
 
 def _columns(rows: int, device_type: str) -> int:

@@ -1,0 +1,55 @@
+"""The dense InfoNCE loss of a handful of rows on a CPU: all logits at once, in as few operations as there can be.
+
+A small call is bound by their number: blocks and tiles would take twice as long for 8 queries and 64 negatives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from densecl_ops._numerics import inverse_norm
+from densecl_ops.info_nce.problem import Problem, Result, gather_matches, rows_of, unit_vectors
+
+MOST_LOGITS = 2**15  # 128 KiB in float32: 8 queries by 4,096 negatives
+
+
+def serves(problem: Problem, want_rank: bool) -> bool:
+    """Whether a problem is small and plain enough."""
+    query, negatives = problem.query, problem.negatives
+    return (
+        not want_rank
+        and problem.exclude is None
+        and query.device.type == "cpu"
+        and negatives.dtype == problem.matmul_dtype == problem.dtype
+        and query.shape[0] * query.shape[2] * negatives.shape[0] <= MOST_LOGITS
+    )
+
+
+def forward(problem: Problem, want_grad: bool) -> Result:
+    """As in Backend, without a rank; the formulas are those of blockwise.py."""
+    query, query_inverse = unit_vectors(problem.query, problem.dtype)
+    key = rows_of(problem.key, problem.dtype)  # raw: its norms are factors of what follows
+    key_inverse, scale = inverse_norm(key, dim=2), problem.inverse_temperature
+    if problem.matches is not None:
+        key, key_inverse = gather_matches(key, problem.matches), gather_matches(key_inverse, problem.matches)
+    positive = ((query * key).sum(2, keepdim=True) * (key_inverse * scale)).squeeze(2)
+    negatives = problem.negatives
+    if problem.existing is not None:
+        negatives = negatives[: int(problem.existing)]
+
+    logits = torch.mm((query * scale).flatten(0, 1), negatives.t())
+    if logits.shape[1] == 0:
+        log_share, log_sum_exp = logits, torch.full_like(positive, float("-inf"))
+    else:
+        log_share = logits.log_softmax(1)  # one pass; logsumexp takes six, and gives the shares in another
+        log_sum_exp = (logits[:, 0] - log_share[:, 0]).view_as(positive)
+    margin = log_sum_exp - positive
+    loss = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
+    pull, rank = margin.sigmoid(), loss.new_empty(0, dtype=torch.int64)
+    if not want_grad:
+        return Result(loss, rank, log_sum_exp, pull, loss.new_empty(0), loss.new_empty(0))
+    grad = torch.mm(log_share.exp_(), negatives).view_as(query).addcmul_(key, key_inverse, value=-1)
+    along = (grad * query).sum(2, keepdim=True)
+    grad.addcmul_(query, along, value=-1).mul_(query_inverse * (pull * scale)[:, :, None])
+    return Result(loss, rank, log_sum_exp, pull, grad, along.squeeze(2) * pull)
