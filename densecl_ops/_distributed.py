@@ -124,7 +124,8 @@ def announce(prepare: Callable[[], Tensor], group: dist.ProcessGroup, **said: in
 def _require_no_join() -> None:
     """In join(), ranks that have run out of batches answer DistributedDataParallel alone: the others would wait here.
 
-    With throw_on_early_termination it raises on all of them before they come here.
+    With throw_on_early_termination it raises on all of them before they come here. torch tells nobody outside of its
+    Joinable classes whether a join() is on, so two private attributes are asked, and their lack is no error.
     """
     parallel = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)  # whose forward runs
     config = getattr(parallel, "_join_config", None)

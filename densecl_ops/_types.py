@@ -72,6 +72,7 @@ class NegativeQueue(Protocol):
         """0-d int64: how many of the first rows are negatives."""
 
 
-for _public in (Correspondence, Projection):  # so that torch.export.save can write a program that returns them
+# So that torch.export.save can write a program that returns them; its public register_dataclass takes no tuples.
+for _public in (Correspondence, Projection):
     _pytree._register_namedtuple(_public, serialized_type_name=f"densecl_ops.{_public.__name__}")
 add_safe_globals([Correspondence, Projection])  # so that torch.load takes them back with its default, weights_only

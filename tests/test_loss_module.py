@@ -66,6 +66,14 @@ def test_fsdp_takes_a_learned_temperature(form: str, one_process: Any) -> None:
     torch.testing.assert_close(grad.full_tensor() if hasattr(grad, "full_tensor") else grad, plain.logit_scale.grad)
 
 
+def test_a_temperature_that_was_not_initialised_says_so() -> None:
+    criterion = DenseInfoNCELoss(learnable_temperature=True)
+    assert criterion.logit_scale is not None
+    criterion.logit_scale.data.fill_(200.0)
+    with pytest.raises(ValueError, match=r"temperature: got 0.0, .*reset_parameters\(\)"):
+        criterion(torch.randn(2, 4), torch.randn(2, 4), MomentumQueue(8, 4))
+
+
 def test_deferred_initialisation() -> None:
     with torch.device("meta"):
         criterion = DenseInfoNCELoss(0.25, learnable_temperature=True)

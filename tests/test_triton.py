@@ -543,6 +543,15 @@ def test_too_old_a_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         run("triton", case_of())
 
 
+def test_rows_that_are_not_declared_to_be_unit_rows_may_be_long() -> None:
+    """Without a running maximum their logits of 5 x 100 would overflow."""
+    case = case_of(count=20)
+    rows = case.negatives * 100
+    queue = SimpleNamespace(rows=rows, count=torch.tensor(20))
+    seen, wish = (helpers.info_nce(name, case.query, case.key, queue, case.index).cpu() for name in ("triton", "eager"))
+    assert_close(seen, wish, FLOAT32)
+
+
 @pytest.mark.parametrize("backend", ["eager", "blockwise", "triton"])
 def test_squares_that_overflow_give_nan(backend: str) -> None:
     """A vector of 1e20 has a direction, but float32 cannot square it: NaN shows that, a zero vector would hide it."""

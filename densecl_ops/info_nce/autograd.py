@@ -123,7 +123,10 @@ def _wants_a_graph() -> bool:
 
 
 def _transforms() -> list[TransformType]:
-    """What torch.func has under way, outermost first; inside a gradient of its own, gradients are always on."""
+    """What torch.func has under way, outermost first; inside a gradient of its own, gradients are always on.
+
+    Waits for a public question whether a backward pass is to be differentiated: torch.is_grad_enabled() is True there.
+    """
     return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 

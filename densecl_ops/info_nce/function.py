@@ -336,6 +336,9 @@ def _scales(
             )
         _checks.require_same_device("temperature", temperature, "query", query)
         if not traced and temperature.device.type == "cpu":
-            _checks.require_temperature("temperature", float(temperature.detach()))
+            try:
+                _checks.require_temperature("temperature", float(temperature.detach()))
+            except ValueError as error:
+                raise ValueError(f"{error}; a logit_scale that was not initialised needs reset_parameters()") from None
         return None, temperature.to(dtype).reciprocal()
     return 1.0 / _checks.require_temperature("temperature", temperature), None
