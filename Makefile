@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PACKAGE_TESTS := tests/test_package.py tests/test_head.py tests/test_queue.py tests/test_metrics.py
 TORCH_INTO ?= $(1)/bin/pip install --quiet $(TORCH)
 
-.PHONY: demo test quick execute test-gpu lint package kernels bench clean
+.PHONY: demo test quick execute semantics test-gpu lint package kernels bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make docs     build the site, warnings are errors (build/docs/index.html)"
 	@echo "make package  build sdist and wheel, check both, run the sdist's tests on the wheel in a clean environment"
 	@echo "make execute  run the GPU kernels' machine code for sm_80 and sm_90 on the CPU, instruction by instruction (g++)"
+	@echo "make semantics  run the kernels' TTIR on the CPU: overruns, races between programs (PYTHON: 3.12 or 3.13)"
 	@echo "make test-gpu run the tests that need a GPU (PYTHON: an interpreter with torch for it)"
 	@echo "make kernels  compile every Triton kernel for eleven GPUs: registers, spills, shared memory, instructions"
 	@echo "make bench    measure loss, matching, queue and step on this machine (runs/bench/)"
@@ -45,6 +46,14 @@ execute: $(VENV)/installed
 	for target in 80 90; do \
 		PTX_TARGET=$$target $(BIN)/python -m pytest -q -n 2 tests/test_triton.py tests/ptx || exit 1; \
 	done
+
+# In an environment of its own: ttsem runs Triton 3.8.0 alone. PYTHON: 3.12 or 3.13.
+semantics: TORCH = torch==2.14.0
+semantics:
+	$(PYTHON) -m venv build/semantics
+	$(call TORCH_INTO,build/semantics)
+	build/semantics/bin/pip install --quiet ttsem==0.1.0 triton==3.8.0 --editable ".[test]"
+	build/semantics/bin/python -m ttsem.sanitize pytest -q tests/test_triton.py
 
 test-gpu: # in the interpreter that has torch for the GPU, not in .venv, whose torch may be a CPU build
 	PYTHON=$(PYTHON) benchmarks/gpu_run.sh runs/gpu first
