@@ -1,12 +1,13 @@
 """What the compiler makes of every Triton kernel, for GPUs that need not be here: registers, spills, shared memory.
 
-The launchers of the package run on meta tensors with the device description of the target; their launches are caught
-and compiled ahead of time with the specialisation that Triton's just-in-time compiler would choose.
+The launchers of the package run on meta tensors, with the target in the place of the device. Triton's just-in-time
+compiler then specialises and compiles as it would there, and launches nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -69,44 +70,71 @@ class Compiled(NamedTuple):
     copies: str = ""
     serialised: bool = False
     racing: bool = False
+    narrow: bool = False
     error: str = ""
 
 
-def compile_case(case: Case) -> Compiled:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as triton_compile
+class _Driver:
+    """Stands in for a machine with the target. A device number for each, since Triton keeps binders by device."""
 
-    try:
-        kernel, arguments = _catch_launch(case)
-        options = {
-            name: arguments.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in arguments
-        }
-        signature, constants, attributes = _specialise(kernel.arg_names, arguments, "unaligned" in case.variant)
-        if case.target.startswith("gfx"):
-            target = GPUTarget("hip", case.target, 64)
-        else:
-            target = GPUTarget("cuda", int(case.target[3:]), 32)
-        compiled = triton_compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
-    except Exception as error:  # a report, not a crash: the table shows it
-        return Compiled(case, error=f"{type(error).__name__}: {str(error)[-300:]}")
-    blocks = "x".join(
-        str(arguments[name]) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_D") if name in arguments
-    )
+    def __init__(self, name: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.device = list(TARGETS).index(name)
+        self.target = GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def compile_case(case: Case) -> Compiled:
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from densecl_ops import _triton
+    from densecl_ops.info_nce import triton_plan
+
+    caught: list[tuple[Any, dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if self.__name__ == case.kernel:
+            caught.append((run(self, *args, grid=grid, warmup=True, **options), options))
+
+    device = _triton.Device(case.target, TARGETS[case.target][0])
+    driver.set_active(_Driver(case.target))
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        patches.enter_context(mock.patch.object(_triton, "describe", return_value=device))
+        for form, row in TUNED.items():
+            if form in case.variant:
+                patches.enter_context(mock.patch.object(triton_plan, "choose", return_value=row))
+        try:
+            LAUNCHES[case.kernel](case)
+        except Exception as error:  # a report, not a crash: the table shows it
+            return Compiled(case, error=f"{type(error).__name__}: {str(error)[-300:]}")
+    compiled, options = caught[0]
+    blocks = "x".join(str(options[name]) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_D") if name in options)
     config = f"{blocks} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
     read = _read_amd if case.target.startswith("gfx") else _read_nvidia
     return Compiled(case, config, *read(case.target, compiled))
 
 
-Read = Callable[[str, Any], tuple[int, int, int, str, str, bool, bool]]
+Read = Callable[[str, Any], list[Any]]  # the fields of Compiled from `registers` on
 
 
 def _remembered(read: Read) -> Read:
     """Kept in build/kernels by Triton's hash of source, arguments, options and compiler, and by the reader's source."""
-    reader = inspect.getsource(read) + inspect.getsource(overwrites)
+    reader = "".join(inspect.getsource(function) for function in (read, overwrites, reduces_narrowly))
 
     @functools.wraps(read)
-    def call(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool, bool]:
+    def call(target: str, compiled: Any) -> list[Any]:
         key = hashlib.sha256((compiled.hash + reader).encode()).hexdigest()
         path = Path(__file__).parent.parent / "build" / "kernels" / f"{key}.json"
         if not path.exists():
@@ -114,10 +142,15 @@ def _remembered(read: Read) -> Read:
             with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
                 json.dump(read(target, compiled), file)
             Path(file.name).replace(path)
-        registers, spills, shared, matrix, copies, serialised, racing = json.loads(path.read_text())
-        return registers, spills, shared, matrix, copies, serialised, racing
+        return list(json.loads(path.read_text()))
 
     return call
+
+
+def reduces_narrowly(ttir: str) -> bool:
+    """Whether a reduction takes 16-bit floats: tl.sum of a bfloat16 tile adds in bfloat16."""
+    reductions = re.findall(r'"tt\.reduce".*?\}\) : \((.*?)\) ->', ttir, re.S)
+    return any(re.search(r"x(bf16|f16)>", operands) for operands in reductions)
 
 
 def overwrites(ttgir: str) -> bool:
@@ -153,7 +186,7 @@ def overwrites(ttgir: str) -> bool:
 
 
 @_remembered
-def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool, bool]:
+def _read_nvidia(target: str, compiled: Any) -> list[Any]:
     import triton
 
     assembly = compiled.asm["sass"]
@@ -171,11 +204,21 @@ def _read_nvidia(target: str, compiled: Any) -> tuple[int, int, int, str, str, b
     found = [label for mark, label in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)]
     copies = "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly)
     racing = overwrites(compiled.asm["ttgir"])
-    return registers, spills, compiled.metadata.shared, found[0] if found else "none", copies, "C751" in report, racing
+    matrix = found[0] if found else "none"
+    return [
+        registers,
+        spills,
+        compiled.metadata.shared,
+        matrix,
+        copies,
+        "C751" in report,
+        racing,
+        reduces_narrowly(compiled.asm["ttir"]),
+    ]
 
 
 @_remembered
-def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool, bool]:
+def _read_amd(target: str, compiled: Any) -> list[Any]:
     assembly = compiled.asm["amdgcn"]
 
     def field(name: str) -> int:
@@ -183,82 +226,16 @@ def _read_amd(target: str, compiled: Any) -> tuple[int, int, int, str, str, bool
 
     spills = field("vgpr_spill_count") + field("sgpr_spill_count")
     matrix = "mfma" if "v_mfma" in assembly else "none"
-    return field("vgpr_count"), spills, compiled.metadata.shared, matrix, "", False, False
-
-
-def _specialise(
-    names: list[str], arguments: dict[str, Any], unaligned: bool
-) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Types, constants and divisibility of a launch, by the rules of triton.jit.
-
-    Tensors that the package makes start at multiples of 16 bytes; with `unaligned`, those of the user do not.
-    """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    pointers = {
-        torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-        torch.int32: "*i32", torch.bool: "*i1",
-    }  # fmt: skip
-    signature: dict[str, str] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for place, name in enumerate(names):
-        value = arguments[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = pointers[value.dtype]
-            if not (unaligned and name in ("query_ptr", "key_ptr", "negatives_ptr")):
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{pointers[value.base.dtype][1:]}{value.block_shape}>"
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif name.isupper() or value is None or value == 1:
-            signature[name] = "constexpr"
-            constants[(place,)] = value
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
-def _catch_launch(case: Case) -> tuple[Any, dict[str, Any]]:
-    """The arguments with which the package would launch this kernel on the target."""
-    from densecl_ops import _triton
-    from densecl_ops.info_nce import triton_plan
-
-    caught: dict[str, dict[str, Any]] = {}
-
-    class Recorder:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getitem__(self, grid: object) -> Callable[..., None]:
-            return lambda **arguments: caught.__setitem__(self.name, arguments)
-
-    module, run = LAUNCHES[case.kernel]
-    names = [name for name in vars(module().kernels) if name.endswith("_kernel")]
-    originals = {name: getattr(module().kernels, name) for name in names}
-    device = _triton.Device(case.target, TARGETS[case.target][0])
-    patches: list[Any] = [mock.patch.object(module().kernels, name, Recorder(name)) for name in names]
-    patches.append(mock.patch.object(_triton, "describe", return_value=device))
-    for form, config in TUNED.items():
-        if form in case.variant:
-            patches.append(mock.patch.object(triton_plan, "choose", return_value=config))
-    for patch in patches:
-        patch.start()
-    try:
-        run(case)
-    finally:
-        for patch in patches:
-            patch.stop()
-    return originals[case.kernel], caught[case.kernel]
-
-
-def _info_nce() -> Any:
-    from densecl_ops.info_nce import triton_launch
-
-    return triton_launch
+    return [
+        field("vgpr_count"),
+        spills,
+        compiled.metadata.shared,
+        matrix,
+        "",
+        False,
+        False,
+        reduces_narrowly(compiled.asm["ttir"]),
+    ]
 
 
 def _problem(case: Case) -> Any:
@@ -272,10 +249,15 @@ def _problem(case: Case) -> Any:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    def unaligned(x: torch.Tensor) -> torch.Tensor:
+        if "unaligned" not in case.variant:
+            return x
+        return empty(1 + x.numel(), dtype=x.dtype)[1:].view(x.shape)
+
     def projections() -> torch.Tensor:
         if "tokens" in case.variant:  # channels_last maps and token sequences
             return empty(batch, positions, channels).transpose(1, 2)
-        return empty(batch, channels, positions)
+        return unaligned(empty(batch, channels, positions))
 
     negatives = empty(size, channels, dtype=torch.float32 if "autocast" in case.variant else dtype)
     if "columns" in case.variant:
@@ -285,7 +267,7 @@ def _problem(case: Case) -> Any:
     return Problem(
         query=projections(),
         key=projections(),
-        negatives=negatives,
+        negatives=unaligned(negatives),
         scale=None if "learned" in case.variant else 5.0,
         learned_scale=empty(dtype=torch.float32) if "learned" in case.variant else None,
         matches=empty(batch, positions, dtype=torch.int64),
@@ -297,45 +279,45 @@ def _problem(case: Case) -> Any:
     )
 
 
-def _run_forward(case: Case) -> None:
-    _info_nce().forward(_problem(case), "forward" not in case.variant, "rank" in case.variant)
+def _forward(case: Case) -> None:
+    from densecl_ops.info_nce import triton_launch
+
+    triton_launch.forward(_problem(case), "forward" not in case.variant, "rank" in case.variant)
 
 
-def _run_grad_negatives(case: Case) -> None:
+def _grad_negatives(case: Case) -> None:
+    from densecl_ops.info_nce import triton_launch
+
     rows = torch.empty(32, 49, device="meta")
-    _info_nce().grad_negatives(_problem(case), rows, rows)
+    triton_launch.grad_negatives(_problem(case), rows, rows)
 
 
-def _run_grad_key(case: Case) -> None:
+def _grad_key(case: Case) -> None:
+    from densecl_ops.info_nce import triton_launch
+
     problem, rows = _problem(case), torch.empty(32, 49, device="meta")
-    _info_nce().grad_key(problem.query, problem.key, problem.matches, rows, torch.float32)
+    triton_launch.grad_key(problem.query, problem.key, problem.matches, rows, torch.float32)
 
 
-def _matching() -> Any:
+def _match(case: Case) -> None:
+    """7x7 maps are one tile, larger ones many. 14x14 positions are no multiple of 16 bytes."""
     from densecl_ops.correspondence import triton_launch
 
-    return triton_launch
-
-
-def _run_match(case: Case) -> None:
-    """7x7 maps are one tile, larger ones many. 14x14 positions are no multiple of 16 bytes."""
     side = int(case.variant.split("x")[0])
-
-    def features() -> torch.Tensor:
-        maps = torch.empty(32, case.channels, side, side, dtype=getattr(torch, case.dtype), device="meta")
-        return (maps.to(memory_format=torch.channels_last) if "channels_last" in case.variant else maps).flatten(2)
-
-    _matching().match(features(), features(), "mutual" in case.variant)
+    layout = torch.channels_last if "channels_last" in case.variant else torch.contiguous_format
+    maps = torch.empty(32, case.channels, side, side, dtype=getattr(torch, case.dtype), device="meta")
+    features = maps.to(memory_format=layout).flatten(2)
+    triton_launch.match(features, features, "mutual" in case.variant)
 
 
-LAUNCHES: dict[str, tuple[Callable[[], Any], Callable[[Case], None]]] = {
-    "match_kernel": (_matching, _run_match),
-    "inverse_norm_kernel": (_matching, _run_match),
-    "prepare_kernel": (_info_nce, _run_forward),
-    "attend_kernel": (_info_nce, _run_forward),
-    "combine_kernel": (_info_nce, _run_forward),
-    "grad_negatives_kernel": (_info_nce, _run_grad_negatives),
-    "grad_key_kernel": (_info_nce, _run_grad_key),
+LAUNCHES: dict[str, Callable[[Case], None]] = {
+    "match_kernel": _match,
+    "inverse_norm_kernel": _match,
+    "prepare_kernel": _forward,
+    "attend_kernel": _forward,
+    "combine_kernel": _forward,
+    "grad_negatives_kernel": _grad_negatives,
+    "grad_key_kernel": _grad_key,
 }
 
 
@@ -388,7 +370,8 @@ def main(arguments: argparse.Namespace) -> None:
         if row.error:
             print(f"{line} {row.error}")
             continue
-        flags = f"{row.matrix:8} {row.copies or 'no'}{' SERIALISED' * row.serialised}{' RACE' * row.racing}"
+        found = " SERIALISED" * row.serialised + " RACE" * row.racing + " NARROW" * row.narrow
+        flags = f"{row.matrix:8} {row.copies or 'no'}{found}"
         print(f"{line} {row.registers:4} {row.spills:5} {row.shared // 1024:4}K  {flags}")
     if arguments.json:
         write(arguments.json, [{**row._asdict(), "case": row.case._asdict()} for row in rows])

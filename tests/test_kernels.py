@@ -101,6 +101,10 @@ def test_no_copy_lands_under_a_wgmma(compiled: list[dict[str, Any]]) -> None:
     assert not [key_of(row) for row in compiled if row["racing"]]
 
 
+def test_no_reduction_in_16_bits(compiled: list[dict[str, Any]]) -> None:
+    assert not [key_of(row) for row in compiled if row["narrow"]]
+
+
 def test_queue_tiles_arrive_by_asynchronous_copies(compiled: list[dict[str, Any]]) -> None:
     """16 bytes at a time, hence not from a queue that starts elsewhere. AMD has its own pipeline."""
 
