@@ -176,7 +176,7 @@ def report(
         typical = float(pair.disparity[pair.disparity.isfinite()].median())
         print(
             f"This says little of weights with cells of {pair.stride} pixels: half of the pair's disparities are below "
-            f"{typical:.0f} pixels, so random weights are right as well. Judge these on a task of yours."
+            f"{typical:.0f}, so random weights may match as well as trained ones. Judge these on a task of yours."
         )
     rows = {name: {"close": round(row.close, 4), "median": round(row.median, 4)} for name, row in matches.items()}
     path = args.json or args.out / "result.json"
