@@ -143,11 +143,6 @@ def test_index_dtypes(backend: str, dtype: torch.dtype) -> None:
     assert_close(seen.key, truth.key, 1e-12)
 
 
-def test_queries_that_share_a_key_add_up(backend: str) -> None:
-    case = make_case(9)
-    check(backend, replace(case, index=torch.full_like(case.index, 4)))
-
-
 def test_one_of_everything(backend: str) -> None:
     """One image, one position, one negative, one channel; then all odd primes."""
     for channels in (1, 2):
@@ -233,20 +228,6 @@ def test_weights(backend: str, reduction: str, kind: str, invalid: str) -> None:
         assert (seen.loss == 0).all()
         assert (seen.query == 0).all()
         assert (seen.negatives == 0).all()
-
-
-def test_mean_divides_by_the_total_weight(backend: str) -> None:
-    case = make_case(11)
-    rows = helpers.expected(replace(case, reduction="none", upstream=None)).loss
-    weight = torch.linspace(0.5, 3, rows.size, dtype=torch.float64).view(rows.shape)
-    seen = helpers.run(backend, replace(case, weight=weight))
-    assert_close(seen.loss, (rows * weight.numpy()).sum() / weight.sum().item(), 1e-12)
-
-
-def test_valid_alone_is_a_mean_over_valid_rows(backend: str) -> None:
-    case = make_case(12, valid=torch.rand(3, 6) < 0.5)
-    rows = helpers.expected(replace(case, reduction="none", valid=None)).loss
-    assert_close(helpers.run(backend, case).loss, rows[case.valid.numpy()].mean(), 1e-12)
 
 
 # ---- the rank -------------------------------------------------------------------------------------------------------
