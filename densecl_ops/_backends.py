@@ -48,11 +48,11 @@ def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0
     Raises:
         ValueError: There is no such backend, or it cannot serve this call; says why.
     """
+    require_choice("backend", requested, BACKENDS)
     if requested == "auto" and tensor.device.type != "cuda":  # torch calls ROCm devices cuda too
         return "blockwise"
     if requested in ("eager", "blockwise"):
         return requested
-    require_choice("backend", requested, BACKENDS)
     obstacle = triton_obstacle(tensor, dtype, channels)
     if requested == "triton":
         if obstacle is not None:

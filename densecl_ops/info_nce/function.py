@@ -138,8 +138,7 @@ def dense_info_nce(
         >>> loss.dtype, rank.shape, query.grad.shape
         (torch.float32, torch.Size([4, 49]), torch.Size([4, 128, 7, 7]))
     """
-    if reduction not in _pairs.REDUCTIONS:
-        _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
+    _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
     if not isinstance(return_rank, bool):
         return_rank = _checks.require_bool("return_rank", return_rank)
     rows, count, unit_rows = _negatives(negatives)
