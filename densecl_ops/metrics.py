@@ -48,15 +48,13 @@ def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = No
     hit = rank < _checks.require_positive_int("top_k", top_k)
     if valid is None:
         return hit.float().mean()
-    _checks.require_mask("valid", valid, tuple(rank.shape), "rank", rank)
-    return (hit & valid).sum().float() / valid.sum().clamp(min=1).float()
+    return _mean(hit, _checks.require_mask("valid", valid, tuple(rank.shape), "rank", rank))
 
 
 def match_score(correspondence: Correspondence) -> Tensor:
-    """Mean score of the valid matches; for feature matching their mean cosine similarity.
+    """Mean score of the valid matches: how alike the matched *backbone* features are, not whether matches are right.
 
-    It says how alike the matched *backbone* features are, not whether the matches are right: a collapsed backbone
-    scores 1. With no valid match the result is 0. NaN scores of valid matches give NaN.
+    A collapsed backbone scores 1. With no valid match the result is 0. NaN scores of valid matches give NaN.
 
     Args:
         correspondence: What `DenseCorrespondence` or `densecl_ops.functional.dense_correspondence` returns. Matches
@@ -79,14 +77,16 @@ def match_score(correspondence: Correspondence) -> Tensor:
     """
     if not isinstance(correspondence, Correspondence):
         raise TypeError(f"correspondence: got {type(correspondence).__name__}, expected a Correspondence")
-    score = _checks.require_float("correspondence.score", correspondence.score)
+    name, score = "correspondence.score", _checks.require_float("correspondence.score", correspondence.score)
     if score.ndim != 2 or score.numel() == 0:
-        raise ValueError(
-            f"correspondence.score: got shape {_checks.shape_of(score)}, expected (B, P), every size above 0"
-        )
-    shape, name = tuple(score.shape), "correspondence.valid"
-    valid = _checks.require_mask(name, correspondence.valid, shape, "correspondence.score", score)
-    return score.float().masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1).float()
+        raise ValueError(f"{name}: got shape {_checks.shape_of(score)}, expected (B, P), every size above 0")
+    valid = _checks.require_mask("correspondence.valid", correspondence.valid, tuple(score.shape), name, score)
+    return _mean(score, valid)
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    """0 where none is valid."""
+    return values.float().masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def mutual_share(
@@ -95,20 +95,14 @@ def mutual_share(
     grid_size: int | tuple[int, int] | None = None,
     backend: BackendName = "auto",
 ) -> Tensor:
-    """Share of query positions whose match names them back: i is the nearest query of its own nearest key.
-
-    The mean over images b and positions i of::
-
-        i == argmax_l <f_q[b, l], f_k[b, index(i)]> / |f_q[b, l]|
+    """Share of query positions whose match names them back: `dense_correspondence(mutual=True).valid.float().mean()`.
 
     Near 1 every position has a partner of its own; it is low where many positions share one key. It costs one more
-    matching, so log it every few steps. If the loss already uses `DenseCorrespondence(mutual=True)` and no
-    min_score, its `valid.float().mean()` is this number for free.
+    matching, so log it every few steps, or take that mean of the matches that the loss uses.
 
     Args:
         query_features: (B, C, H, W) backbone map, (B, C, P) or (B, C), any strides.
-        key_features: The same of the other view. Its grid may differ: with fewer keys than queries the share cannot
-            exceed P_k / P_q.
+        key_features: The same of the other view. With fewer keys than queries the share cannot exceed P_k / P_q.
         grid_size: Average-pools both maps to S x S (or (H, W)) first. Default: none.
         backend: As in `dense_correspondence`. Default "auto".
 
