@@ -21,8 +21,13 @@ except ImportError as error:
 
 __all__ = ["plot_correspondence"]
 
-RIGHT, WRONG, UNKNOWN = "#0072B2", "#D55E00", "#666666"  # told apart by every kind of colour vision
-COLOURS = "viridis_r"  # dark is high: the best matches stand out from the pale images
+LOOKS: dict[
+    str, dict[str, Any]
+] = {  # told apart by every kind of colour vision; wrong ones last, on top of the many right ones
+    "truth unknown": {"color": "#666666", "linestyle": ":", "marker": "."},
+    "right": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "wrong": {"color": "#D55E00", "linestyle": "--", "marker": "X"},
+}
 GAP = 0.04  # of the longest side, between the images
 PALE = 0.4  # of the images' contrast is kept, so that lines stand out
 
@@ -52,10 +57,8 @@ def plot_correspondence(
     """Draws two views beside each other and a line from the centre of each query cell to that of its match.
 
     Lines are coloured by score (viridis, dark is high), best ones on top. With `truth`, right matches are solid blue
-    with dots, wrong ones dashed orange with crosses, and those without truth dotted grey. A notebook shows the
-    result of a cell's last line, and TensorBoard takes it:
-    `writer.add_figure("matches", plot_correspondence(...), step)`. pyplot, its backend and its open figures
-    are left alone.
+    with dots, wrong ones dashed orange with crosses, and those without truth dotted grey. A notebook shows the result
+    of a cell's last line, and TensorBoard takes it (`writer.add_figure`). pyplot is not imported.
 
     Args:
         image_q: Query view: a (3, H, W), (1, H, W) or (H, W) tensor, or a (H, W, 3), (H, W, 1) or (H, W) numpy
@@ -65,14 +68,14 @@ def plot_correspondence(
         correspondence: Matches of a batch, index, score and valid each (B, P_q), such as DenseCorrespondence returns.
         ax: Axes to draw into. Default: a new Figure of their own.
         top_k: How many matches to draw, those of highest score among the valid ones. None: all. Default 40.
-        truth: (P_q,) integers: the right key position of each query position, or -1 where unknown. The title then
-            states the share of right ones among *all* valid matches with known truth, not only those drawn. To let
-            near misses count, pass the match's own index wherever you call it right.
+        truth: (P_q,) integers: the right key position of each query position, or a negative number where unknown. The
+            title then states the share of right ones among *all* valid matches with known truth, not only those drawn.
+            To let near misses count, pass the match's own index wherever you call it right.
         sample: Which image of the batch. Default 0.
         query_grid: S or (H, W), in cells. Default: P_q is taken for a square.
         key_grid: The same of the key view. Default: that of the query view.
-        vertical: Puts the key view below the query view. Clearer where matches lie in the same row, as in a stereo
-            pair: side by side their lines would cover each other. Default False.
+        vertical: Puts the key view below the query view: lines of matches in the same row, as of a stereo pair, would
+            cover each other side by side. Default False.
 
     Returns:
         The Figure drawn into; of `ax`, if that was given.
@@ -97,12 +100,7 @@ def plot_correspondence(
     _checks.require_bool("vertical", vertical)
     grid_q = _grid("query_grid", query_grid, len(index))
     grid_k = _checks.require_grid_size("key_grid", key_grid) or grid_q
-    _require_within("key_grid", index, 0, grid_k[0] * grid_k[1])
-    if truth is not None:
-        truth = _checks.require_integer("truth", truth)
-        _checks.require_shape("truth", truth, tuple(index.shape))
-        truth = truth.detach().cpu().long()
-        _require_within("truth", truth, -1, grid_k[0] * grid_k[1])
+    _checks.require_range("key_grid", index, math.prod(grid_k))
     picture_q, picture_k = _pixels("image_q", image_q), _pixels("image_k", image_k)
 
     (height_q, width_q), (height_k, width_k) = picture_q.shape[:2], picture_k.shape[:2]
@@ -123,79 +121,61 @@ def plot_correspondence(
     drawn = drawn[: int(valid.sum())][:top_k].flip(0)  # the best are drawn last, on top
     start = _centres(drawn, grid_q, height_q, width_q)
     end = _centres(index[drawn], grid_k, height_k, width_k) + torch.tensor([shift_x, shift_y], device="cpu")
+    lines = torch.stack([start, end], 1)
     if truth is None:
-        _draw_by_score(ax, start, end, score[drawn])
+        coloured = LineCollection(list(lines.numpy()), array=score[drawn].numpy(), cmap="viridis_r", linewidths=1.3)
+        ax.add_collection(coloured, autolim=False)
+        options: dict[str, Any] = {
+            "orientation": "horizontal",
+            "fraction": 0.05,
+            "pad": 0.02,
+            "shrink": 0.5,
+            "aspect": 30,
+        }
+        ax.figure.colorbar(coloured, ax=ax, label="score", **options)
         title = f"{len(drawn)} of {int(valid.sum())} valid matches, by score"
     else:
-        _draw_by_truth(ax, start, end, torch.where(truth < 0, 2, (truth == index).long())[drawn])
-        judged = valid & (truth >= 0)
-        count, total = int((judged & (truth == index)).sum()), int(judged.sum())
-        share = f"{count / total:.1%} right ({count} of {total})" if total else "no match with known truth"
+        truth = _checks.require_integer("truth", truth)
+        _checks.require_shape("truth", truth, tuple(index.shape))
+        truth = truth.detach().cpu().long()
+        _checks.require_range("truth", truth.clamp(min=0), math.prod(grid_k))
+        kind = torch.where(truth < 0, 0, 2 - (truth == index).long())  # as in LOOKS
+        for number, (label, look) in enumerate(LOOKS.items()):
+            chosen = lines[kind[drawn] == number]
+            if len(chosen):
+                x, y = chosen.permute(2, 1, 0).numpy()
+                ax.plot(x, y, linewidth=1.1, markersize=4, **look)[0].set_label(label)
+        if len(drawn):
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False)
+        right, total = int((kind[valid] == 1).sum()), int((kind[valid] > 0).sum())
+        share = f"{right / total:.1%} right ({right} of {total})" if total else "no match with known truth"
         title = f"{share}, {len(drawn)} drawn"
     ax.set_title(title, fontsize=12)
     return ax.figure.figure  # the second one leaves subfigures
 
 
-def _draw_by_score(ax: Axes, start: Tensor, end: Tensor, score: Tensor) -> None:
-    lines = LineCollection(list(torch.stack([start, end], 1).numpy()), cmap=COLOURS, linewidths=1.3)
-    finite = score[score.isfinite()]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    margin = max(0.0, 0.005 - (high - low) / 2)  # equal scores: no colour bar of rounding errors
-    lines.set(array=score.numpy(), clim=(low - margin, high + margin))
-    ax.add_collection(lines, autolim=False)
-    bar = ax.figure.colorbar(lines, ax=ax, orientation="horizontal", fraction=0.05, pad=0.02, shrink=0.5, aspect=30)
-    bar.set_label("score")
-
-
-def _draw_by_truth(ax: Axes, start: Tensor, end: Tensor, kind: Tensor) -> None:
-    for number, label, look in (  # wrong ones last, on top of the many right ones
-        (2, "truth unknown", {"color": UNKNOWN, "linestyle": ":", "marker": "."}),
-        (1, "right", {"color": RIGHT, "linestyle": "-", "marker": "o"}),
-        (0, "wrong", {"color": WRONG, "linestyle": "--", "marker": "X"}),
-    ):
-        chosen = kind == number
-        if chosen.any():
-            x, y = torch.stack([start[chosen], end[chosen]]).permute(2, 0, 1).numpy()
-            lines = ax.plot(x, y, linewidth=1.1, markersize=4, **look)  # type: ignore[arg-type]
-            lines[0].set_label(label)
-    if len(kind):
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, frameon=False)
-
-
-def _one_sample(correspondence: Correspondence, sample: int) -> Correspondence:
+def _one_sample(correspondence: Correspondence, sample: int) -> tuple[Tensor, Tensor, Tensor]:
     """(P_q,) index, score and valid of one image, on the host."""
     if not isinstance(correspondence, Correspondence):
         raise TypeError(f"correspondence: got {type(correspondence).__name__}, expected a Correspondence")
-    index = _checks.require_integer("correspondence.index", correspondence.index)
+    index, score, valid = correspondence
+    _checks.require_integer("correspondence.index", index)
     if index.ndim != 2 or index.numel() == 0:
         raise ValueError(f"correspondence.index: got shape {_checks.shape_of(index)}, expected (B, P), none of them 0")
-    for name in ("score", "valid"):
-        tensor = _checks.require_tensor(f"correspondence.{name}", getattr(correspondence, name))
-        _checks.require_shape(f"correspondence.{name}", tensor, tuple(index.shape))
-    if isinstance(sample, bool) or not isinstance(sample, int):
-        raise TypeError(f"sample: got {sample!r}, expected an int")
-    if not 0 <= sample < len(index):
-        raise ValueError(f"sample: got {sample}, expected 0 to {len(index) - 1}")
-    index, score, valid = (tensor[sample].detach().cpu() for tensor in correspondence)
-    return Correspondence(index.long(), score.float(), valid.bool())
+    shape = tuple(index.shape)
+    _checks.require_shape("correspondence.score", _checks.require_float("correspondence.score", score), shape)
+    _checks.require_mask("correspondence.valid", valid, shape, "correspondence.index", index)
+    if not isinstance(sample, int) or not 0 <= sample < len(index):
+        raise ValueError(f"sample: got {sample!r}, expected an int from 0 to {len(index) - 1}")
+    return index[sample].cpu().long(), score[sample].detach().cpu().float(), valid[sample].cpu()
 
 
 def _grid(name: str, value: object, positions: int) -> tuple[int, int]:
-    grid = _checks.require_grid_size(name, value)
-    if grid is None:
-        side = math.isqrt(positions)
-        if side * side != positions:
-            raise ValueError(f"{name}: got None for {positions} positions, no square; expected (height, width)")
-        return side, side
+    side = math.isqrt(positions)
+    grid = _checks.require_grid_size(name, value) or (side, side)
     if grid[0] * grid[1] != positions:
-        raise ValueError(f"{name}: got {grid}, expected a grid of {positions} positions")
+        raise ValueError(f"{name}: got {value}, expected (height, width) of {positions} positions")
     return grid
-
-
-def _require_within(name: str, index: Tensor, low: int, keys: int) -> None:
-    lowest, highest = int(index.min()), int(index.max())
-    if lowest < low or highest >= keys:
-        raise ValueError(f"{name}: got indices from {lowest} to {highest}, expected them within {low} to {keys - 1}")
 
 
 def _centres(position: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
@@ -219,8 +199,8 @@ def _pixels(name: str, image: Any) -> Tensor:
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(image.shape)}, expected {expected}")
-    scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float().nan_to_num()
-    low, high = float(scaled.min()), float(scaled.max())
+    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    low, high = pixels.aminmax()
     if low < 0 or high > 1:
-        scaled = (scaled - low) / max(high - low, 1e-12)
-    return scaled.expand(-1, -1, 3).contiguous()
+        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
+    return pixels.expand(-1, -1, 3).contiguous()

@@ -60,7 +60,7 @@ def test_accuracy_of_the_losss_own_ranks(shape: tuple[int, ...]) -> None:
 def test_features(query_grid: tuple[int, int], key_grid: tuple[int, int], grid_size: tuple[int, int] | None) -> None:
     """Pooled, 2 x 2 positions become one."""
     maps = torch.randn(3, 6, *query_grid), torch.randn(3, 6, *key_grid)
-    pooled = maps if grid_size is None else [x.unflatten(3, (4, 2)).unflatten(2, (3, 2)).mean((3, 5)) for x in maps]
+    pooled = maps if grid_size is None else [x.reshape(3, 6, 3, 2, 4, 2).mean((3, 5)) for x in maps]
     query, key = (oracle.unit(flat64(x), 1)[0] for x in pooled)
     similarity = np.einsum("bci,bcj->bij", query, key)
     there, back = similarity.argmax(2), similarity.argmax(1)
