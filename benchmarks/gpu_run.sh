@@ -46,11 +46,11 @@ tests() { # LOG SECONDS FILTER
 tests races 60 "race"
 run selftest 70 "$python" -m densecl_ops.selftest --json "$out/selftest.json"
 if [[ $2 == first ]]; then
-    suite 110 40 loss --n 12544
+    suite 110 40 loss --size 12544 65536 128
     suite 80 30 matching
     suite 90 40 tune
 else
-    suite 60 30 loss --n 12544 --again
+    suite 60 30 loss --size 12544 65536 128 --again
     tests tests 40 "not race"
 fi
 printf '%s\n' "${failed[@]+"${failed[@]}"}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import rivals
 from benchmarks.measure import Row, compare, relative_error, significant
-from benchmarks.records import OURS, Shape, Suite, print_rows
+from benchmarks.records import OURS, Shape, Suite
 from benchmarks.rivals import TEMPERATURE, Inputs, Loss
 from densecl_ops._types import BackendName, NegativeQueue
 from densecl_ops.functional import dense_info_nce
@@ -58,8 +58,8 @@ def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
     gpu = arguments.device.type == "cuda"
     if arguments.toy:
         grid = [{"n": 66, "k": 300, "d": 32}]
-    elif arguments.n:
-        grid = [{"n": arguments.n, "k": arguments.k, "d": arguments.d}]
+    elif arguments.size:
+        grid = [dict(zip("nkd", arguments.size, strict=True))]
     else:
         first = HEADLINE if gpu else HEADLINE_CPU
         grid = [first] + [{"n": n, "k": k, "d": 128} for k in KS for n in NS if gpu or n * k <= 12544 * 65536]
@@ -144,6 +144,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
         if "failed" in row:
             continue
         row["tflops"] = significant(1e-9 * flop / row["milliseconds"][1])
+        row["share_of_matmul"] = significant(row["tflops"] / arguments.rates[f"matmul_{shape['dtype']}_tflops"], 3)
         if name != "arithmetic":
             value, grad = entries[name](inputs[0])
             row["error_loss"] = relative_error(value, exact_loss)
@@ -152,21 +153,12 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     return rows
 
 
-def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
-    for row in rows.values():
-        if "tflops" in row:
-            row["share_of_matmul"] = significant(row["tflops"] / rates[f"matmul_{shape['dtype']}_tflops"], 3)
-    title = "N = {n:,}, K = {k:,}, D = {d}, {dtype}, {mode}, {cache}".format(**shape)
-    heads = {"tflops": "TFLOP/s", "share_of_matmul": "of mm", "error_loss": "err loss", "error_gradient": "err grad"}
-    print_rows(title, rows, heads)
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--n", type=int, help="only this many query rows (default: the grid)")
-    parser.add_argument("--k", type=int, default=65536, help="with --n: negatives (default: %(default)s)")
-    parser.add_argument("--d", type=int, default=128, help="with --n: channels (default: %(default)s)")
+    parser.add_argument("--size", nargs=3, type=int, metavar=("N", "K", "D"), help="default: a grid")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["bfloat16", "float32"])
     parser.add_argument("--modes", nargs="+", choices=("train", "forward"), default=["train", "forward"])
 
 
-SUITE = Suite("loss", shapes, measure, show, add_options)
+TITLE = "N = {n:,}, K = {k:,}, D = {d}, {dtype}, {mode}"
+COLUMNS = {"tflops": "TFLOP/s", "share_of_matmul": "of mm", "error_loss": "err loss", "error_gradient": "err grad"}
+SUITE = Suite("loss", TITLE, shapes, measure, COLUMNS, add_options)

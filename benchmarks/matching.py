@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Compiled, Row, compare, significant
-from benchmarks.records import OURS, Shape, Suite, print_rows
+from benchmarks.measure import Row, compare, compiled, significant
+from benchmarks.records import OURS, Shape, Suite
 from densecl_ops.functional import dense_correspondence
 
 SHAPES = ((32, 2048, 7), (256, 2048, 7), (256, 2048, 14), (32, 1024, 14), (32, 512, 28), (16, 256, 56), (16, 256, 112))
@@ -44,7 +44,7 @@ def contestants() -> dict[str, Callable[[Maps], Tensor]]:
     return {
         OURS: ours,
         "normalise, bmm, max": usual,
-        "torch.compile of it": Compiled(usual),
+        "torch.compile of it": compiled(usual),
         "einsum, argmax": einsum,
         "bmm, scale, argmax": scaled,
     }
@@ -98,24 +98,18 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
             if "failed" not in row:
                 row["tflops"] = significant(2e-9 * b * positions**2 * c / row["milliseconds"][1])
                 row["gb_per_s"] = significant(2e-6 * b * c * positions * size / row["milliseconds"][1])
+                # The floor: one read of both maps, or the product at the measured rate, whichever is longer.
+                shares = {
+                    "reading": row["gb_per_s"] / arguments.rates["copy_gb_per_s"],
+                    "products": row["tflops"] / arguments.rates[f"matmul_{shape['dtype']}_tflops"],
+                }
+                row["floor"] = max(shares, key=lambda name: shares[name])
+                row["share_of_floor"] = significant(shares[row["floor"]], 3)
                 differ, lost = gap(inputs[0], entries[name](inputs[0]))
                 row["error_index"], row["error_score"] = significant(differ, 3), significant(lost, 3)
     return rows
 
 
-def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
-    """Adds the share of the floor: one read of both maps, or the product at the measured rate, whichever is longer."""
-    for row in rows.values():
-        if "tflops" in row:
-            shares: dict[str, float] = {
-                "reading": row["gb_per_s"] / rates["copy_gb_per_s"],
-                "products": row["tflops"] / rates[f"matmul_{shape['dtype']}_tflops"],
-            }
-            row["floor"] = max(shares, key=lambda name: shares[name])
-            row["share_of_floor"] = significant(shares[row["floor"]], 3)
-    title = "{b} x {c} x {grid} x {grid}, {dtype}, {layout}, {cache}".format(**shape)
-    heads = {"tflops": "TFLOP/s", "gb_per_s": "GB/s", "share_of_floor": "of floor", "error_index": "differ"}
-    print_rows(title, rows, heads | {"error_score": "lost score"})
-
-
-SUITE = Suite("matching", shapes, measure, show)
+TITLE = "{b} x {c} x {grid} x {grid}, {dtype}, {layout}"
+COLUMNS = {"tflops": "TFLOP/s", "gb_per_s": "GB/s", "share_of_floor": "of floor", "error_index": "differ"}
+SUITE = Suite("matching", TITLE, shapes, measure, COLUMNS | {"error_score": "lost score"})

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.utils.benchmark import Timer
 
 import densecl_ops
@@ -28,29 +27,13 @@ Row = dict[str, Any]
 
 HOPELESS = 20  # on two cores one rival takes 75 times our time, 23 s: its repetitions would cost more than all others'
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 _NVIDIA_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 
 
-class Compiled:
-    """torch.compile of a contestant for one case; raises where the call ran eagerly.
-
-    After eight recompilations of a function dynamo runs it eagerly, without a word, and eager times stand under
-    torch.compile's name. So `compare` resets dynamo for every case, fullgraph=True makes the limit an error, and no
-    graph at all (a compiler that was switched off) is one here.
-    """
-
-    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
-        self.function = torch.compile(function, fullgraph=True, dynamic=False, **options)
-        self.graphs = 0
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        before = counters["stats"]["unique_graphs"]
-        result = self.function(*arguments, **named)
-        self.graphs += counters["stats"]["unique_graphs"] - before
-        if self.graphs == 0:
-            raise RuntimeError("torch.compile made no graph: the call ran eagerly")
-        return result
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """After eight recompilations of a function dynamo runs it eagerly, without a word; with fullgraph it raises."""
+    return torch.compile(function, fullgraph=True, dynamic=False, **options)
 
 
 def compare(
@@ -58,8 +41,8 @@ def compare(
     inputs: Sequence[Any],
     device: torch.device,
     *,
-    cold: bool,
     seconds: float,
+    cold: bool = False,
     needs: Mapping[str, float] | None = None,
 ) -> dict[str, Row]:
     """Times all contestants in rounds, so that a slow spell of the machine hits all alike.
@@ -71,9 +54,9 @@ def compare(
         contestants: Each takes one element of `inputs`.
         inputs: Rotated from round to round, so that no run finds its operands where the last one left them.
         device: Where the contestants run.
-        cold: Whether a GPU's L2 cache is overwritten before every run.
         seconds: Aimed at for all rounds together, of which there are 3 to 25. A contestant that takes longer than
             its share for one run, and HOPELESS times as long as the fastest, is timed once.
+        cold: Whether a GPU's L2 cache is overwritten before every run.
         needs: Bytes that a contestant is known to take: on a CPU there is no error to catch where they are too many.
 
     Returns:
@@ -81,8 +64,8 @@ def compare(
         `peak_extra_mib`, or `failed` with the reason: running out of memory is a result.
     """
     rows: dict[str, Row] = {}
-    first_samples: dict[str, tuple[float, float]] = {}
-    torch._dynamo.reset()
+    samples: dict[str, list[tuple[float, float]]] = {}
+    torch._dynamo.reset()  # so that every case is compiled for its own shapes
     for name, run in contestants.items():
         need = (needs or {}).get(name, 0)
         if device.type == "cpu" and need > 0.7 * available_bytes():
@@ -91,8 +74,8 @@ def compare(
         try:
             first = functools.partial(run, inputs[0])
             first()  # compiles, loads libraries
-            rows[name] = {"peak_extra_mib": _mib(peak_extra_bytes(first, device))}
-            first_samples[name] = _timed(first, device, cold)
+            rows[name] = {"peak_extra_mib": peak_extra_mib(first, device)}
+            samples[name] = [_timed(first, device, cold)]
         except torch.OutOfMemoryError:
             rows[name] = {"failed": "out of memory"}
         except Exception as error:  # a rival that cannot serve this dtype or width says so in many ways
@@ -100,15 +83,15 @@ def compare(
             rows[name] = {"failed": f"{type(error).__name__}: {text[:160]}"}
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    fastest = min((spent for spent, _ in first_samples.values()), default=0.0)
-    share = seconds / max(1, len(first_samples))
+    share = seconds / max(1, len(samples))
+    slow = max(share, HOPELESS * min((taken[0][0] for taken in samples.values()), default=0.0))
     rounds = {
-        name: 1 if spent > max(share, HOPELESS * fastest) else min(25, max(3, round(share / max(spent, 1e-9))))
-        for name, (spent, _) in first_samples.items()
+        name: min(25, max(3, round(share / max(taken[0][0], 1e-9))))
+        for name, taken in samples.items()
+        if taken[0][0] <= slow
     }
-    samples = {name: [first] if rounds[name] == 1 else [] for name, first in first_samples.items()}
-    names = [name for name in rounds if rounds[name] > 1]
-    for index in range(max((rounds[name] for name in names), default=0)):
+    names = list(rounds)
+    for index in range(max(rounds.values(), default=0)):
         gc.collect()
         start = index % len(names)
         for name in names[start:] + names[:start]:
@@ -116,10 +99,11 @@ def compare(
                 one = inputs[index % len(inputs)]
                 samples[name].append(_timed(functools.partial(contestants[name], one), device, cold))
     for name, taken in samples.items():
-        rows[name]["milliseconds"] = [significant(1e3 * x) for x in quartiles([device for device, _ in taken])]
-        rows[name]["rounds"] = len(taken)
+        on_device, on_host = zip(*(taken[1:] or taken), strict=True)
+        rows[name]["milliseconds"] = [significant(1e3 * x) for x in quartiles(on_device)]
+        rows[name]["rounds"] = len(on_device)
         if device.type == "cuda":
-            rows[name]["host_us"] = significant(1e6 * quartiles([host for _, host in taken])[1])
+            rows[name]["host_us"] = significant(1e6 * statistics.median(on_host))
     return rows
 
 
@@ -152,7 +136,7 @@ def significant(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+def peak_extra_mib(run: Callable[[], Any], device: torch.device) -> float | None:
     """Most memory held during `run` beyond what was held before; None where the system cannot tell.
 
     On a GPU the allocator's own count. On a CPU the growth of this process's peak resident memory, after the heap's
@@ -165,28 +149,23 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device) -> int | None
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated() - before)
+        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
     if not _CLEAR.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text("5")  # sets the peak back to the present size
-    resident = _kib(_STATUS, "VmRSS")
+    resident = _kib("self/status", "VmRSS")
     run()
-    return 1024 * (_kib(_STATUS, "VmHWM") - resident)
+    return round((_kib("self/status", "VmHWM") - resident) / 2**10, 1)
 
 
 def available_bytes() -> float:
     """Free memory of this machine; no limit where the system cannot tell."""
-    info = Path("/proc/meminfo")
-    return 1024 * _kib(info, "MemAvailable") if info.exists() else math.inf
+    return 1024 * _kib("meminfo", "MemAvailable") if Path("/proc/meminfo").exists() else math.inf
 
 
-def _mib(count: int | None) -> float | None:
-    return None if count is None else round(count / 2**20, 1)
-
-
-def _kib(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+def _kib(file: str, field: str) -> int:
+    return int(re.findall(rf"{field}:\s+(\d+)", Path("/proc", file).read_text())[0])
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -195,21 +174,19 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 
 def rates(device: torch.device, toy: bool = False) -> dict[str, float]:
     """What this machine does at best, measured on random data: large matrix products, and one copy."""
+
+    def median(run: Callable[[], Any]) -> float:
+        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        return float(timer.blocked_autorange(min_run_time=0.3).median)
+
     side = 256 if toy else 8192 if device.type == "cuda" else 2048
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        spent = _median(functools.partial(torch.matmul, left, right))
-        found[f"matmul_{str(dtype)[6:]}_tflops"] = significant(2e-12 * side**3 / spent)
+        square = torch.randn(side, side, device=device).to(dtype)
+        found[f"matmul_{str(dtype)[6:]}_tflops"] = significant(2e-12 * side**3 / median(lambda x=square: x @ x))
     source = torch.randn(2 ** (16 if toy else 28 if device.type == "cuda" else 26), device=device)
-    found["copy_gb_per_s"] = significant(8e-9 * source.numel() / _median(source.clone))
+    found["copy_gb_per_s"] = significant(8e-9 * source.numel() / median(source.clone))
     return found
-
-
-def _median(run: Callable[[], Any]) -> float:
-    """Seconds; waits for a GPU."""
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=0.3).median)
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:

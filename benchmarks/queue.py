@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Row, compare
-from benchmarks.records import OURS, Shape, Suite, print_rows
+from benchmarks.records import OURS, Shape, Suite
 from densecl_ops import MomentumQueue
 
 
@@ -68,7 +68,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
         "the same, queue cloned": with_clone,
     }
     inputs = [torch.randn(n, d, device=device) for _ in range(4)]
-    rows = compare(entries, inputs, device, cold=False, seconds=arguments.seconds)
+    rows = compare(entries, inputs, device, seconds=arguments.seconds)
     for name, row in rows.items():
         with HostReads() as reads:  # type: ignore[no-untyped-call]
             entries[name](inputs[0])
@@ -76,8 +76,4 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     return rows
 
 
-def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
-    print_rows("{n:,} keys into {k:,} x {d}, {dtype}".format(**shape), rows, {"host_reads": "host reads"})
-
-
-SUITE = Suite("queue", shapes, measure, show)
+SUITE = Suite("queue", "{n:,} keys into {k:,} x {d}", shapes, measure, {"host_reads": "host reads"})

@@ -15,8 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,16 +37,18 @@ class Suite(NamedTuple):
 
     Attributes:
         name: Of the result file.
+        title: Of a case, a format of its shape's keys.
         shapes: The cases to measure, most wanted first.
-        measure: One case, as a row per contestant.
-        show: Prints the rows; may add columns that need the machine's own rates.
+        measure: One case, as a row per contestant. It finds the machine's own rates in `arguments.rates`.
+        columns: What is printed beside time and memory: key of a row, heading.
         add_options: Options beyond the shared ones.
     """
 
     name: str
+    title: str
     shapes: Callable[[argparse.Namespace], Iterable[Shape]]
     measure: Callable[[Shape, argparse.Namespace], dict[str, Row]]
-    show: Callable[[Shape, dict[str, Row], dict[str, float]], None]
+    columns: dict[str, str]
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -53,42 +58,52 @@ class Suite(NamedTuple):
         parser.add_argument("--seconds", type=float, default=8, help="aimed at per case (default: %(default)s)")
         parser.add_argument("--limit", type=float, default=540, help="start no case after so many seconds")
         parser.add_argument("--again", action="store_true", help="measure cases that the file holds already")
+        parser.add_argument("--busy", type=int, default=0, metavar="N", help="beside N processes that compute")
         self.add_options(parser)
 
     def main(self, arguments: argparse.Namespace) -> None:
         """Measures every shape the file does not hold yet."""
-        path = arguments.out / f"{self.name}.json"
+        path = arguments.out / f"{self.name}{f'-busy{arguments.busy}' if arguments.busy else ''}.json"
         record: dict[str, Any] = {"suite": self.name, "runs": [], "cases": []}
         if path.exists():
             record = json.loads(path.read_text())
-        done = [case["shape"] for case in record["cases"]]
+        done = [] if arguments.again else [case["shape"] for case in record["cases"]]
         began = time.perf_counter()
-        run = {
-            "command": arguments.command,
-            "environment": environment(),
-            "rates": rates(arguments.device, arguments.toy),
-        }
+        arguments.rates = rates(arguments.device, arguments.toy)
+        run = {"command": arguments.command, "environment": environment(), "rates": arguments.rates}
         print(", ".join(f"{key} {value}" for key, value in {**run["environment"], **run["rates"]}.items() if value))
-        left = 0
-        for shape in self.shapes(arguments):
-            if shape in done and not arguments.again:
-                continue
-            if time.perf_counter() - began > arguments.limit:
-                left += 1
-                continue
-            before = clocks(arguments.device)
-            rows = self.measure(shape, arguments)
-            add_ratios(rows)
-            if run not in record["runs"]:
-                record["runs"].append(run)
-            record["cases"] = [case for case in record["cases"] if case["shape"] != shape]
-            case = {"run": record["runs"].index(run), "shape": shape, "clocks": [before, clocks(arguments.device)]}
-            record["cases"].append(case | {"rows": rows})
-            self.show(shape, rows, run["rates"])
-            write(path, record)
-        if left:
-            print(f"{left} cases left by --limit; the same command goes on with them")
+        wanted = [shape for shape in self.shapes(arguments) if shape not in done]
+        with busy(arguments.busy):
+            while wanted and time.perf_counter() - began <= arguments.limit:
+                shape = wanted.pop(0)
+                before = clocks(arguments.device)
+                rows = self.measure(shape, arguments)
+                add_ratios(rows)
+                print_rows(self.title_of(shape), rows, self.columns)
+                if run not in record["runs"]:
+                    record["runs"].append(run)
+                case = {"run": record["runs"].index(run), "shape": shape, "clocks": [before, clocks(arguments.device)]}
+                record["cases"] = [case for case in record["cases"] if case["shape"] != shape]
+                record["cases"].append(case | {"rows": rows})
+                write(path, record)
+        if wanted:
+            print(f"{len(wanted)} cases left by --limit; the same command goes on with them")
         print(f"{path.name}: {time.perf_counter() - began:.0f} s")
+
+    def title_of(self, shape: Shape) -> str:
+        return self.title.format(**shape) + (", cold cache" if shape.get("cache") == "cold" else "")
+
+
+@contextmanager
+def busy(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many processes that do nothing but compute, as data loaders do beside a training."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
@@ -122,34 +137,6 @@ def add_ratios(rows: dict[str, Row]) -> None:
         for row in rows.values():
             if "milliseconds" in row:
                 row["ratio"] = round(row["milliseconds"][1] / ours, 3)
-
-
-def validate(record: dict[str, Any]) -> None:
-    """Raises ValueError at the first thing that a reader of the file would stumble over."""
-
-    def need(holds: bool, message: object) -> None:
-        if not holds:
-            raise ValueError(message)
-
-    need(record.keys() == {"suite", "runs", "cases"}, sorted(record))
-    for run in record["runs"]:
-        need(run.keys() == {"command", "environment", "rates"}, sorted(run))
-        named = [key for key in ("device", "python", "torch", "commit", "system") if not run["environment"].get(key)]
-        need(not named, f"environment: {named} not filled")
-    shapes = [case["shape"] for case in record["cases"]]
-    for index, case in enumerate(record["cases"]):
-        need(0 <= case["run"] < len(record["runs"]), f"run: got {case['run']} of {len(record['runs'])}")
-        need(case["shape"] not in shapes[:index], f"shape: {case['shape']} twice")
-        for name, row in case["rows"].items():
-            where = f"{case['shape']}, {name}"
-            if "failed" in row:
-                need(row["failed"] != "", f"{where}: failed without a reason")
-                continue
-            low, middle, high = row["milliseconds"]
-            need(0 < low <= middle <= high, f"{where}: milliseconds {row['milliseconds']}")
-            need(row["rounds"] >= 3 or (row["rounds"] == 1 and low == high), f"{where}: {row['rounds']} rounds")
-            errors = [value for key, value in row.items() if key.startswith("error_")]
-            need(all(0 <= error < 1 for error in errors), f"{where}: errors {errors}")
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import Compiled
+from benchmarks.measure import compiled
 
 TEMPERATURE = 0.2
 
@@ -87,11 +87,11 @@ def attend_cudnn(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_flex() -> Attend:
-    compiled = Compiled(flex_attention)
+    flex = compiled(flex_attention)
 
     def attend(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
         rows = queue[None, None]
-        return compiled(query[None, None], rows, rows, scale=1 / TEMPERATURE, return_lse=True)  # type: ignore[no-any-return]
+        return flex(query[None, None], rows, rows, scale=1 / TEMPERATURE, return_lse=True)  # type: ignore[no-any-return]
 
     return attend
 
@@ -122,9 +122,9 @@ def all_rivals(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
     found: dict[str, Loss] = {"materialise": materialise}
     if dtype == torch.bfloat16:
         found["materialise, autocast"] = autocast
-    found["torch.compile"] = Compiled(materialise)
+    found["torch.compile"] = compiled(materialise)
     if hasattr(torch._inductor.config, "auto_chunker"):  # inductor cuts the logits by itself
-        found["torch.compile, auto-chunk"] = Compiled(materialise, options={"auto_chunker.enable": True})
+        found["torch.compile, auto-chunk"] = compiled(materialise, options={"auto_chunker.enable": True})
     found["chunked"] = chunked
     if hasattr(F, "linear_cross_entropy"):
         found["linear_cross_entropy"] = lambda inputs: linear_cross_entropy(inputs, False)

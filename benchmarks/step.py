@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import matching, rivals
-from benchmarks.measure import Compiled, Row, compare
+from benchmarks.measure import Row, compare, compiled
 from benchmarks.queue import SliceQueue
-from benchmarks.records import OURS, Shape, Suite, print_rows
+from benchmarks.records import OURS, Shape, Suite
 from benchmarks.rivals import Inputs
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 
@@ -168,11 +168,11 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     trainer = Trainer(shape, device).train()
     size = (shape["batch"], 3, shape["pixels"], shape["pixels"])
     images = [torch.randn(size, device=device).to(memory_format=torch.channels_last) for _ in range(3)]
-    compiled = Compiled(trainer.losses)
+    losses = compiled(trainer.losses)
 
     def ours_compiled(batch: Tensor) -> Tensor:
         trainer.update_keys()
-        return trainer.finish(compiled(batch))
+        return trainer.finish(losses(batch))
 
     entries: dict[str, Callable[[Tensor], Any]] = {
         BASE: trainer.moco,
@@ -180,7 +180,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
         OURS: trainer.dense_ours,
         f"{OURS}, compiled": ours_compiled,
     }
-    rows = compare(entries | trainer.parts(images[0]), images, device, cold=False, seconds=arguments.seconds)
+    rows = compare(entries | trainer.parts(images[0]), images, device, seconds=arguments.seconds)
     if "milliseconds" in rows[BASE]:
         base = rows[BASE]["milliseconds"][1]
         for name, row in rows.items():
@@ -190,9 +190,5 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     return rows
 
 
-def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
-    title = "{backbone}, batch {batch}, {pixels} px, K = {k:,}, {dtype}".format(**shape)
-    print_rows(title, rows, {"percent_of_moco": "% over MoCo-v2"})
-
-
-SUITE = Suite("step", shapes, measure, show)
+TITLE = "{backbone} encoder, batch {batch}, {pixels} px, K = {k:,}"
+SUITE = Suite("step", TITLE, shapes, measure, {"percent_of_moco": "% over MoCo-v2"})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import loss
 from benchmarks.measure import Row, compare, relative_error
-from benchmarks.records import OURS, Shape, Suite, print_rows
+from benchmarks.records import OURS, Shape, Suite
 from benchmarks.rivals import Inputs
 from densecl_ops.info_nce import triton_plan
 from densecl_ops.info_nce.triton_plan import Config
@@ -49,7 +49,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
         return timed
 
     entries = {OURS: ours} | {str(tuple(config)): entry(config) for config in CANDIDATES}
-    rows = compare(entries, inputs, arguments.device, cold=False, seconds=arguments.seconds)
+    rows = compare(entries, inputs, arguments.device, seconds=arguments.seconds)
     exact, _ = loss.exact(inputs[0])
     for name, row in rows.items():
         if "failed" not in row:
@@ -57,8 +57,4 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     return rows
 
 
-def show(shape: Shape, rows: dict[str, Row], rates: dict[str, float]) -> None:
-    print_rows("N = {n:,}, K = {k:,}, D = {d}, {dtype}".format(**shape), rows, {"error_loss": "err loss"})
-
-
-SUITE = Suite("tune", shapes, measure, show)
+SUITE = Suite("tune", "N = {n:,}, K = {k:,}, D = {d}, {dtype}", shapes, measure, {"error_loss": "err loss"})
