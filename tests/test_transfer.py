@@ -135,31 +135,23 @@ def test_views_lie_where_their_boxes_say() -> None:
     centre = (torch.arange(view) + 0.5) / view
     x0, y0, x1, y1 = found.boxes.T[..., None]
     x, y = x0 + (x1 - x0) * centre, y0 + (y1 - y0) * centre
-    torch.testing.assert_close(found.images[:, 0] * 2 - 1, x[:, None, :].expand(-1, view, -1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.images[:, 1] * 2 - 1, y[:, :, None].expand(-1, -1, view), atol=1e-5, rtol=0)
-    assert (x0 > x1).any()
-    assert (x0 < x1).any()
+    place = torch.stack([x[:, None, :].expand(-1, view, -1), y[:, :, None].expand(-1, -1, view)], 1)
+    torch.testing.assert_close(found.images[:, :2] * 2 - 1, place, atol=1e-5, rtol=0)
+    assert (x0 > x1).any(), "mirrored"
 
 
-def test_colours_and_blur() -> None:
+def test_grey_and_blur() -> None:
     generator = torch.Generator().manual_seed(0)
     images = 0.3 + 0.4 * torch.rand(4, 3, 32, 32, generator=generator)
-    uniform = torch.full((4, 14), 0.5)
+    uniform = torch.full((4, 14), 0.5)  # strengths in the middle change nothing
     uniform[:, 10] = torch.tensor([0.1, 0.9, 0.1, 0.9])  # two turn grey
+    grey = torch.einsum("c,bchw->bhw", torch.tensor(views.LUMA), images[::2])[:, None].expand(-1, 3, -1, -1)
     recoloured = views._recolour(images, uniform.unbind(1))
-    luma = torch.tensor(views.LUMA)
-    torch.testing.assert_close(recoloured[1::2], images[1::2])  # strengths in the middle change nothing
-    grey = torch.einsum("c,bchw->bhw", luma, images[::2])[:, None].expand(-1, 3, -1, -1)
-    torch.testing.assert_close(recoloured[::2], grey)
-    uniform[:, 8], uniform[:, 10] = torch.rand(4, generator=generator), 1
-    turned = views._recolour(images, uniform.unbind(1))
-    assert (turned - images).abs().max() > 0.05
-    torch.testing.assert_close(*(torch.einsum("c,bchw->bhw", luma, x) for x in (turned, images)))
+    torch.testing.assert_close(recoloured, torch.stack([grey, images[1::2]], 1).flatten(0, 1))
 
     sigma = torch.tensor([0.3, 0.6, 1.0, 2.0])
-    blurred = views._blur(images, sigma, 2)
     offsets = torch.arange(-2, 3).double()
-    for image, width, found in zip(images.double(), sigma.double(), blurred, strict=True):
+    for image, width, found in zip(images.double(), sigma.double(), views._blur(images, sigma, 2), strict=True):
         line = torch.exp(-(offsets**2) / (2 * width**2))
         kernel = torch.outer(line, line) / line.sum() ** 2
         padded = F.pad(image[:, None], (2, 2, 2, 2), mode="reflect")
@@ -211,41 +203,35 @@ def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pyt
         assert torch.equal(value, parts.state_dict()[name]), name
 
 
-def run_suite(folder: Path, out: Path, *options: str) -> None:
+def run_suite(folder: Path, out: Path, options: str) -> list[dict]:
+    """Settings of what was run; the search and the study never see the test split."""
     pytest.importorskip("skimage")
-    command = ["transfer", "--camvid", f"{folder}/camvid", "--photographs", f"{folder}/photographs", "--out", str(out)]
-    main([*command, "--device", "cpu", "--seeds", "3", "--batch", "2", "--queue", "8", *options])
+    command = f"transfer --camvid {folder}/camvid --photographs {folder}/photographs --out {out}"
+    main(f"{command} --device cpu --seeds 3 --batch 2 --queue 8 {options}".split())
+    found = {part: records.load(out / part) for part in ("", "search", "study")}
+    assert not any(key.startswith("test") for part in ("search", "study") for r in found[part] for key in r)
+    return [{"part": part, **record["setting"]} for part in found for record in found[part]]
 
 
 def test_suite_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--arms", "random", "place", "--steps", "2", "--rates", "0.01", "0.1", "--search-steps", "1")
-    options += ("--view", "32", "--window", "40")
-    run_suite(folder, tmp_path, *options)
-    files = sorted(tmp_path.glob("*.json"))
-    assert [json.loads(file.read_text())["setting"]["arm"] for file in files] == ["place", "random"]
-    searched = records.load(tmp_path / "search")
-    assert [record["setting"]["rate"] for record in searched] == [0.01, 0.1]
-    assert not any(key.startswith("test") for record in searched for key in record)  # the search never sees test
-    assert json.loads(files[0].read_text())["setting"]["rate"] == records.chosen_rate(searched, "place")
-    before = [file.stat().st_mtime_ns for file in files]
+    options = "--arms random place --steps 2 --rates 0.01 0.1 --search-steps 1 --view 32 --window 40"
+    settings = run_suite(folder, tmp_path, options)
+    assert [(s["part"], s["arm"]) for s in settings] == [("", "place"), ("", "random"), *[("search", "place")] * 2]
+    assert [s["rate"] for s in settings[2:]] == [0.01, 0.1]
+    assert settings[0]["rate"] == records.chosen_rate(records.load(tmp_path / "search"), "place")
     capsys.readouterr()
-    run_suite(folder, tmp_path, *options)
+    assert run_suite(folder, tmp_path, options) == settings
     assert capsys.readouterr().out == ""
-    assert [file.stat().st_mtime_ns for file in files] == before
 
 
 def test_study_changes_one_choice_at_a_time(folder: Path, tmp_path: Path) -> None:
-    arms = ("--arms", "image", "place", "--rates", "0.01")
-    run_suite(folder, tmp_path, "--study", *arms, "--steps", "1", "--view", "20", "--window", "28")
-    found = records.load(tmp_path / "study")
-    settings = [record["setting"] for record in found]
+    settings = run_suite(folder, tmp_path, "--study --arms image place --rates 0.01 --steps 1 --view 20 --window 28")
+    assert len(settings) == 6 + 10
     base = {key: max({s[key] for s in settings}, key=[s[key] for s in settings].count) for key in settings[0]}
     for setting in settings:
         changed = {key for key in setting if key != "arm" and setting[key] != base[key]}
         assert len(changed - {"window"}) <= 1, changed
         assert setting["arm"] == "place" or not any(key.startswith("dense") for key in changed)
-    assert len(settings) == 6 + 10
-    assert not any(key.startswith("test") for record in found for key in record)
 
 
 def test_paired_differences() -> None:
@@ -257,28 +243,12 @@ def test_paired_differences() -> None:
 def test_records_are_complete(folder: str) -> None:
     """Three seeds of every arm, one setting, commits without changes, rates as the search chose them."""
     reported, searched = (records.load(RESULTS / folder / part) for part in ("", "search"))
-    for record in reported + searched:
-        assert "dirty" not in record["environment"]["commit"]
-        assert not record["command"].count(" /")
-    rest = {json.dumps({**r["setting"], "arm": "", "seed": 0, "rate": 0}) for r in reported}
-    assert len(rest) == 1
-    for record in reported:
-        setting = record["setting"]
+    assert not any("dirty" in record["environment"]["commit"] for record in reported + searched)
+    assert len({json.dumps({**r["setting"], "arm": "", "seed": 0, "rate": 0}) for r in reported}) == 1
+    for setting in (record["setting"] for record in reported):
         assert setting["rate"] == (0 if setting["arm"] == "random" else records.chosen_rate(searched, setting["arm"]))
-    seeds = page.by_seed(reported, "image").keys()
+    arms = {record["setting"]["arm"]: page.by_seed(reported, record["setting"]["arm"]).keys() for record in reported}
+    assert arms.keys() >= {"random", "image", "nearest", "place"}
+    (seeds,) = {frozenset(seeds) for seeds in arms.values()}
     assert len(seeds) >= 3
     assert not seeds & {record["setting"]["seed"] for record in searched}
-    arms = {record["setting"]["arm"] for record in reported}
-    assert arms >= {"random", "image", "nearest", "place"}
-    assert all(page.by_seed(reported, arm).keys() == seeds for arm in arms)
-
-
-def test_temperature_is_the_best_of_the_study() -> None:
-    """For every arm of it, at the length of the study; the same for all."""
-    studied = records.load(RESULTS / "transfer_cpu" / "study")
-    (reported,) = {r["setting"]["temperature"] for r in records.load(RESULTS / "transfer_cpu")}
-    for arm in ("image", "nearest", "place"):
-        base = vars(Setting(arm, 100, 0.18, 800))
-        own = [r for r in studied if {**r["setting"], "temperature": base["temperature"]} == base]
-        assert len(own) == 3
-        assert max(own, key=records.on_val)["setting"]["temperature"] == reported
