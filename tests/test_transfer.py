@@ -145,6 +145,7 @@ def test_grey_and_blur() -> None:
     images = 0.3 + 0.4 * torch.rand(4, 3, 32, 32, generator=generator)
     uniform = torch.full((4, 14), 0.5)  # strengths in the middle change nothing
     uniform[:, 10] = torch.tensor([0.1, 0.9, 0.1, 0.9])  # two turn grey
+    uniform[::2, 8] = torch.tensor([0.2, 0.9])  # another hue is of the same luma
     grey = torch.einsum("c,bchw->bhw", torch.tensor(views.LUMA), images[::2])[:, None].expand(-1, 3, -1, -1)
     recoloured = views._recolour(images, uniform.unbind(1))
     torch.testing.assert_close(recoloured, torch.stack([grey, images[1::2]], 1).flatten(0, 1))

@@ -107,23 +107,18 @@ def read_checkpoint(
 
 def _require_flat(state: Mapping[Any, Any], path: str) -> None:
     if any(isinstance(value, Mapping) for value in state.values()):
-        inner = [
-            f"{where} ({', '.join(f'{kind} under {root!r}' for root, kind in networks.items()) or 'no known network'})"
-            for where, networks in _state_dicts(state, path)
-        ]
         raise ValueError(
             "source: got a mapping of mappings, expected one state dict. With content = torch.load(path), pass the one "
-            f'you mean to read_checkpoint(..., format="backbone"): {", ".join(inner) or "none of them holds tensors"}'
+            f"you mean to read_checkpoint: {', '.join(_state_dicts(state, path)) or 'none of them holds tensors'}"
         )
     wrong = [f"{name}: got {type(x).__name__}, expected a tensor" for name, x in state.items() if not _entry(name, x)]
     raise_all("checkpoint", wrong)
 
 
-def _state_dicts(content: Mapping[Any, Any], path: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every mapping inside that holds tensors, by the expression that reaches it, and the networks in it."""
-    names = [name for name, value in content.items() if _entry(name, value)]
-    if names:
-        yield path, find_networks(plain_names(names).values())
+def _state_dicts(content: Mapping[Any, Any], path: str) -> Iterator[str]:
+    """Every mapping inside that holds tensors, as the expression that reaches it."""
+    if any(_entry(name, value) for name, value in content.items()):
+        yield path
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from _state_dicts(value, f"{path}[{name!r}]")
