@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pages import DOCS
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from densecl_ops import DenseProjectionHead, MomentumQueue
 
@@ -26,52 +24,35 @@ def table(heading: str) -> list[list[str]]:
 
 # ---- averaged weights -----------------------------------------------------------------------------------------------
 
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.queue = nn.Linear(4, 4), MomentumQueue(64, 4, init="empty")
-
-
-def averaged(wrapper: str, model: Model) -> tuple[Callable[[], Any], Callable[[], MomentumQueue]]:
-    """The update of a wrapper that the page names, and its queue."""
-    library, name = wrapper.split(" ", 1)
-    name, _, option = name.partition("(")
-    options = {} if not option else {option.split("=")[0]: option.rstrip(")").endswith("True")}
-    if library in ("torch", "Lightning"):
-        if library == "Lightning":  # the callback hands its options to AveragedModel
-            callbacks = pytest.importorskip("lightning.pytorch.callbacks")
-            options = {"use_buffers": callbacks.EMAWeightAveraging(**options)._use_buffers}
-        wrapped = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), **options)
-        return partial(wrapped.update_parameters, model), lambda: wrapped.module.queue
-    if library == "timm":
-        wrapped = getattr(pytest.importorskip("timm.utils"), name)(model, 0.9, **options)
-        return partial(wrapped.update, model), lambda: wrapped.module.queue
-    if library == "ema-pytorch":
-        wrapped = pytest.importorskip("ema_pytorch").EMA(model, beta=0.9, update_after_step=0, update_every=1)
-        return wrapped.update, lambda: wrapped.ema_model.queue
-    if library == "mmengine":
-        wrapped = getattr(pytest.importorskip("mmengine.model"), name)(model, momentum=0.1, **options)
-        return partial(wrapped.update_parameters, model), lambda: wrapped.module.queue
-    wrapped = getattr(pytest.importorskip("stable_pretraining"), name)(model)
-    return wrapped.update_teacher, lambda: wrapped.teacher.queue
-
-
+# Library -> module, options, the update, and where the average is.
+AVERAGES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "torch": ("torch.optim.swa_utils", {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, "update_parameters", "module"),
+    "timm": ("timm.utils", {"decay": 0.9}, "update", "module"),
+    "ema-pytorch": ("ema_pytorch", {"beta": 0.9, "update_after_step": 0, "update_every": 1}, "update", "ema_model"),
+    "mmengine": ("mmengine.model", {"momentum": 0.1}, "update_parameters", "module"),
+    "stable-pretraining": ("stable_pretraining", {}, "update_teacher", "teacher"),
+}
 WRAPPERS = table("Averaged weights")
 
 
 @pytest.mark.parametrize(("wrapper", "rows", "position", "count"), WRAPPERS, ids=[row[0] for row in WRAPPERS])
 def test_averaged_weights(wrapper: str, rows: str, position: str, count: str) -> None:
-    model = Model()
-    update, queue = averaged(wrapper, model)
+    library, name, option, value = re.fullmatch(r"(\S+) (\w+)(?:\((\w+)=(\w+)\))?", wrapper).groups()
+    given = {option: value == "True"} if option else {}
+    if library == "Lightning":  # the callback hands its options to AveragedModel
+        callback = getattr(pytest.importorskip("lightning.pytorch.callbacks"), name)(**given)
+        library, name, given = "torch", "AveragedModel", {"use_buffers": callback._use_buffers}
+    module, options, update, place = AVERAGES[library]
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "queue": MomentumQueue(64, 4, init="empty")})
+    average = getattr(pytest.importorskip(module), name)(model, **options, **given)
     states = []
     for _ in range(6):  # no batch norm anywhere: only the queue has buffers
-        model.queue.enqueue(torch.randn(5, 4))
-        update()
-        states.append({name: value.clone() for name, value in model.queue.state_dict().items()})
+        model["queue"].enqueue(torch.randn(5, 4))
+        getattr(average, update)(*[model] * (place == "module"))
+        states.append({name: x.clone() for name, x in model["queue"].state_dict().items()})
 
     def what(name: str) -> str:
-        seen = queue().state_dict()[name]
+        seen = getattr(average, place)["queue"].state_dict()[name]
         if torch.equal(seen, states[-1][name]):
             return "copied"
         if torch.equal(seen, states[0][name]):
@@ -84,7 +65,6 @@ def test_averaged_weights(wrapper: str, rows: str, position: str, count: str) ->
 @pytest.mark.parametrize("norm", [False, True])
 def test_lightning_averages_batch_norm_in_one_more_epoch(norm: bool) -> None:
     lightning = pytest.importorskip("lightning")
-    callback = lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -92,22 +72,18 @@ def test_lightning_averages_batch_norm_in_one_more_epoch(norm: bool) -> None:
             self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4) if norm else nn.Identity())
             self.queue = MomentumQueue(64, 4, init="empty")
 
-        def training_step(self, batch: list[Tensor], step: int) -> Tensor:
-            self.queue.enqueue(batch[0])
-            return self.net(batch[0]).square().mean()
+        def training_step(self, batch: Tensor, step: int) -> Tensor:
+            self.queue.enqueue(batch)
+            return self.net(batch).square().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(6, 4)), batch_size=2)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    module = Module()
-    lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=[callback], **quiet).fit(module, data)
+    module, data = Module(), torch.utils.data.DataLoader(torch.randn(6, 4), batch_size=2)
+    callback = lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=[callback], **dict.fromkeys(off, False))
+    trainer.fit(module, data)
     assert int(module.queue.count) == (4 if norm else 3) * 6
 
 
@@ -131,24 +107,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("model", "form", "unused"), MODELS, ids=[row[0] for row in MODELS])
 def test_backbones(model: str, form: str, unused: str) -> None:
     library, name = model.split()
-    images = torch.randn(2, 3, 224, 224)
+    package, images, channels = pytest.importorskip(library), torch.randn(2, 3, 224, 224), None
     if library == "timm":
-        network = pytest.importorskip("timm").create_model(name, num_classes=0)
-        features, vectors = network.forward_features(images), network(images)
-        assert vectors.ndim == 2
+        network = package.create_model(name, num_classes=0)
+        features, (_, channels) = network.forward_features(images), network(images).shape
     else:
-        transformers = pytest.importorskip("transformers")
-        config = getattr(transformers, f"{name}Config")(**CONFIGS[name])
-        network = getattr(transformers, f"{name}Model")(config)
+        network = getattr(package, f"{name}Model")(getattr(package, f"{name}Config")(**CONFIGS[name]))
         features = network(images).last_hidden_state
-    channels, size = vectors.shape[1] if library == "timm" else None, tuple(features.shape[1:])
-    if form == "NCHW":
-        assert size[1:] == (7, 7)
-    elif form == "NHWC":
-        assert size == (7, 7, channels)
+    size = tuple(features.shape[1:])
+    if len(size) == 2:
+        seen = f"tokens, {size[0] - int(size[0] ** 0.5) ** 2} before"
     else:
-        before = size[0] - int(size[0] ** 0.5) ** 2
-        assert (len(size), f"tokens, {before} before") == (2, form)
+        seen = {(7, 7, channels): "NHWC", (size[0], 7, 7): "NCHW"}[size]
+    assert seen == form
     features.sum().backward()
     missing = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert {re.sub(r"\.(dense\.)?(weight|bias)$", "", name) for name in missing} == ({unused} if unused else set())
@@ -160,20 +131,16 @@ def test_backbones(model: str, form: str, unused: str) -> None:
 def test_accelerate_leaves_other_methods_and_returns_float32() -> None:
     accelerate = pytest.importorskip("accelerate")
 
-    class Host(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = DenseProjectionHead(8, 8, 4)
-
+    class Host(nn.Sequential):
         def forward(self, features: Tensor) -> Any:
-            projection = self.head(features)
+            projection = self.encode(features)
             self.inside = projection.dense.dtype
             return projection
 
         def encode(self, features: Tensor) -> Any:
-            return self.head(features)
+            return self[0](features)
 
-    host = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(Host())
+    host = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(Host(DenseProjectionHead(8, 8, 4)))
     features = torch.randn(2, 8, 3, 3)
     assert {x.dtype for x in host(features)} == {torch.float32}
     assert host.inside == torch.bfloat16
