@@ -35,26 +35,22 @@ def imported(**modules: Any) -> Iterator[None]:
             del sys.modules[name]
 
 
+class Unused(ModuleType):
+    """Has any name that is imported from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return nn.Identity
+
+
 def torchvision() -> dict[str, ModuleType]:
     """What lightly and byol-pytorch import of it and the recipes do not use, where there is no torchvision."""
     if importlib.util.find_spec("torchvision") is not None:
         return {}
-    names = ("", "__ops", "__transforms")
-    found = {f"torchvision{name}": ModuleType(f"torchvision{name}".replace("__", ".")) for name in names}
-    found["torchvision"].ops, found["torchvision"].transforms = (
-        found["torchvision__ops"],
-        found["torchvision__transforms"],
-    )
-    found["torchvision__ops"].StochasticDepth = found["torchvision__ops"].roi_align = None
-    for name in (
-        "ColorJitter",
-        "GaussianBlur",
-        "Normalize",
-        "RandomGrayscale",
-        "RandomHorizontalFlip",
-        "RandomResizedCrop",
-    ):
-        setattr(found["torchvision__transforms"], name, nn.Identity)
+    found = {name: Unused(name) for name in ("torchvision", "torchvision__ops", "torchvision__transforms")}
+    found["torchvision"].ops = found["torchvision__ops"]
+    found["torchvision"].transforms = found["torchvision__transforms"]
     return found
 
 

@@ -148,24 +148,19 @@ class Checkpoint:
                 problems.append(f"{part}: got a checkpoint ({self.format}) without it, expected one that has it")
                 continue
             no_dense = part.startswith("head") and not any(name.startswith("dense_mlp.") for name in state)
-            wanted = _plain_state(module)
-            if any(value.is_meta for _, value in wanted.values()):  # torch would warn, and load nothing
+            wanted = {name: value for name, (_, value) in _plain_state(module).items()}
+            if any(value.is_meta for value in wanted.values()):  # torch would warn, and load nothing
                 problems.append(f"{part}: got a module on meta, expected one with values: .to_empty(device=...) first")
-            for name, (_, value) in wanted.items():
-                if name in state:
-                    if state[name].shape != value.shape:
-                        shapes = f"got shape {_checks.shape_of(state[name])}, expected {_checks.shape_of(value)}"
-                        problems.append(f"{part}.{name}: {shapes}")
-                elif no_dense and keep_dense and name.startswith("dense_mlp."):
+            for name in dict.fromkeys([*wanted, *state]):
+                missing_dense = no_dense and name.startswith("dense_mlp.")
+                got, due = (_checks.shape_of(x[name]) if name in x else None for x in (state, wanted))
+                if missing_dense and keep_dense:
                     kept.append(f"{part}.{name}")
-                else:
-                    hint = " (keep_dense=True leaves it as it is)" if no_dense and name.startswith("dense") else ""
-                    problems.append(f"{part}.{name}: got nothing, expected shape {_checks.shape_of(value)}{hint}")
-            problems += [
-                f"{part}.{name}: got shape {_checks.shape_of(state[name])}, expected no such entry"
-                for name in state
-                if name not in wanted
-            ]
+                elif got is None:
+                    hint = " (keep_dense=True leaves it as it is)" if missing_dense else ""
+                    problems.append(f"{part}.{name}: got nothing, expected shape {due}{hint}")
+                elif got != due:
+                    problems.append(f"{part}.{name}: got shape {got}, expected {due or 'no such entry'}")
         raise_all("checkpoint", problems)
         before = {part: copy.deepcopy(module.state_dict()) for part, module in modules.items()}
         try:

@@ -93,15 +93,12 @@ FORMATS = {
     ),
     "lightly": Format(  # as its examples call them, MoCo's and DenseCL's; others choose their own, so it is read only
         r"projection_head(_global)?\.layers\.",
-        _names("q", "backbone.", "projection_head.layers.")
-        | _names("k", "backbone_momentum.", "projection_head_momentum.layers.")
-        | _names("q", "backbone.", "projection_head_global.layers.", "projection_head_local.layers.")
-        | _names(
-            "k",
-            "backbone_momentum.",
-            "projection_head_global_momentum.layers.",
-            "projection_head_local_momentum.layers.",
-        ),
+        {
+            name: place
+            for side, last in (("q", ""), ("k", "_momentum"))
+            for image in (f"projection_head{last}.layers.", f"projection_head_global{last}.layers.")
+            for name, place in _names(side, f"backbone{last}.", image, f"projection_head_local{last}.layers.").items()
+        },
     ),
 }
 WRITTEN = ("densecl", "mmpretrain", "moco")
