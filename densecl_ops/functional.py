@@ -1,8 +1,11 @@
 """Stateless forms of the operations; the modules are thin over them."""
 
-from densecl_ops.correspondence.boxes import boxes_from_matrix, boxes_from_torchvision
-from densecl_ops.correspondence.boxes_albumentations import boxes_from_albumentations
-from densecl_ops.correspondence.boxes_kornia import boxes_from_kornia
+from densecl_ops.correspondence.boxes import (
+    boxes_from_albumentations,
+    boxes_from_kornia,
+    boxes_from_matrix,
+    boxes_from_torchvision,
+)
 from densecl_ops.correspondence.function import dense_correspondence
 from densecl_ops.correspondence.location import location_correspondence
 from densecl_ops.dense_cosine import dense_cosine, gather_matches

@@ -21,9 +21,8 @@ except ImportError as error:
 
 __all__ = ["plot_correspondence"]
 
-LOOKS: dict[
-    str, dict[str, Any]
-] = {  # told apart by every kind of colour vision; wrong ones last, on top of the many right ones
+# Told apart by every kind of colour vision; wrong ones last, on top of the many right ones.
+LOOKS: dict[str, dict[str, Any]] = {
     "truth unknown": {"color": "#666666", "linestyle": ":", "marker": "."},
     "right": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "wrong": {"color": "#D55E00", "linestyle": "--", "marker": "X"},
@@ -125,14 +124,8 @@ def plot_correspondence(
     if truth is None:
         coloured = LineCollection(list(lines.numpy()), array=score[drawn].numpy(), cmap="viridis_r", linewidths=1.3)
         ax.add_collection(coloured, autolim=False)
-        options: dict[str, Any] = {
-            "orientation": "horizontal",
-            "fraction": 0.05,
-            "pad": 0.02,
-            "shrink": 0.5,
-            "aspect": 30,
-        }
-        ax.figure.colorbar(coloured, ax=ax, label="score", **options)
+        bar = ax.figure.colorbar(coloured, ax=ax, location="bottom", fraction=0.05, pad=0.02, shrink=0.5, aspect=30)
+        bar.set_label("score")
         title = f"{len(drawn)} of {int(valid.sum())} valid matches, by score"
     else:
         truth = _checks.require_integer("truth", truth)

@@ -1,8 +1,8 @@
-"""Crop boxes from what torchvision draws, and from the matrices of any library. Neither need be installed."""
+"""Crop boxes from what torchvision, kornia and albumentations drew, and from matrices. None need be installed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,12 @@ from densecl_ops import _checks
 TOLERANCE = 1e-3
 CROP = ("top", "left", "height", "width")
 
+# Classes of albumentations. What is in none of these, and no ImageOnlyTransform, is refused.
+IN_ORDER = {"ReplayCompose", "Compose", "Sequential", "OneOf", "OneOrOther"}
+RESIZES = {"Resize", "RandomScale", "SmallestMaxSize", "LongestMaxSize"}
+UNMOVED = {"NoOp", "ToTensorV2", "PixelDropout", "CoarseDropout", "GridDropout", "ConstrainedCoarseDropout", "Erasing"}
+
+Size = tuple[int, int]
 ImageSize = Any  # (height, width), or a sequence or tensor of one pair per image
 
 
@@ -47,6 +53,7 @@ def boxes_from_torchvision(params: Any, image_size: ImageSize = None) -> Tensor:
         [[20.0, 10.0, 140.0, 110.0], [0.0, 0.0, 64.0, 64.0]]
     """
     rows = _checks.require_real("params", _torchvision_rows(params))
+    rows = rows.unsqueeze(0) if rows.ndim == 1 else rows
     if rows.ndim != 2 or rows.shape[1] != 4 or rows.shape[0] == 0:
         raise ValueError(f"params: got shape {_checks.shape_of(rows)}, expected (B, 4): top, left, height, width")
     if _checks.host_may_look(rows) and not bool((rows[:, 2:] > 0).all()):
@@ -54,7 +61,7 @@ def boxes_from_torchvision(params: Any, image_size: ImageSize = None) -> Tensor:
     top, left, height, width = widened(rows).unbind(1)
     boxes = torch.stack([left, top, left + width, top + height], 1).float()
     if image_size is not None and _checks.host_may_look(boxes):
-        size = image_sizes(image_size, len(boxes)).flip(1)
+        size = _image_sizes(image_size, len(boxes)).flip(1)
         outside = ((boxes < -1) | (boxes > size.repeat(1, 2) + 1)).any(1)
         if outside.any():
             raise ValueError(
@@ -72,52 +79,37 @@ def widened(boxes: Tensor) -> Tensor:
 
 
 def _torchvision_rows(params: Any) -> Tensor:
-    several = isinstance(params, (list, tuple)) and len(params) > 0
+    """(4,) or (B, 4)."""
+    columns: Any = None
     if isinstance(params, Mapping):
-        return _rows_of_dict(params)
-    if several and all(isinstance(one, Mapping) for one in params):
-        return torch.cat([_rows_of_dict(one) for one in params])
-    columns = several and len(params) == 4 and all(isinstance(x, Tensor) for x in params)
-    if columns and all(x.shape == (4,) for x in params):
-        raise ValueError(
-            "params: got four (4,) tensors, which may be four images or the four numbers, expected one (B, 4) tensor: "
-            "torch.stack(params) of images, torch.stack(params, 1) of what default_collate returns"
-        )
+        if bool(torch.as_tensor(params.get("needs_pad", False), device="cpu").any()):
+            raise ValueError("params: got needs_pad, expected a crop without padding: its view shows more than a box")
+        columns = [params.get(name) for name in CROP]
+    elif isinstance(params, (list, tuple)) and params:
+        if all(isinstance(one, Mapping) for one in params):
+            return torch.cat([_torchvision_rows(one).reshape(-1, 4) for one in params])
+        if len(params) == 4 and all(isinstance(one, Tensor) for one in params):
+            columns = params
+            if all(one.shape == (4,) for one in params):
+                raise ValueError(
+                    "params: got four (4,) tensors, which may be four images or the four numbers, expected one (B, 4) "
+                    "tensor: torch.stack(params) of images, torch.stack(params, 1) of what default_collate returns"
+                )
     try:
-        if isinstance(params, Tensor):
-            rows = params
-        elif columns:
-            rows = torch.stack(tuple(params), -1)
-        else:
-            rows = torch.tensor(params, device="cpu")
-            if rows.ndim == 0:
-                raise TypeError("not a sequence")
-            if rows.is_floating_point():  # Python's numbers came in the default dtype, which may be bfloat16
-                rows = torch.tensor(params, device="cpu", dtype=torch.float32)
+        return _as_tensor(params) if columns is None else torch.stack([_as_tensor(one) for one in columns], -1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"params: got {type(params).__name__} ({error}), expected (top, left, height, width), a dict of them, a "
             "sequence of such tuples or dicts, a (B, 4) tensor or four (B,) tensors"
         ) from None
-    return rows.unsqueeze(0) if rows.ndim == 1 else rows
 
 
-def _rows_of_dict(params: Mapping[str, Any]) -> Tensor:
-    """(B, 4) of what make_params returns, or of what default_collate makes of B."""
-    try:
-        columns = [
-            torch.as_tensor(params[name], device=None if isinstance(params[name], Tensor) else "cpu") for name in CROP
-        ]
-        rows = torch.stack([column.flatten() for column in columns], 1)
-        padded = bool(torch.as_tensor(params.get("needs_pad", False), device="cpu").any())
-    except (KeyError, TypeError, ValueError, RuntimeError):
-        raise TypeError(f"params: got a dict of {sorted(map(str, params))}, expected numbers of {CROP}") from None
-    if padded:
-        raise ValueError("params: got needs_pad, expected a crop without padding: its view shows more than a box")
-    return rows
+def _as_tensor(numbers: Any) -> Tensor:
+    """A tensor as it is, other numbers as float32 on the CPU whatever the defaults."""
+    return numbers if isinstance(numbers, Tensor) else torch.as_tensor(numbers, dtype=torch.float32, device="cpu")
 
 
-def image_sizes(image_size: ImageSize, batch: int) -> Tensor:
+def _image_sizes(image_size: ImageSize, batch: int) -> Tensor:
     """(1 or B, 2) float32 heights and widths on the CPU."""
     try:
         sizes = torch.as_tensor(image_size, dtype=torch.float32, device="cpu")
@@ -128,7 +120,7 @@ def image_sizes(image_size: ImageSize, batch: int) -> Tensor:
     return sizes.reshape(-1, 2)
 
 
-def boxes_from_matrix(matrix: Any, size: tuple[int, int], image_size: ImageSize = None) -> Tensor:
+def boxes_from_matrix(matrix: Any, size: Size, image_size: ImageSize = None) -> Tensor:
     """Crop boxes from the matrices that map pixels of an image to pixels of the view cut out of it.
 
     Inverted, they carry the outer edges of the view back into the image. Coordinates are (x, y) and count from the
@@ -169,34 +161,189 @@ def boxes_from_matrix(matrix: Any, size: tuple[int, int], image_size: ImageSize 
     view = _checks.require_grid_size("size", size)
     if view is None:
         raise TypeError("size: got None, expected (height, width) of the view")
-    inside = None if image_size is None else image_sizes(image_size, len(rows)).double()
-
-    def refuse(why: str) -> ValueError:
-        return ValueError(f"matrix: got a map that {why}, expected a map that crops, mirrors and scales")
-
-    return upright_boxes(rows, view, inside, refuse)
+    inside = None if image_size is None else _image_sizes(image_size, len(rows))
+    return _upright_boxes("matrix: got a map that", rows, view, inside)
 
 
-def upright_boxes(
-    matrix: Tensor, size: tuple[int, int], image_size: Tensor | None, refuse: Callable[[str], ValueError]
-) -> Tensor:
-    """(B, 4) of (B, 3, 3) float64; image_size (1 or B, 2) heights and widths."""
+def _upright_boxes(who: str, matrix: Tensor, size: Size, image_size: Tensor | None) -> Tensor:
+    """(B, 4) of (B, 3, 3) float64; image_size (1 or B, 2) heights and widths. `who` begins what refuses."""
     height, width = size
     x, y = torch.tensor([[0, width, width, 0], [0, 0, height, height]], dtype=torch.float64, device="cpu") - 0.5
     corners = torch.stack([x, y, torch.ones_like(x)])  # of the view, clockwise
     try:
         corners = torch.linalg.solve(matrix, corners)
     except RuntimeError:
-        raise refuse("cannot be inverted") from None
-    corners = corners[:, :2] / corners[:, 2:]
-    first, second, third, fourth = corners.unbind(2)
+        raise _no_box(f"{who} cannot be inverted") from None
+    first, second, third, fourth = (corners[:, :2] / corners[:, 2:]).unbind(2)
     lean = torch.stack([(fourth - first)[:, 0], (third - second)[:, 0], (second - first)[:, 1], (third - fourth)[:, 1]])
     if not bool((lean.abs() < TOLERANCE).all()):  # NaN is no box either
-        raise refuse("is not upright")
+        raise _no_box(f"{who} is not upright")
     if image_size is not None:
         # Centres of the corner pixels: align_corners=True puts them on those of the image, and the edges beyond.
         half_pixel = (third - first) / (2 * torch.tensor([width, height], device="cpu"))
         low, high = torch.stack([first + half_pixel, third - half_pixel]).aminmax(dim=0)
         if not bool(((low >= -1.5) & (high <= image_size.flip(1) + 0.5)).all()):
-            raise refuse("shows more than its image")
+            raise _no_box(f"{who} shows more than its image")
     return torch.cat([first, third], 1).add(0.5).float()
+
+
+def _no_box(what: str) -> ValueError:
+    return ValueError(f"{what}, expected only crops, flips, resizes and what moves no pixels")
+
+
+def boxes_from_kornia(augmentation: Any) -> Tensor:
+    """Crop boxes of the last call of a kornia augmentation, mirrored where a flip was drawn.
+
+    The matrices of all steps of the call are multiplied and read as by `boxes_from_matrix`. The `transform_matrix` of
+    a sequence would leave out sequences inside it, and steps drawn twice. What leaves no upright box is refused,
+    whatever it is called.
+
+    Args:
+        augmentation: The kornia augmentation, after it was called on images: RandomResizedCrop, RandomCrop, ..., or
+            an AugmentationSequential or ImageSequential, with others inside, RandAugment, ... Read the box before the
+            next call draws anew.
+
+    Returns:
+        (B, 4) float32 boxes in pixels of the input image, on the CPU, mirrored as those of `boxes_from_matrix`.
+
+    Raises:
+        TypeError: augmentation is not one of kornia's.
+        ValueError: It was not called yet; or it moved pixels in a way that no box describes: rotation, shear, padding,
+            mixing of images, ...; or it holds a module that keeps no record, such as a plain torch.nn.Module.
+
+    Example:
+        >>> import torch
+        >>> import kornia.augmentation as K  # doctest: +SKIP
+        >>> from densecl_ops.functional import boxes_from_kornia
+        >>> augment = K.AugmentationSequential(K.CenterCrop(8), K.RandomHorizontalFlip(p=1.0))  # doctest: +SKIP
+        >>> view = augment(torch.rand(1, 3, 10, 12))  # doctest: +SKIP
+        >>> boxes_from_kornia(augment).tolist()  # doctest: +SKIP
+        [[10.0, 1.0, 2.0, 9.0]]
+    """
+    name = type(augmentation).__name__
+    if isinstance(augmentation, (Mapping, list, tuple)):  # such as its _params
+        raise ValueError(f"augmentation: got {name}, expected the augmentation itself, after its call")
+    if not hasattr(augmentation, "_params"):
+        raise TypeError(f"augmentation: got {name}, expected a kornia augmentation")
+    if not augmentation._params:
+        raise ValueError(f"augmentation: got {name} before its call, expected one after it")
+    steps = list(_kornia_steps(augmentation, augmentation._params))
+    _, last, _, view = steps[-1]
+    matrix, boxes = torch.eye(3, device="cpu").to(last), last
+    for who, step, size_in, _ in reversed(steps):  # a later crop may hide the border that a step added
+        matrix = matrix @ step
+        boxes = _upright_boxes(f"{who}, whose map", matrix, view, torch.tensor([size_in], device="cpu"))
+    return boxes
+
+
+def _kornia_steps(module: Any, draw: Any) -> Iterator[tuple[str, Tensor, Size, Size]]:
+    """The augmentations of one call in their order, sequences inside sequences unrolled.
+
+    Of each the start of what refuses it, its (B, 3, 3) float64 matrix from pixels of its input to those of its output,
+    and both sizes.
+    """
+    if isinstance(draw, (list, tuple)) and all(hasattr(item, "data") for item in draw):
+        for item in draw:
+            yield from _kornia_steps(module.get_submodule(item.name), item.data)
+        return
+    module = getattr(module, "op", module)  # policies such as RandAugment wrap each augmentation once more
+    who = f"augmentation: got {type(module).__name__}"
+    if not isinstance(draw, Mapping) or not hasattr(module, "generate_transformation_matrix"):
+        raise _no_box(f"{who}, which has no matrix")
+    draw = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in draw.items()}
+    shape = draw["forward_input_shape"].tolist()
+    if len(shape) != 4 or draw["batch_prob"].shape != (shape[0],):
+        raise _no_box(f"{who} of videos or volumes")
+    if "pad_mode" in module.flags or ("padding_size" in draw and bool(draw["padding_size"].any())):
+        raise _no_box(f"{who} with padding")
+    if module.flags.get("align_corners") is False:
+        import kornia
+
+        # Before 0.9 the matrix of a crop or resize was that of align_corners=True, up to 0.9 pixels beside the view.
+        if tuple(map(int, kornia.__version__.split(".")[:2])) < (0, 9):
+            raise _no_box(f"{who} with align_corners=False of kornia {kornia.__version__}, older than 0.9")
+    with torch.device("cpu"):  # only the shape and the dtype of the input matter: no channels, no memory
+        images = torch.empty(shape[0], 0, *shape[2:], dtype=torch.float64)
+        matrix = module.generate_transformation_matrix(images, draw, module.flags)
+    size_in = size_out = (shape[2], shape[3])
+    if "output_size" in draw and bool((draw["batch_prob"] > 0.5).any()):
+        size_out = tuple(draw["output_size"][0].tolist())
+    yield who, matrix, size_in, size_out
+
+
+def boxes_from_albumentations(replay: Mapping[str, Any], image_size: Size) -> Tensor:
+    """Crop box of one call of albumentations' ReplayCompose, mirrored where a flip was drawn.
+
+    Crops are cut out of each other in their order, as "crop_coords" and "shape" of each applied step say. Read with
+    albumentations 2.0.8 and albumentationsx 2.5.1.
+
+    Args:
+        replay: What the composed call returns under "replay".
+        image_size: (height, width) of the image before the call.
+
+    Returns:
+        (1, 4) float32 box in pixels of the image, on the CPU, mirrored as those of `boxes_from_matrix`.
+
+    Raises:
+        TypeError: replay is not such a dict.
+        ValueError: An applied step moved pixels in a way that no box describes: rotation, padding, steps in a random
+            order, ...; or the image had another size.
+
+    Example:
+        >>> import albumentations as A  # doctest: +SKIP
+        >>> from densecl_ops.functional import boxes_from_albumentations
+        >>> augment = A.ReplayCompose([A.CenterCrop(8, 8), A.HorizontalFlip(p=1.0)])  # doctest: +SKIP
+        >>> out = augment(image=numpy.zeros((10, 12, 3), "uint8"))  # doctest: +SKIP
+        >>> boxes_from_albumentations(out["replay"], (10, 12)).tolist()  # doctest: +SKIP
+        [[10.0, 1.0, 2.0, 9.0]]
+    """
+    if not isinstance(replay, Mapping) or "transforms" not in replay:
+        raise TypeError(f'replay: got {type(replay).__name__}, expected what ReplayCompose returns under "replay"')
+    before: Size | None = None
+    height, width = _image_sizes(image_size, 1).reshape(2).tolist()
+    x0, y0, x1, y1 = 0.0, 0.0, width, height
+    for name, draw in _albumentations_steps(replay):
+        who = f"replay: got a {name}"
+        if "shape" not in draw:
+            raise _no_box(f"{who} that keeps no shape")
+        rows, columns = draw["shape"][:2]
+        before = before or (rows, columns)
+        if before != (height, width):
+            raise ValueError(f"image_size: got {image_size}, expected {before}, which the replay starts from")
+        if name == "HorizontalFlip":
+            x0, x1 = x1, x0
+        elif name == "VerticalFlip":
+            y0, y1 = y1, y0
+        elif draw.get("pad_params") is not None:
+            raise _no_box(f"{who} with padding")
+        elif (crop := draw.get("crop_coords", draw.get("crop_params"))) is not None:
+            left, top, right, bottom = crop
+            if not (0 <= left < right <= columns and 0 <= top < bottom <= rows):
+                raise _no_box(f"{who} to {tuple(crop)} of {columns} x {rows} pixels")
+            x0, x1 = x0 + (x1 - x0) * left / columns, x0 + (x1 - x0) * right / columns
+            y0, y1 = y0 + (y1 - y0) * top / rows, y0 + (y1 - y0) * bottom / rows
+        elif name not in RESIZES and not _moves_no_pixels(name):
+            raise _no_box(who)
+    return torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32, device="cpu")
+
+
+def _albumentations_steps(step: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Class and draw of the applied steps in their order, nested ones unrolled."""
+    name = str(step.get("__class_fullname__"))  # with its module only where it is not albumentations' own
+    if not step.get("applied"):
+        return
+    if "transforms" not in step:
+        draw = step.get("params") or {}
+        yield name, draw.get("params", draw)  # albumentationsx has one "params" more
+    elif name not in IN_ORDER:
+        raise _no_box(f"replay: got a {name}, whose order is not kept")
+    else:
+        for inner in step["transforms"]:
+            yield from _albumentations_steps(inner)
+
+
+def _moves_no_pixels(name: str) -> bool:
+    from albumentations import ImageOnlyTransform
+    from albumentations.core.serialization import SERIALIZABLE_REGISTRY
+
+    return name in UNMOVED or issubclass(SERIALIZABLE_REGISTRY.get(name, object), ImageOnlyTransform)
