@@ -49,17 +49,10 @@ def mlp(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(layers[0], nn.ReLU(), layers[1])
 
 
-class Neck(nn.Module):
-    """DenseCL's neck: names and arithmetic of mmselfsup's."""
-
-    def __init__(self, channels: int = C, hidden: int = HIDDEN, dim: int = D) -> None:
-        super().__init__()
-        self.mlp = mlp(nn.Linear(channels, hidden), nn.Linear(hidden, dim))
-        self.mlp2 = mlp(nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, dim, 1))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dense = self.mlp2(x)
-        return self.mlp(x.mean((2, 3))), dense, dense.mean((2, 3))
+def neck(channels: int = C, hidden: int = HIDDEN, dim: int = D) -> nn.ModuleDict:
+    """DenseCL's, in the names of mmselfsup."""
+    image = mlp(nn.Linear(channels, hidden), nn.Linear(hidden, dim))
+    return nn.ModuleDict({"mlp": image, "mlp2": mlp(nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, dim, 1))})
 
 
 def model_of(size: int = K, dim: int = D, positions: Sequence[int] = (3, 6), **parts: nn.Module) -> nn.Module:
@@ -75,14 +68,14 @@ def model_of(size: int = K, dim: int = D, positions: Sequence[int] = (3, 6), **p
 
 
 def densecl(channels: int = C, hidden: int = HIDDEN, dim: int = D, size: int = K) -> nn.Module:
-    encoders = [nn.Sequential(resnet(), Neck(channels, hidden, dim)) for _ in "qk"]
+    encoders = [nn.Sequential(resnet(), neck(channels, hidden, dim)) for _ in "qk"]
     return model_of(size, dim, encoder_q=encoders[0], encoder_k=encoders[1], backbone=encoders[0][0])
 
 
 def mmpretrain() -> nn.Module:
-    key = nn.ModuleDict({"module": nn.Sequential(resnet(), Neck())})
+    key = nn.ModuleDict({"module": nn.Sequential(resnet(), neck())})
     key.register_buffer("steps", torch.tensor(1234))
-    return model_of(backbone=resnet(), neck=Neck(), encoder_k=key)
+    return model_of(backbone=resnet(), neck=neck(), encoder_k=key)
 
 
 def moco(channels: int = C, dim: int = D, size: int = K, version: int = 2) -> nn.Module:
@@ -92,6 +85,34 @@ def moco(channels: int = C, dim: int = D, size: int = K, version: int = 2) -> nn
             encoder.fc = mlp(nn.Linear(channels, channels), nn.Linear(channels, dim))
     model = model_of(size, dim, [5], encoder_q=encoders[0], encoder_k=encoders[1])
     return nn.ModuleDict({"module": model})  # as under DistributedDataParallel
+
+
+def lightly(dense: bool = True) -> nn.Module:
+    """Its DenseCL and MoCo examples: backbones cut into numbers, heads of Linears, the local one over positions."""
+    parts: dict[str, nn.Module] = {}
+    for last in ("", "_momentum"):
+        parts[f"backbone{last}"] = nn.Sequential(*resnet().children())
+        for name in ("_global", "_local") if dense else ("",):
+            layers = mlp(nn.Linear(C, HIDDEN), nn.Linear(HIDDEN, D))
+            parts[f"projection_head{name}{last}"] = nn.ModuleDict({"layers": layers})
+    return model_of(positions=(), **parts)
+
+
+def sides(name: str, model: Any) -> list[tuple[Any, ...]]:
+    """Backbone, image branch and dense branch (MoCo's have none) of the query side and the key side."""
+    if name == "moco":
+        return [(encoder[:5], encoder.fc) for encoder in (model.module.encoder_q, model.module.encoder_k)]
+    if name == "lightly of MoCo":
+        return [(model[f"backbone{x}"], model[f"projection_head{x}"].layers) for x in ("", "_momentum")]
+    if name == "lightly":
+        pairs = [
+            [model[f"projection_head_{kind}{x}"].layers for kind in ("global", "local")] for x in ("", "_momentum")
+        ]
+        dense = [lambda x, layers=local: layers(x.movedim(1, 3)).movedim(3, 1) for _, local in pairs]
+        return [(model.backbone, pairs[0][0], dense[0]), (model.backbone_momentum, pairs[1][0], dense[1])]
+    query = model.encoder_q if name == "densecl" else (model.backbone, model.neck)
+    key = model.encoder_k if name == "densecl" else model.encoder_k.module
+    return [(backbone, *head.values()) for backbone, head in (query, key)]
 
 
 def full(model: nn.Module) -> dict[str, Any]:
@@ -106,8 +127,8 @@ def full(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def modules() -> dict[str, Any]:
-    heads = {f"head_{x}": DenseProjectionHead(C, HIDDEN, D) for x in "qk"}
+def modules(hidden: int = HIDDEN) -> dict[str, Any]:
+    heads = {f"head_{x}": DenseProjectionHead(C, hidden, D) for x in "qk"}
     queues = {f"{x}_queue": MomentumQueue(K, D) for x in ("image", "dense")}
     return {"backbone_q": resnet(), "backbone_k": resnet(), **heads, **queues}
 
@@ -144,25 +165,30 @@ def test_round_trip_bit_for_bit(name: str, prefix: str, bare: bool, tmp_path: Pa
     assert_same(torch.load(tmp_path / "back.pth", weights_only=True), source)
 
 
-@pytest.mark.parametrize("name", ["densecl", "mmpretrain"])
+@pytest.mark.parametrize("name", [*MODELS, "lightly", "lightly of MoCo"])
 def test_loaded_modules_compute_what_theirs_do(name: str) -> None:
-    model = MODELS[name]().double()
-    ours = {part: module.double() for part, module in modules().items()}
-    assert read_checkpoint(model.state_dict()).load_into(**ours) == []
-    theirs_q = (model.encoder_q[0], model.encoder_q[1]) if name == "densecl" else (model.backbone, model.neck)
-    theirs_k = model.encoder_k if name == "densecl" else model.encoder_k.module
+    model = (MODELS[name]() if name in MODELS else lightly(name == "lightly")).double()
+    checkpoint, ours = read_checkpoint(model.state_dict()), modules(C if name == "moco" else HIDDEN)
+    ours = {part: module.double() for part, module in ours.items() if getattr(checkpoint, part) is not None}
+    kept = checkpoint.load_into(**ours, keep_dense=True)
     images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    for side, (backbone, neck) in (("q", theirs_q), ("k", theirs_k)):
-        features = backbone(images)
+    for side, (backbone, image, *dense) in zip("qk", sides(name, model), strict=True):
+        features, head = backbone(images), ours[f"head_{side}"]
         assert_close(ours[f"backbone_{side}"](images), features, 1e-14)
-        for seen, wanted in zip(ours[f"head_{side}"](features), neck(features), strict=True):
-            assert_close(seen, wanted, 1e-12)
-    order = [p for x in ("backbone_q", "head_q", "backbone_k", "head_k") for p in ours[x].parameters()]
-    assert_same(order, list(model.parameters()))  # so that an optimizer's numbers mean the same
+        assert_close(head(features).image, image(features.mean((2, 3))), 1e-12)
+        names = [f"head_{side}.dense_mlp.{entry}" for entry in head.dense_mlp.state_dict()]
+        assert [entry for entry in kept if entry in names] == ([] if dense else names)
+        for branch in dense:
+            assert_close(head(features).dense, branch(features), 1e-12)
     for queue, theirs in (("image_queue", "queue"), ("dense_queue", "queue2")):
-        assert torch.equal(ours[queue].rows, getattr(model, theirs).T)
-        assert int(ours[queue].position) == int(getattr(model, f"{theirs}_ptr"))
-        assert int(ours[queue].count) == K
+        if queue in ours:
+            holder = model.module if name == "moco" else model
+            assert torch.equal(ours[queue].rows, getattr(holder, theirs).T)
+            assert int(ours[queue].position) == int(getattr(holder, f"{theirs}_ptr"))
+            assert int(ours[queue].count) == K
+    if name in ("densecl", "mmpretrain"):  # so that an optimizer's numbers mean the same
+        order = [p for x in ("backbone_q", "head_q", "backbone_k", "head_k") for p in ours[x].parameters()]
+        assert_same(order, list(model.parameters()))
 
 
 def test_between_formats() -> None:
@@ -180,82 +206,49 @@ def test_between_formats() -> None:
     assert_same(write_checkpoint(read_checkpoint(stepless), format="mmpretrain"), stepless)
 
 
-def test_modules_to_file_and_back(tmp_path: Path) -> None:
+def test_a_checkpoint_of_modules_is_a_copy() -> None:
     ours = modules()
-    ours["image_queue"].enqueue(torch.randn(3, D))
     checkpoint = Checkpoint.from_modules(**ours, extra={"epoch": 4})
-    wanted = {part: copy.deepcopy(dict(module.state_dict())) for part, module in ours.items()}
-    ours["image_queue"].enqueue(torch.randn(3, D))  # the checkpoint is a copy
+    wanted = copy.deepcopy({part: dict(module.state_dict()) for part, module in ours.items()})
+    ours["image_queue"].enqueue(torch.randn(3, D))
     nn.init.zeros_(ours["head_q"].image_mlp[0].weight)
-    write_checkpoint(checkpoint, tmp_path / "run.pth")
-    densecl().load_state_dict(torch.load(tmp_path / "run.pth", weights_only=True)["state_dict"])  # strict
-    again = read_checkpoint(str(tmp_path / "run.pth"))
+    written = write_checkpoint(checkpoint)
+    densecl().load_state_dict(written["state_dict"])  # strict
+    again = read_checkpoint(written)
     assert again.extra == {"epoch": 4}
     assert_same({part: getattr(again, part) for part in PARTS}, wanted)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_moco(version: int) -> None:
-    """The one Linear of v1 is no head of ours; v2 has the image branch. Neither has a dense one."""
-    model, ours = moco(version=version), modules()
-    state = model.state_dict()
-    checkpoint = read_checkpoint(state)
-    assert_same(write_checkpoint(checkpoint), dict(state))
-    if version == 1:
-        assert checkpoint.head_q is checkpoint.head_k is None
-        del ours["head_q"], ours["head_k"]
-    else:
-        ours |= {f"head_{x}": DenseProjectionHead(C, C, D) for x in "qk"}
-    with pytest.raises(ValueError, match=r"dense_queue: got a checkpoint \(moco\) without it"):
+def test_moco_has_no_dense_branch() -> None:
+    checkpoint, ours = read_checkpoint(moco().state_dict()), modules(C)
+    before = copy.deepcopy({part: dict(ours[part].dense_mlp.state_dict()) for part in ("head_q", "head_k")})
+    with pytest.raises(
+        ValueError, match=r"(?s)head_q.dense_mlp.0.weight: got nothing.*keep_dense=True.*dense_queue: got"
+    ):
         checkpoint.load_into(**ours)
     del ours["dense_queue"]
-    kept = checkpoint.load_into(**ours, keep_dense=True)
-    assert torch.equal(ours["image_queue"].rows, model.module.queue.T)
-    if version == 1:
-        return
-    before = {part: copy.deepcopy(dict(ours[part].dense_mlp.state_dict())) for part in ("head_q", "head_k")}
-    with pytest.raises(ValueError, match=r"head_q.dense_mlp.0.weight: got nothing.*keep_dense=True"):
-        checkpoint.load_into(**ours)
-    assert kept == [f"{part}.dense_mlp.{name}" for part in before for name in before[part]]
+    checkpoint.load_into(**ours, keep_dense=True)
     assert_same({part: dict(ours[part].dense_mlp.state_dict()) for part in before}, before)
-    features = torch.randn(2, C, 3, 3)
-    assert_close(ours["head_q"](features).image, model.module.encoder_q.fc(features.mean((2, 3))), 1e-6)
     back = dataclasses.replace(checkpoint, format="densecl_ops", prefix="")
     moco().load_state_dict(write_checkpoint(back, format="moco")["state_dict"])  # strict: under main_moco.py's prefix
     assert "queue" in write_checkpoint(back, format="moco", prefix="")["state_dict"]
 
 
-def test_the_query_side_alone() -> None:
-    state = {name: x for name, x in moco().state_dict().items() if ".encoder_q." in name}
+@pytest.mark.parametrize("kept", [r"encoder_q", "queue"])
+def test_moco_v1_and_the_query_side_alone(kept: str) -> None:
+    """The one Linear of v1 is no head of ours."""
+    state = {name: x for name, x in moco(version=1).state_dict().items() if kept in name or "encoder_q" in name}
     checkpoint = read_checkpoint(state)
-    assert checkpoint.backbone_k is checkpoint.head_k is checkpoint.image_queue is None
+    assert checkpoint.backbone_k is checkpoint.head_q is checkpoint.head_k is None
+    assert (checkpoint.image_queue is None) == (kept == "encoder_q")
     assert_same(write_checkpoint(checkpoint, format="moco"), state)
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_lightly(dense: bool) -> None:
-    """Its MoCo and DenseCL examples: backbones cut into numbers, heads of Linears, over positions 1x1 convs."""
-    names = ("projection_head_global", "projection_head_local") if dense else ("projection_head",)
-    sides = {"q": "", "k": "_momentum"}
-    parts = {f"backbone{suffix}": nn.Sequential(*resnet().children()) for suffix in sides.values()}
-    for name in (f"{name}{suffix}" for name in names for suffix in sides.values()):
-        parts[name] = nn.ModuleDict({"layers": mlp(nn.Linear(C, HIDDEN), nn.Linear(HIDDEN, D))})
-    model = model_of(positions=(), **parts)
-    state = {f"model.{name}": x for name, x in model.state_dict().items()}
+def test_what_lightly_has_beside() -> None:
+    state = {f"model.{name}": x for name, x in lightly().state_dict().items()}
     checkpoint = read_checkpoint({"state_dict": {**state, "criterion.memory_bank.bank": torch.ones(K, D)}})
     assert (checkpoint.format, checkpoint.prefix) == ("lightly", "model.")
     assert list(checkpoint.unmapped) == ["criterion.memory_bank.bank"]
-    images = torch.randn(2, 3, 16, 16)
-    for side, suffix in sides.items():
-        backbone, head = resnet(), DenseProjectionHead(C, HIDDEN, D)
-        ours: Any = {f"backbone_{side}": backbone, f"head_{side}": head}
-        assert bool(checkpoint.load_into(**ours, keep_dense=not dense)) == (not dense)
-        features = model[f"backbone{suffix}"](images)
-        assert_close(backbone(images), features, 1e-6)
-        assert_close(head(features).image, model[f"{names[0]}{suffix}"].layers(features.mean((2, 3))), 1e-5)
-        if dense:
-            tokens = model[f"{names[1]}{suffix}"].layers(features.flatten(2).transpose(1, 2))
-            assert_close(head(features).dense.flatten(2), tokens.transpose(1, 2), 1e-5)
 
 
 def holding(names: str) -> dict[str, Tensor]:
@@ -446,11 +439,7 @@ UNKNOWN = "net.layers.0.norm.weight net.neck.weight net.fc.weight net.projector.
 NESTED = "got a mapping of mappings.*"
 READ = [  # what load_into cannot tell: source (text: holding), options and message
     (state_of("densecl", queue_ptr=None), {}, r"queue and queue_ptr: got shapes \(4, 8\) and None, expected \(D, K\)"),
-    (
-        state_of("mmpretrain", queue2=torch.ones(8)),
-        {},
-        r"queue2 and queue2_ptr: got shapes \(8,\) and \(1,\)",
-    ),
+    (state_of("mmpretrain", queue2=torch.ones(8)), {}, r"queue2 and queue2_ptr: got shapes \(8,\) and \(1,\)"),
     (state_of("densecl", queue=[1.0]), {}, "queue: got list, expected a tensor"),
     (state_of("densecl", backbone__bn1__bias=torch.zeros(C)), {}, "got other values than encoder_q.0.bn1.bias"),
     (state_of("moco") | inside_compiled(state_of("moco")), {}, "with and without the names of wrappers"),
@@ -596,13 +585,10 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             exec(block, space)
     back = torch.load("continued.pth", weights_only=True)
     assert_same(back, theirs | {"meta": back["meta"]})
-    assert torch.load("for_mmpretrain.pth", weights_only=True)["state_dict"]["encoder_k.steps"] == 1
     for name in ("for_detection.pth", "plain.pth"):
         assert list(torch.load(name, weights_only=True)) == list(resnet().state_dict())
-    parts, theirs_k = space["parts"], start.module.encoder_k
-    assert torch.equal(parts["image_queue"].rows, start.module.queue.T)
-    assert torch.equal(parts["head_k"].image_mlp[2].weight, theirs_k.fc[2].weight)
-    assert torch.equal(parts["head_k"].dense_mlp[0].weight, parts["head_q"].dense_mlp[0].weight)
+    assert torch.equal(space["parts"]["head_k"].image_mlp[2].weight, start.module.encoder_k.fc[2].weight)
+    assert torch.equal(*(space["parts"][head].dense_mlp[0].weight for head in ("head_q", "head_k")))
     if "DenseCL" in space:
         hosted = space["DenseCL"](space["transformers"].PretrainedConfig())
         only = {name: x for name, x in hosted.state_dict().items() if "backbone" in name}
