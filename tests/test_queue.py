@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import numpy as np
 import oracle
@@ -17,7 +20,6 @@ from torch import Tensor
 
 from densecl_ops import DenseInfoNCELoss, MomentumQueue
 from densecl_ops.functional import dense_info_nce
-from densecl_ops.info_nce import function
 
 DTYPES = st.sampled_from(list(EPS))
 
@@ -38,48 +40,56 @@ def model_of(queue: MomentumQueue) -> oracle.Queue:
     return oracle.Queue(queue.size, numpy64(queue.rows[: int(queue.count)]))
 
 
+def reloaded(queue: MomentumQueue) -> MomentumQueue:
+    other = MomentumQueue(queue.size, queue.dim).to(queue.rows.dtype)
+    other.load_state_dict(queue.state_dict())
+    return other
+
+
+def pickled(queue: MomentumQueue) -> MomentumQueue:
+    return pickle.loads(pickle.dumps(queue))
+
+
+@pytest.mark.parametrize("duplicate", [reloaded, pickled, copy.deepcopy])
 @given(
-    size=st.integers(1, 9),
-    dim=st.integers(1, 5),
-    init=st.sampled_from(["random", "empty"]),
-    dtype=DTYPES,
+    queue=st.builds(
+        MomentumQueue, st.integers(1, 9), st.integers(1, 5), init=st.sampled_from(["random", "empty"]), dtype=DTYPES
+    ),
     key_dtype=DTYPES,
     batches=st.lists(st.integers(0, 30), max_size=8),
-    reload_at=st.integers(0, 8),
+    copied_at=st.integers(0, 8),
     seed=st.integers(0, 10**6),
 )
-def test_queue_is_a_deque(
-    size: int,
-    dim: int,
-    init: str,
-    dtype: torch.dtype,
-    key_dtype: torch.dtype,
-    batches: list[int],
-    reload_at: int,
-    seed: int,
+def test_queue_and_its_copies_are_deques(
+    duplicate: Any, queue: MomentumQueue, key_dtype: torch.dtype, batches: list[int], copied_at: int, seed: int
 ) -> None:
-    queue = MomentumQueue(size, dim, init=init, dtype=dtype)
-    model, eps = model_of(queue), max(EPS[dtype], 1e-6 if key_dtype != torch.float64 else 0)
+    model, dtype = model_of(queue), queue.rows.dtype
+    eps = max(EPS[dtype], 1e-6 if key_dtype != torch.float64 else 0)
     same(queue, model, eps)
+    left = []  # a queue stays as it is once its copy goes on
     for step, n in enumerate(batches):
-        if step == reload_at:
-            other = MomentumQueue(size, dim, init="random" if init == "empty" else "empty", dtype=dtype)
-            other.load_state_dict(queue.state_dict())
-            queue = other
-        keys = keys_of(seed + step, n, dim, key_dtype)
+        if step == copied_at:
+            left.append((queue, copy.deepcopy(model)))
+            queue = duplicate(queue)
+        keys = keys_of(seed + step, n, queue.dim, key_dtype)
         queue.enqueue(keys)
         model.enqueue(numpy64(keys))
         same(queue, model, eps)
-        assert queue.rows.dtype == dtype
+        assert (queue.rows.dtype, queue.position.dtype, queue.count.dtype) == (dtype, torch.int64, torch.int64)
+    for pair in left:
+        same(*pair, eps)
 
 
 def test_defaults() -> None:
     queue = MomentumQueue()
-    assert queue.rows.shape == (65536, 128)
-    assert queue.rows.dtype == torch.float32
-    assert (queue.size, queue.dim, queue.gather_distributed) == (65536, 128, True)
+    assert list(queue.parameters()) == []
+    state = queue.state_dict()
+    kinds = {name: (x.shape, x.dtype) for name, x in state.items()}
+    assert kinds == {"rows": ((65536, 128), torch.float32), "position": ((), torch.int64), "count": ((), torch.int64)}
     assert (int(queue.position), int(queue.count)) == (0, 65536)
-    np.testing.assert_allclose(queue.rows.norm(dim=1).numpy(), 1, atol=1e-6)
+    assert (queue.size, queue.dim, queue.gather_distributed) == (65536, 128, True)
+    assert "size=65536, dim=128, init='random'" in repr(queue)
+    assert (MomentumQueue(6, 3, init="empty").rows == 0).all()
 
 
 def test_random_rows_are_uniform_on_the_sphere() -> None:
@@ -94,53 +104,50 @@ def test_random_rows_are_uniform_on_the_sphere() -> None:
     assert not torch.equal(first, MomentumQueue(10, 3).rows)
 
 
-@pytest.mark.parametrize("dtype", list(EPS))
-def test_dtype_of_rows(dtype: torch.dtype) -> None:
-    queue = MomentumQueue(50, 8, dtype=dtype)
-    assert queue.rows.dtype == dtype
-    np.testing.assert_allclose(np.linalg.norm(numpy64(queue.rows), axis=1), 1, atol=4 * max(EPS[dtype], 1e-7))
-    default = torch.get_default_dtype()
+@pytest.mark.parametrize("default", list(EPS))
+@pytest.mark.parametrize("dtype", [None, *EPS])
+def test_random_rows_are_unit_in_any_dtype(dtype: torch.dtype | None, default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
     try:
-        torch.set_default_dtype(dtype)
-        assert MomentumQueue(2, 2).rows.dtype == dtype
+        rows = MomentumQueue(50, 8, dtype=dtype).rows
     finally:
-        torch.set_default_dtype(default)
+        torch.set_default_dtype(before)
+    assert rows.dtype == (dtype or default)
+    np.testing.assert_allclose(np.linalg.norm(numpy64(rows), axis=1), 1, atol=4 * max(EPS[rows.dtype], 1e-7))
 
 
-def test_empty_start() -> None:
-    queue = MomentumQueue(6, 3, init="empty")
-    assert (int(queue.position), int(queue.count)) == (0, 0)
-    assert (queue.rows == 0).all()
+def inferred(keys: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return keys * 1
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("guise", "mode"),
     [
-        lambda x: x.t().contiguous().t(),
-        lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-        lambda x: x.repeat_interleave(2, 0)[::2],
-        lambda x: x[:1].expand(5, -1),
+        (lambda x: x.t().contiguous().t(), nullcontext),
+        (lambda x: torch.cat([x, x], 1)[:, : x.shape[1]], nullcontext),
+        (lambda x: x.repeat_interleave(2, 0)[::2], nullcontext),
+        (lambda x: x[:1].expand(5, -1), nullcontext),
+        (lambda x: x.requires_grad_(), nullcontext),
+        (inferred, nullcontext),
+        (lambda x: x, torch.inference_mode),
+        (lambda x: x.float(), lambda: torch.autocast("cpu", torch.bfloat16)),
+        (lambda x: x.float(), lambda: torch.autocast("cpu", torch.float16)),
     ],
 )
-def test_strides_of_keys(layout: object) -> None:
-    keys = layout(keys_of(2, 5, 4))
-    queue = MomentumQueue(7, 4, dtype=torch.float64)
+def test_keys_of_any_kind_are_neither_changed_nor_kept(guise: Any, mode: Any) -> None:
+    keys = guise(keys_of(2, 5, 4))
+    queue, before = MomentumQueue(7, 4, dtype=torch.float64), numpy64(keys).copy()
     model = model_of(queue)
-    queue.enqueue(keys)
-    model.enqueue(numpy64(keys))
-    same(queue, model, 1e-14)
-
-
-def test_keys_are_neither_changed_nor_kept() -> None:
-    queue, keys = MomentumQueue(4, 3), torch.randn(2, 3, requires_grad=True)
-    before = keys.detach().clone()
-    queue.enqueue(keys)
-    assert torch.equal(keys.detach(), before)
+    with mode():
+        queue.enqueue(keys)
+    np.testing.assert_array_equal(numpy64(keys), before)
+    with torch.inference_mode():
+        keys[0] = 7
+    model.enqueue(before)
+    same(queue, model, EPS[keys.dtype])
     assert not queue.rows.requires_grad
-    written = queue.rows.clone()
-    with torch.no_grad():
-        keys.fill_(7)
-    assert torch.equal(queue.rows, written)
 
 
 def test_enqueueing_its_own_rows() -> None:
@@ -151,85 +158,22 @@ def test_enqueueing_its_own_rows() -> None:
     np.testing.assert_allclose(queue.rows.numpy(), np.roll(before.numpy(), 2, 0), atol=1e-14)
 
 
-def test_extreme_keys() -> None:
-    """Zero keys stay zero, float16 keys whose squares overflow float16 or vanish in it are normalised in float32."""
-    queue = MomentumQueue(4, 2)
-    queue.enqueue(torch.tensor([[0.0, 0.0]]))
-    queue.enqueue(torch.tensor([[3e4, 4e4], [3e-4, 4e-4]], dtype=torch.float16))
-    np.testing.assert_allclose(queue.rows[:3].numpy(), [[0, 0], [0.6, 0.8], [0.6, 0.8]], atol=1e-3)
-
-
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-def test_autocast_changes_nothing(autocast: torch.dtype) -> None:
-    keys, queues = torch.randn(5, 16), [MomentumQueue(8, 16, init="empty") for _ in range(2)]
-    queues[0].enqueue(keys)
-    with torch.autocast("cpu", autocast):
-        queues[1].enqueue(keys)
-    assert torch.equal(queues[0].rows, queues[1].rows)
-
-
-def test_inference_mode() -> None:
-    queue, keys = MomentumQueue(4, 3, dtype=torch.float64), keys_of(4, 3, 3)
-    model = model_of(queue)
-    with torch.inference_mode():
-        queue.enqueue(keys)
-        inside = keys * 1
-    queue.enqueue(inside)
-    model.enqueue(numpy64(keys)), model.enqueue(numpy64(keys))
-    same(queue, model, 1e-14)
-
-
-def test_state_dict_names_everything() -> None:
-    queue = MomentumQueue(6, 3, init="empty")
-    queue.enqueue(torch.randn(4, 3))
-    state = queue.state_dict()
-    assert set(state) == {"rows", "position", "count"}
-    assert state["position"].dtype == state["count"].dtype == torch.int64
-    assert state["position"].shape == state["count"].shape == ()
-    assert (int(state["position"]), int(state["count"])) == (4, 4)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda queue: pickle.loads(pickle.dumps(queue))])
-def test_copies_go_their_own_way(duplicate: object) -> None:
-    queue = MomentumQueue(5, 3, init="empty", gather_distributed=False)
-    queue.enqueue(torch.randn(3, 3))
-    twin, before = duplicate(queue), queue.rows.clone()
-    keys = torch.randn(4, 3)
-    twin.enqueue(keys)
-    assert torch.equal(queue.rows, before)
-    queue.enqueue(keys)
-    assert torch.equal(queue.rows, twin.rows)
-    assert (int(twin.position), int(twin.count), twin.gather_distributed) == (2, 5, False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_to_dtype(dtype: torch.dtype) -> None:
-    queue = MomentumQueue(5, 3, init="empty").to(dtype)
-    model = oracle.Queue(5, np.zeros((0, 3)))
-    for seed in (6, 7):
-        keys = keys_of(seed, 3, 3)
-        queue.enqueue(keys)
-        model.enqueue(numpy64(keys))
-    same(queue, model, EPS[dtype])
-    assert (queue.rows.dtype, queue.position.dtype, queue.count.dtype) == (dtype, torch.int64, torch.int64)
-
-
-def test_no_parameters() -> None:
-    assert list(MomentumQueue(2, 2).parameters()) == []
-    assert "size=2" in repr(MomentumQueue(2, 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
-def test_keys_that_are_not_finite_enter_as_zero_rows(dtype: torch.dtype, bad: float) -> None:
-    """1e30 is finite in float32, but its square is not: it has no direction there either."""
-    queue, keys = MomentumQueue(6, 3, init="empty"), torch.randn(4, 3, dtype=dtype)
-    keys[1, 2] = bad
-    queue.enqueue(keys)
-    truth = oracle.unit(numpy64(keys), 1)[0]
-    truth[1] = 0
-    np.testing.assert_allclose(queue.rows[:4].numpy(), truth, atol=1e-3 if dtype == torch.float16 else 1e-6)
-    assert int(queue.count) == 4
+@pytest.mark.parametrize(
+    ("key", "dtype", "row"),
+    [
+        ([0.0, 0.0], torch.float32, [0, 0]),
+        ([3e4, 4e4], torch.float16, [0.6, 0.8]),  # their squares overflow float16
+        ([3e-4, 4e-4], torch.float16, [0.6, 0.8]),  # and these vanish in it
+        *(([bad, 1], dtype, [0, 0]) for bad in (np.inf, np.nan) for dtype in (torch.float16, torch.float32)),
+        ([1e30, 1], torch.float32, [0, 0]),  # finite, but its square is not: it has no direction there either
+    ],
+)
+def test_extreme_keys(key: list[float], dtype: torch.dtype, row: list[float]) -> None:
+    """One that is not finite enters as a zero row, and costs the others nothing."""
+    queue = MomentumQueue(6, 2, init="empty")
+    queue.enqueue(torch.tensor([[0.8, 0.6], key, [-4.0, 3.0]], dtype=dtype))
+    np.testing.assert_allclose(queue.rows[:3].numpy(), [[0.8, 0.6], row, [-0.8, 0.6]], atol=1e-3)
+    assert int(queue.count) == 3
 
 
 def test_one_overflow_costs_one_step() -> None:
@@ -269,47 +213,36 @@ def test_deferred_initialisation(init: str) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(queue.buffers(), fresh.buffers(), strict=True))
 
 
-def test_random_rows_are_unit_whatever_the_default_dtype() -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        rows = MomentumQueue(64, 16, dtype=torch.float32).rows
-    finally:
-        torch.set_default_dtype(torch.float32)
-    np.testing.assert_allclose(np.linalg.norm(numpy64(rows), axis=1), 1, atol=1e-6)
+def state_of(size: int = 8, **numbers: int) -> dict[str, Tensor]:
+    return MomentumQueue(size, 3).state_dict() | {name: torch.tensor(value) for name, value in numbers.items()}
 
 
-@pytest.mark.parametrize("keep", [{"position", "count"}, {"rows"}, {"rows", "count"}])
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_part_of_a_state_changes_nothing(keep: set[str], strict: bool) -> None:
-    other, queue = MomentumQueue(8, 3), MomentumQueue(8, 3, init="empty")
-    before = copy.deepcopy(queue.state_dict())
-    state = {name: x for name, x in other.state_dict().items() if name in keep}
-    if strict:
-        with pytest.raises(RuntimeError, match="Missing key"):
-            queue.load_state_dict(state)
-    else:
-        assert set(queue.load_state_dict(state, strict=False).missing_keys) == set(before) - keep
-    assert all(torch.equal(before[name], x) for name, x in queue.state_dict().items())
+STRANGE = "count and queue.position: got {} and {}, .*these 8 rows; load rows, position and count of one queue"
 
 
-def test_a_queue_of_another_size_changes_nothing() -> None:
-    other, model = MomentumQueue(8, 3), torch.nn.ModuleDict({"queue": MomentumQueue(5, 3, init="empty")})
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match=r"size mismatch for queue\.rows.*\(8, 3\).*\(5, 3\)"):
-        model.load_state_dict({f"queue.{name}": x for name, x in other.state_dict().items()})
-    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
-
-
-@pytest.mark.parametrize(("size", "count", "position"), [(5, 8, 3), (5, 5, 7), (5, -1, 0), (12, 8, 3)])
 @pytest.mark.parametrize("strict", [True, False])
-def test_numbers_of_another_queue_are_refused(size: int, count: int, position: int, strict: bool) -> None:
-    """own = model.state_dict(); own.update(what fits by shape): the rows are the model's, the numbers another's."""
-    queue = MomentumQueue(size, 3, init="empty")
-    before = copy.deepcopy(queue.state_dict())
-    state = {**before, "count": torch.tensor(count), "position": torch.tensor(position)}
-    with pytest.raises(RuntimeError, match=rf"count and position: got {count} and {position}.*{size} rows.*one queue"):
-        queue.load_state_dict(state, strict=strict)
-    assert all(torch.equal(before[name], x) for name, x in queue.state_dict().items())
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        *(({name: state_of()[name] for name in part}, "Missing key") for part in (["position", "count"], ["rows"])),
+        (state_of(5), r"size mismatch for queue\.rows.*\(5, 3\).*\(8, 3\)"),
+        # own = model.state_dict(); own.update(what fits by shape): the rows are the model's, the numbers another's
+        (state_of(count=12, position=3), STRANGE.format(12, 3)),
+        (state_of(count=8, position=9), STRANGE.format(8, 9)),
+        (state_of(count=-1, position=0), STRANGE.format(-1, 0)),
+        (state_of(count=6, position=3), STRANGE.format(6, 3)),
+    ],
+)
+def test_a_state_that_is_not_one_queues_changes_nothing(state: dict[str, Tensor], message: str, strict: bool) -> None:
+    model = torch.nn.ModuleDict({"queue": MomentumQueue(8, 3, init="empty")})
+    before = copy.deepcopy(model.state_dict())
+    load = partial(model.load_state_dict, {f"queue.{name}": x for name, x in state.items()}, strict=strict)
+    if message == "Missing key" and not strict:
+        assert set(load().missing_keys) == {f"queue.{name}" for name in state_of().keys() - state}
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            load()
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
 def test_rows_that_were_averaged_are_told_at_loading() -> None:
@@ -343,12 +276,3 @@ def test_a_queue_that_was_not_initialised_says_so(name: str, value: int) -> None
     if name == "count":
         with pytest.raises(ValueError, match=r"negatives.count: got 9, expected 0 to 8; .*reset_parameters\(\)"):
             dense_info_nce(torch.randn(2, 4), torch.randn(2, 4), queue)
-
-
-def test_averaged_rows_are_told_with_their_cause() -> None:
-    """ema-pytorch writes through .data, which leaves no version; the loss looks at a tensor's first call."""
-    function._warn_of_length.cache_clear()
-    queue = MomentumQueue(64, 4)
-    queue.rows.data.mul_(0.5)
-    with pytest.warns(UserWarning, match="averaging of buffers spoils a queue.*ignore_startswith_names"):
-        dense_info_nce(torch.randn(2, 4), torch.randn(2, 4), queue)
