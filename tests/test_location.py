@@ -1,4 +1,4 @@
-"""Matching by place against brute force, and every rule under every option of the loss."""
+"""Matching by place against brute force, and beside another rule in the loss."""
 
 from __future__ import annotations
 
@@ -128,41 +128,18 @@ def test_boxes_without_extent(name: str, box: list[float]) -> None:
         location_correspondence(**boxes, query_grid=2)
 
 
-# ---- every rule under every reduction of the loss -------------------------------------------------------------------
-
-MAPS = {"batch": 3, "query_grid": (3, 4), "key_grid": (4, 3)}
-BOXES = (
-    np.array([[0, 0, 24, 24], [4, 2, 28, 14], [10, 10, 22, 34]]),
-    np.array([[8, 4, 20, 28], [3, 0, 30, 16], [0, 0, 9, 8]]),
-)
-FLIPS = np.array([False, True, True]), np.array([False, False, True])
-RULES = {
-    "nearest": {},
-    "mutual": {"mutual": True},
-    "min_score": {"min_score": 0.35},
-    "mutual, min_score": {"mutual": True, "min_score": 0.35},
-    "mutual, location": {"mutual": True},
-}
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_every_rule_in_the_loss(rule: str, reduction: str, backend: str) -> None:
-    """With weight, exclude and rank: loss, rank and every gradient against the oracle."""
-    features = make_case(5, channels=8, **MAPS)
-    found = dense_correspondence(features.query, features.key, **RULES[rule], backend=backend)
-    truth = oracle.match(flat64(features.query), flat64(features.key), **RULES[rule])
-    valid, true_valid = found.valid, truth.valid
-    if "location" in rule:
-        grids = MAPS["query_grid"], MAPS["key_grid"]
-        flips = {"query_flip": torch.tensor(FLIPS[0]), "key_flip": torch.tensor(FLIPS[1])}
-        valid = valid & location_correspondence(*map(torch.tensor, BOXES), *grids, **flips).valid
-        true_valid = true_valid & oracle.location_match(BOXES, grids, FLIPS, 0.7).valid
-    np.testing.assert_array_equal(valid.numpy(), true_valid)
-    np.testing.assert_array_equal(found.index.numpy(), truth.index)
-    assert bool(valid.all()) == (rule == "nearest")
-    assert valid.any()
-    weight = torch.rand(3, 12, dtype=torch.float64)
-    weight[0, :5] = 0
-    case = make_case(3, **MAPS, negatives=9, valid=valid, reduction=reduction, exclude=torch.tensor([2, 8, 0]))
-    check(backend, replace(case, index=found.index, weight=weight))
+def test_mutual_and_near_in_the_loss(backend: str) -> None:
+    """Both rules at once, with weight, exclude and rank: loss, rank and every gradient against the oracle."""
+    grids, rng = ((3, 4), (4, 3)), np.random.default_rng(2)
+    boxes = random_boxes(rng, 3, grids[0]), random_boxes(rng, 3, grids[1])
+    maps = {"batch": 3, "query_grid": grids[0], "key_grid": grids[1]}
+    features, none = make_case(5, channels=8, **maps), np.zeros(3, bool)
+    found = dense_correspondence(features.query, features.key, mutual=True, backend=backend)
+    truth = oracle.match(flat64(features.query), flat64(features.key), mutual=True)
+    valid = found.valid & location_correspondence(*map(torch.tensor, boxes), *grids, max_distance=2).valid
+    near = oracle.location_match(boxes, grids, (none, none), 2).valid
+    np.testing.assert_array_equal(valid.numpy(), truth.valid & near)
+    assert 0 < valid.sum() < found.valid.sum() < found.valid.numel()
+    assert not near.all()
+    case = make_case(3, **maps, negatives=9, valid=valid, exclude=torch.tensor([2, 8, 0]))
+    check(backend, replace(case, index=found.index, weight=torch.rand(3, 12, dtype=torch.float64)))
