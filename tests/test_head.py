@@ -29,13 +29,10 @@ def make_head(**options: object) -> DenseProjectionHead:
 
 
 def check_head(head: DenseProjectionHead, features: torch.Tensor, tolerance: float = 1e-12) -> Projection:
-    grid = None if head.grid_size is None else head.grid_size
-    truth = oracle.head(params_of(head), numpy64(features), (grid, grid) if isinstance(grid, int) else grid)
-    seen = head(features)
+    truth, seen = oracle.head(params_of(head), numpy64(features), head.grid_size), head(features)
     assert isinstance(seen, Projection)
-    assert_close(seen.image, truth.image, tolerance, "image")
-    assert_close(seen.dense, truth.dense, tolerance, "dense")
-    assert_close(seen.pooled, truth.pooled, tolerance, "pooled")
+    for name in Projection._fields:
+        assert_close(getattr(seen, name), getattr(truth, name), tolerance, name)
     return seen
 
 
@@ -54,82 +51,59 @@ def test_head(
     if channels_last:
         features = features.contiguous(memory_format=torch.channels_last)
     seen = check_head(head, features)
-    side = grid if grid_size is None else (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    assert seen.dense.shape == (batch, 4, *side)
+    assert seen.dense.shape == (batch, 4, *(head.grid_size or grid))
     assert seen.image.shape == seen.pooled.shape == (batch, 4)
 
 
-def test_parameter_gradients() -> None:
-    head, features = make_head(grid_size=(2, 3)), torch.randn(3, 5, 5, 4, dtype=torch.float64)
-    truth = oracle.head(params_of(head), features.numpy(), (2, 3))
-    d_image, d_dense = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, 2, 3, dtype=torch.float64)
-    d_pooled = torch.randn(3, 4, dtype=torch.float64)
-    image, dense, pooled = head(features)
-    ((image * d_image).sum() + (dense * d_dense).sum() + (pooled * d_pooled).sum()).backward()
-    grads = oracle.head_gradients(
-        params_of(head), truth, d_image.numpy(), flat64(d_dense) + d_pooled.numpy()[:, :, None] / 6
-    )
+def test_gradients() -> None:
+    """Of the parameters by the oracle, of the features by finite differences."""
+    head, features = make_head(grid_size=(2, 3)), torch.randn(3, 5, 5, 4, dtype=torch.float64, requires_grad=True)
+    truth = oracle.head(params_of(head), numpy64(features), (2, 3))
+    upstream = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (3, 4, 2, 3), (3, 4))]
+    torch.autograd.backward(head(features), upstream)
+    d_dense = flat64(upstream[1]) + numpy64(upstream[2])[:, :, None] / 6
+    grads = oracle.head_gradients(params_of(head), truth, numpy64(upstream[0]), d_dense)
     for name, parameter in head.named_parameters():
         assert_close(parameter.grad, grads[name], 1e-12, name)
-
-
-def test_gradient_to_features() -> None:
-    head, features = make_head(grid_size=2), torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: tuple(head(x)), features)
 
 
 def test_tokens_and_vectors() -> None:
     head, features = make_head(), torch.randn(3, 5, 2, 6, dtype=torch.float64)
-    image, dense, pooled = check_head(head, features)
+    as_map = check_head(head, features)
     tokens = head(features.flatten(2).transpose(1, 2).contiguous().transpose(1, 2))
     assert tokens.dense.shape == (3, 4, 12)
-    assert_close(tokens.dense, dense, 1e-12)
-    assert_close(tokens.image, image, 1e-12)
-    assert_close(tokens.pooled, pooled, 1e-12)
+    for seen, wish in zip(tokens, as_map, strict=True):
+        assert_close(seen, wish, 1e-12)
     with pytest.warns(UserWarning, match=r"features: got \(B, C\) vectors, .* num_classes=0"):
         vector = head(features[:, :, 0, 0])
     assert vector.dense.shape == (3, 4)
-    assert_close(vector.dense, dense[:, :, 0, 0], 1e-12)
-    assert_close(vector.pooled, dense[:, :, 0, 0], 1e-12)
+    for seen in (vector.dense, vector.pooled):
+        assert_close(seen, as_map.dense[:, :, 0, 0], 1e-12)
 
 
-def test_nothing_is_normalised() -> None:
-    """`pooled` is the mean of the raw dense map: doubling the last layer doubles every output."""
-    head, features = make_head(), torch.randn(2, 5, 3, 3, dtype=torch.float64)
-    before = head(features)
-    with torch.no_grad():
-        for branch in (head.image_mlp, head.dense_mlp):
-            for parameter in branch[-1].parameters():
-                parameter.mul_(2)
-    for a, b in zip(head(features), before, strict=True):
-        assert_close(a, 2 * b, 1e-12)
-
-
-def test_default_architecture() -> None:
-    head = DenseProjectionHead()
+@pytest.mark.parametrize(("options", "hidden", "out"), [({}, 2048, 128), ({"in_channels": 6, "out_channels": 4}, 6, 4)])
+def test_architecture(options: dict[str, int], hidden: int, out: int) -> None:
+    """The hidden layers are as wide as the backbone by default."""
+    head = DenseProjectionHead(**options)
     shapes = {name: tuple(p.shape) for name, p in head.named_parameters()}
-    assert shapes == {
-        "image_mlp.0.weight": (2048, 2048),
-        "image_mlp.0.bias": (2048,),
-        "image_mlp.2.weight": (128, 2048),
-        "image_mlp.2.bias": (128,),
-        "dense_mlp.0.weight": (2048, 2048, 1, 1),
-        "dense_mlp.0.bias": (2048,),
-        "dense_mlp.2.weight": (128, 2048, 1, 1),
-        "dense_mlp.2.bias": (128,),
-    }
+    for branch, kernel in (("image_mlp", ()), ("dense_mlp", (1, 1))):
+        assert shapes.pop(f"{branch}.0.weight") == (hidden, hidden, *kernel)
+        assert shapes.pop(f"{branch}.2.weight") == (out, hidden, *kernel)
+        assert (shapes.pop(f"{branch}.0.bias"), shapes.pop(f"{branch}.2.bias")) == ((hidden,), (out,))
+    assert not shapes
+    sizes = f"in_channels={hidden}, hidden_channels={hidden}, out_channels={out}"
+    assert repr(head).startswith(f"DenseProjectionHead(\n  {sizes}, grid_size=None")
 
 
 @pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, lambda c: nn.GroupNorm(1, c), lambda c: nn.Identity()])
 def test_norm_layer(norm_layer: object) -> None:
     """Between the first layer and the ReLU of each branch; on 1 x 1 maps in the image branch."""
     head, features = make_head(norm_layer=norm_layer), torch.randn(4, 5, 3, 2, dtype=torch.float64)
-    first = {branch: list(getattr(head, branch).parameters())[:2] for branch in ("image_mlp", "dense_mlp")}
-    last = {branch: list(getattr(head, branch).parameters())[-2:] for branch in ("image_mlp", "dense_mlp")}
     norm = norm_layer(7).double()
 
     def branch(name: str, x: torch.Tensor) -> torch.Tensor:
-        (w1, b1), (w2, b2) = first[name], last[name]
+        w1, b1, *_, w2, b2 = getattr(head, name).parameters()
         hidden = norm(torch.einsum("hc,bcyx->bhyx", w1.flatten(1), x) + b1[:, None, None]).clamp(min=0)
         return torch.einsum("dh,bhyx->bdyx", w2.flatten(1), hidden) + b2[:, None, None]
 
@@ -141,8 +115,14 @@ def test_norm_layer(norm_layer: object) -> None:
     (image.sum() + dense.square().sum()).backward()  # the ReLU in place must not spoil what the norm saved
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
-def test_copies(duplicate: object) -> None:
+def reloaded(head: DenseProjectionHead) -> DenseProjectionHead:
+    other = make_head(grid_size=2)
+    other.load_state_dict(head.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head)), reloaded])
+def test_copies(duplicate: Any) -> None:
     head, features = make_head(grid_size=2), torch.randn(2, 5, 4, 4, dtype=torch.float64)
     twin = duplicate(head)
     for a, b in zip(head(features), twin(features), strict=True):
@@ -152,35 +132,12 @@ def test_copies(duplicate: object) -> None:
     check_head(head, features)
 
 
-def test_state_dict_round_trip() -> None:
-    head, other = make_head(grid_size=2), make_head(grid_size=2)
-    other.load_state_dict(head.state_dict())
-    features = torch.randn(2, 5, 4, 4, dtype=torch.float64)
-    for a, b in zip(head(features), other(features), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(dtype: torch.dtype) -> None:
-    head = DenseProjectionHead(5, 7, 4, grid_size=2).to(dtype)
-    features = torch.randn(2, 5, 4, 4).to(dtype)
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    assert check_head(head, features, tolerance).dense.dtype == dtype
-
-
-def test_autocast() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     head, features = DenseProjectionHead(5, 7, 4, grid_size=2), torch.randn(2, 5, 4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        check_head(head, features, 2e-2)
-    assert not head(features).dense.isnan().any()
-
-
-def test_hidden_channels_follow_in_channels() -> None:
-    head = DenseProjectionHead(6, out_channels=4)
-    assert head.image_mlp[0].weight.shape == (6, 6)
-    assert repr(head).startswith(
-        "DenseProjectionHead(\n  in_channels=6, hidden_channels=6, out_channels=4, grid_size=None"
-    )
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        check_head(head, features, tolerance)
+    assert check_head(head.to(dtype), features.to(dtype), tolerance).dense.dtype == dtype
 
 
 @pytest.mark.parametrize("grid_size", [None, 2, (3, 4)])
@@ -214,9 +171,7 @@ def test_sizes_from_a_configuration(grid: Any) -> None:
     """A list that is none of Python's, as OmegaConf has them, and numpy's numbers are taken as the pair they are."""
     features, boxes = torch.randn(2, 5, 4, 6), torch.tensor([[0.0, 0.0, 8.0, 8.0]])
     head = DenseProjectionHead(np.int64(5), 7, np.int16(4), grid_size=grid)
-    assert repr(head).startswith(
-        "DenseProjectionHead(\n  in_channels=5, hidden_channels=7, out_channels=4, grid_size=(2, 3)"
-    )
+    assert "in_channels=5, hidden_channels=7, out_channels=4, grid_size=(2, 3)" in repr(head)
     assert head(features).dense.shape == (2, 4, 2, 3)
     assert DenseCorrespondence(grid, mutual=np.True_)(features, features).index.shape == (2, 6)
     assert location_correspondence(boxes, boxes, grid).index.shape == (1, 6)
