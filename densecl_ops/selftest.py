@@ -10,7 +10,10 @@ reports of what went wrong.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -18,8 +21,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +31,12 @@ from torch import Tensor
 
 import densecl_ops
 from densecl_ops import _backends, _triton
-from densecl_ops._types import BackendName
+from densecl_ops._types import BackendName, NegativeQueue
 from densecl_ops.functional import dense_correspondence, dense_info_nce
 
 FEW_IMAGES = 8  # of a real size that are compared with float64: 392 rows x 65,536 logits are 206 MB there
 REPEATS = 100
+LEFT_OUT = -1e3  # a cosine that weighs nothing, where -inf would make the gradient to the temperature NaN
 
 
 class Case(NamedTuple):
@@ -63,11 +67,6 @@ class Case(NamedTuple):
         return f"{self.operation} {size} {str(self.dtype)[6:]} {' '.join(self.options)}".rstrip()
 
 
-class _Queue(NamedTuple):
-    rows: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count
-
-
 def cases(real: bool, images: int) -> Iterator[Case]:
     """Every kernel and option at a small, uneven size; with `real`, also the sizes of training."""
     bfloat16, float32 = torch.bfloat16, torch.float32
@@ -93,147 +92,141 @@ def cases(real: bool, images: int) -> Iterator[Case]:
         yield Case("matching", (8, 256, 56, 56), (56, 56), bfloat16, 0, (), real)
 
 
+def exact_loss(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | NegativeQueue,
+    correspondence: Tensor,
+    temperature: float | Tensor = 0.2,
+    exclude: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(B, P) losses from the equation in float64, and the (B, P, K) cosine of each negative less the positive's.
+
+    Differentiable; what is left out of the loss is LEFT_OUT.
+    """
+    rows, count = (negatives, len(negatives)) if isinstance(negatives, Tensor) else (negatives.rows, negatives.count)
+    unit_q, unit_k = (F.normalize(x.flatten(2).double(), dim=1) for x in (query, key))
+    positive = (unit_q * unit_k.gather(2, correspondence[:, None].expand_as(unit_q))).sum(1)
+    margin = torch.einsum("bdp,kd->bpk", unit_q, rows.double()) - positive[..., None]
+    column = torch.arange(len(rows), device=rows.device)
+    margin = margin.masked_fill(column >= count, LEFT_OUT)
+    if exclude is not None:
+        margin = margin.masked_fill(column == exclude[:, None, None], LEFT_OUT)
+    return F.softplus((margin / temperature).logsumexp(2)), margin.detach()
+
+
 def check(case: Case, backend: BackendName, device: torch.device) -> dict[str, Any]:
     """One row of the table; what went wrong stands under "failed"."""
     row: dict[str, Any] = {"case": str(case), "errors": {}}
     try:
         torch.manual_seed(0)
-        (_check_loss if case.operation == "loss" else _check_matching)(case, backend, device, row)
+        prepare, compute, judge = (
+            (_loss_arguments, _loss, _judge_loss)
+            if case.operation == "loss"
+            else (_matching_arguments, _matching, _judge_matching)
+        )
+        arguments = prepare(case, device)
+        run = functools.partial(compute, case, arguments)
+        seen = run(backend)
+        row["errors"], failed = judge(case, arguments, seen)
+        for _ in range(REPEATS if "repeated" in case.options and device.type == "cuda" else 1):
+            again = run(backend)
+            if not all(torch.equal(seen[name], again[name]) for name in seen):
+                failed = "repeats differ"
+        if failed:
+            row["failed"] = failed
+        if case.real:
+            row["ours"], row["eager"] = (_measure(functools.partial(run, name), device) for name in (backend, "eager"))
     except Exception as error:  # a report, not a crash: the other rows still count
         row["failed"] = f"{type(error).__name__}: {str(error)[-400:]}"
     return row
 
 
-def _check_loss(case: Case, backend: BackendName, device: torch.device, row: dict[str, Any]) -> None:
-    arguments = _loss_arguments(case, device)
-    few = slice(0, FEW_IMAGES) if case.real else slice(None)
-    part = dict(arguments)
-    for name in ("query", "key", "correspondence"):
-        part[name] = arguments[name][few]
-    seen, again = _loss(case, arguments, backend), _loss(case, arguments, backend)
-    eager, exact = _loss(case, part, "eager"), _loss(case, _in_float64(part), "eager")
-    compared = ("loss", "gradient to query") if case.real else tuple(seen.keys() - {"rank"})
-    for name in compared:
-        ours = seen[name][few] if case.real else seen[name]
-        row["errors"][name] = (_error(ours, exact[name]), _error(eager[name], exact[name]))
-    if not all(ours <= 2 * theirs + 1e-6 for ours, theirs in row["errors"].values()):
-        row["failed"] = "more than twice the error of the eager form"
-    if "rank" in seen and not _is_rank(seen["rank"][few], case, part):
-        row["failed"] = "wrong rank"
-    if not all(torch.equal(seen[name], again[name]) for name in seen):
-        row["failed"] = "repeats differ"
-    if case.real:
-        row["ours"] = _measure(lambda: _loss(case, arguments, backend), device)
-        row["eager"] = _measure(lambda: _loss(case, arguments, "eager"), device)
+Errors = dict[str, tuple[float, float]]  # ours, and the eager form's or what rounding makes
+
+
+def _maps(case: Case, device: torch.device) -> Iterator[Tensor]:
+    layout = torch.channels_last if "channels_last" in case.options else torch.contiguous_format
+    for grid in (case.shape[2:], case.key_grid):
+        yield torch.randn(*case.shape[:2], *grid, device=device).to(case.dtype, memory_format=layout)
 
 
 def _loss_arguments(case: Case, device: torch.device) -> dict[str, Any]:
     batch, channels, *grid = case.shape
-    layout = torch.channels_last if "channels_last" in case.options else torch.contiguous_format
-
-    def projections(*side: int) -> Tensor:
-        return torch.randn(batch, channels, *side, device=device).to(case.dtype, memory_format=layout)
-
+    query, key = _maps(case, device)
     rows = F.normalize(torch.randn(case.negatives, channels, device=device), dim=1)
     rows = rows if "autocast" in case.options else rows.to(case.dtype)
     count = torch.tensor(case.negatives - case.negatives // 8, device=device)
-    keys = case.key_grid[0] * case.key_grid[1]
     temperature = 0.01 if "cold" in case.options else 0.2
     return {
-        "query": projections(*grid),
-        "key": projections(*case.key_grid),
-        "negatives": _Queue(rows, count) if "count" in case.options else rows,
-        "correspondence": torch.randint(keys, (batch, grid[0] * grid[1]), device=device),
+        "query": query,
+        "key": key,
+        "negatives": SimpleNamespace(rows=rows, count=count) if "count" in case.options else rows,
+        "correspondence": torch.randint(math.prod(case.key_grid), (batch, math.prod(grid)), device=device),
         "temperature": torch.tensor(temperature, device=device) if "learned" in case.options else temperature,
         "exclude": torch.arange(batch, device=device) * 7 if "exclude" in case.options else None,
     }
 
 
-def _loss(case: Case, arguments: dict[str, Any], backend: BackendName) -> dict[str, Tensor]:
-    """Loss of every row, its gradients, and the rank if that is one of the options."""
-    frozen = "frozen" in case.options
-    leaves = {"query": arguments["query"].detach().requires_grad_()}
-    if not frozen:
-        leaves["key"] = arguments["key"].detach().requires_grad_()
-        if "count" not in case.options:
-            leaves["negatives"] = arguments["negatives"].detach().requires_grad_()
-    if "learned" in case.options:
-        leaves["temperature"] = arguments["temperature"].detach().requires_grad_()
-    autocast: AbstractContextManager[object] = nullcontext()
-    if "autocast" in case.options:
-        autocast = torch.autocast(arguments["query"].device.type, torch.bfloat16)
-    options: dict[str, Any] = {**arguments, **leaves, "return_rank": "rank" in case.options}
-    with autocast:
-        result = dense_info_nce(**options, reduction="none", backend=backend)
-    loss, rank = result if isinstance(result, tuple) else (result, None)
+def _loss(case: Case, arguments: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    """Loss of every row, its gradients and, if that is one of the options, the rank; or "exact" ones with margins."""
+    names = ["query"] if "frozen" in case.options else ["query", "key"]
+    names += ["negatives"] if not {"frozen", "count"} & set(case.options) else []
+    names += ["temperature"] if "learned" in case.options else []
+    call: Callable[..., Any] = functools.partial(
+        dense_info_nce, reduction="none", return_rank="rank" in case.options, backend=backend
+    )
+    leaves = {name: arguments[name].detach() for name in names}
+    if backend == "exact":
+        call, leaves = exact_loss, {name: x.double() for name, x in leaves.items()}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    with torch.autocast(arguments["query"].device.type, torch.bfloat16, enabled="autocast" in case.options):
+        result = call(**(arguments | leaves))
+    loss, *more = result if isinstance(result, tuple) else (result,)
     gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
     found = {"loss": loss.detach()} | {f"gradient to {name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return found if rank is None else found | {"rank": rank}
+    return found | {"margin" if backend == "exact" else "rank": x for x in more}
 
 
-def _is_rank(rank: Tensor, case: Case, arguments: dict[str, Any]) -> bool:
-    """Whether logits that are off by no more than rounding can give this rank."""
-    query, key, rows = (
-        x.double() for x in (arguments["query"].flatten(2), arguments["key"].flatten(2), _rows(arguments))
-    )
-    query, key = F.normalize(query, dim=1).transpose(1, 2), F.normalize(key, dim=1).transpose(1, 2)
-    positive = (query * key.gather(1, arguments["correspondence"][:, :, None].expand_as(query))).sum(2, keepdim=True)
-    negative = query @ rows.t()
-    column = torch.arange(len(rows), device=rank.device)
-    if "count" in case.options:
-        negative[..., column >= arguments["negatives"].count] = -1e3
-    if "exclude" in case.options:
-        negative.masked_fill_(column == arguments["exclude"][:, None, None], -1e3)
-    tolerance = 4 * torch.finfo(case.dtype).eps
-    low, high = (negative > positive + tolerance).sum(2), (negative > positive - tolerance).sum(2)
-    return bool(((low <= rank) & (rank <= high)).all())
+def _judge_loss(case: Case, arguments: dict[str, Any], seen: dict[str, Tensor]) -> tuple[Errors, str | None]:
+    if case.real:  # its first images, and what depends on no other
+        arguments = arguments | {x: arguments[x][:FEW_IMAGES] for x in ("query", "key", "correspondence")}
+        seen = {name: x[:FEW_IMAGES] for name, x in seen.items() if name in ("loss", "gradient to query", "rank")}
+    eager, exact = (_loss(case, arguments, backend) for backend in ("eager", "exact"))
+    errors = {x: (_error(seen[x], exact[x]), _error(eager[x], exact[x])) for x in exact if x in seen}
+    if "rank" in seen:  # logits that are off by no more than rounding can give it
+        tolerance = 4 * torch.finfo(case.dtype).eps
+        low, high = ((exact["margin"] > bound).sum(2) for bound in (tolerance, -tolerance))
+        if not ((low <= seen["rank"]) & (seen["rank"] <= high)).all():
+            return errors, "wrong rank"
+    wrong = not all(ours <= 2 * theirs + 1e-6 for ours, theirs in errors.values())
+    return errors, "more than twice the error of the eager form" if wrong else None
 
 
-def _check_matching(case: Case, backend: BackendName, device: torch.device, row: dict[str, Any]) -> None:
-    layout = torch.channels_last if "channels_last" in case.options else torch.contiguous_format
-    batch, channels, *grid = case.shape
-    query, key = (
-        torch.randn(batch, channels, *side, device=device).to(case.dtype, memory_format=layout)
-        for side in (grid, case.key_grid)
-    )
+def _matching_arguments(case: Case, device: torch.device) -> dict[str, Any]:
+    return dict(zip(("query_features", "key_features"), _maps(case, device), strict=True))
 
-    def match(name: BackendName) -> Any:
-        return dense_correspondence(query, key, mutual="mutual" in case.options, backend=name)
 
-    seen = match(backend)
-    repeats = [match(backend) for _ in range(REPEATS if "repeated" in case.options and device.type == "cuda" else 1)]
+def _matching(case: Case, arguments: dict[str, Any], backend: BackendName) -> dict[str, Tensor]:
+    return dense_correspondence(**arguments, mutual="mutual" in case.options, backend=backend)._asdict()
+
+
+def _judge_matching(case: Case, arguments: dict[str, Any], seen: dict[str, Tensor]) -> tuple[Errors, str | None]:
     few = slice(None) if "repeated" in case.options else slice(0, FEW_IMAGES)
-    q, k = (F.normalize(x[few].flatten(2).double(), dim=1) for x in (query, key))
-    best, index = (q.transpose(1, 2) @ k).topk(2, dim=2)
-    row["errors"]["score"] = (float((seen.score[few] - best[..., 0]).abs().max()), 1e-6)
-    if not row["errors"]["score"][0] <= 1e-5:
-        row["failed"] = "wrong score"
+    query, key = (F.normalize(x[few].flatten(2).double(), dim=1) for x in arguments.values())
+    index, score, valid = (x[few] for x in seen.values())
+    best, which = (query.mT @ key).topk(2, dim=2)
+    error = float((score - best[..., 0]).abs().max())
     clear = best[..., 0] - best[..., 1] > 1e-6  # two keys that score alike to rounding: either may win
-    if not torch.equal(seen.index[few][clear], index[..., 0][clear]):
-        row["failed"] = "wrong index"
+    failed = None if error <= 1e-5 else "wrong score"
+    if not torch.equal(index[clear], which[..., 0][clear]):
+        failed = "wrong index"
     if "mutual" in case.options:
-        back = (k.transpose(1, 2) @ q).argmax(2).gather(1, seen.index[few])
-        if not torch.equal(seen.valid[few], back == torch.arange(back.shape[1], device=device)):
-            row["failed"] = "wrong mutual pairs"
-    if not all(torch.equal(a, b) for again in repeats for a, b in zip(seen, again, strict=True)):
-        row["failed"] = "repeats differ"
-    if case.real:
-        row["ours"] = _measure(lambda: match(backend), device)
-        row["eager"] = _measure(lambda: match("eager"), device)
-
-
-def _rows(arguments: dict[str, Any]) -> Tensor:
-    negatives = arguments["negatives"]
-    return negatives.rows if isinstance(negatives, _Queue) else negatives
-
-
-def _in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
-    def exact(value: Any) -> Any:
-        if isinstance(value, _Queue):
-            return value._replace(rows=value.rows.double())
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: exact(value) for name, value in arguments.items()}
+        back = (key.mT @ query).argmax(2).gather(1, index)
+        if not torch.equal(valid, back == torch.arange(back.shape[1], device=back.device)):
+            failed = "wrong mutual pairs"
+    return {"score": (error, 1e-6)}, failed
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
@@ -268,7 +261,7 @@ def environment(device: torch.device, backend: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "densecl_ops": densecl_ops.__version__,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": importlib.import_module("triton").__version__ if _backends.HAS_TRITON else None,
         "python": platform.python_version(),
         "system": platform.platform(),
         "backend": backend,
@@ -278,24 +271,12 @@ def environment(device: torch.device, backend: str) -> dict[str, Any]:
         found["device"] = torch.cuda.get_device_name(device)
         found |= _triton.describe(device)._asdict()
         found["toolkit"] = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-        found["driver"] = _driver()
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[
+                0
+            ]
     return found
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    if shutil.which(query[0]) is None:
-        return None
-    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-    return answer[0] if answer else None
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
 
 
 def _line(row: dict[str, Any]) -> str:
