@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,21 +90,17 @@ def byol_images(step: int) -> tuple[Tensor]:
     return (torch.randn(BATCH, 3, 64, 64, generator=torch.Generator().manual_seed(step), dtype=torch.float64),)
 
 
-class Recipe(NamedTuple):
-    model: Callable[[], Any]
-    images: Callable[[int], tuple[Tensor, ...]]  # of all ranks at a step
-
-
-RECIPES = {
-    "moco": Recipe(dense_moco, moco_views),
-    "moco, shuffle not undone": Recipe(dense_moco_unshuffled, moco_views),
-    "byol-pytorch": Recipe(dense_byol, byol_images),
+# Name -> its model, and the images of all ranks at a step.
+RECIPES: dict[str, tuple[Callable[[], Any], Callable[[int], tuple[Tensor, ...]]]] = {
+    "moco": (dense_moco, moco_views),
+    "moco, shuffle not undone": (dense_moco_unshuffled, moco_views),
+    "byol-pytorch": (dense_byol, byol_images),
 }
 
 
 def new_model(name: str) -> Any:
     torch.manual_seed(0)
-    return RECIPES[name].model()
+    return RECIPES[name][0]()
 
 
 def run(name: str, model: Any, wrapped: nn.Module, share: slice) -> list[dict[str, Any]]:
@@ -113,7 +109,7 @@ def run(name: str, model: Any, wrapped: nn.Module, share: slice) -> list[dict[st
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     steps = []
     for step in range(STEPS):
-        image_loss, dense_loss, *ranks = wrapped(*(images[share] for images in RECIPES[name].images(step)))
+        image_loss, dense_loss, *ranks = wrapped(*(images[share] for images in RECIPES[name][1](step)))
         optimizer.zero_grad()
         (0.3 * image_loss + 0.7 * dense_loss).backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -213,10 +213,9 @@ def _placed(value: Tensor, own: Tensor) -> Tensor:
     """As a module holds it: in the shards of FSDP2 where its own tensor is."""
     if not _checks.is_sharded(own):
         return value
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    assert isinstance(own, DTensor)
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]
 
 
 def _plain_state(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
