@@ -86,18 +86,6 @@ def test_enqueue_does_not_read_on_the_host() -> None:
             int(queue.count)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("init", ["random", "empty"])
-def test_step_does_not_wait_for_the_gpu(backend: str, init: str) -> None:
-    step, features = Step(backend, torch.float32, init).cuda(), [x.cuda() for x in views(4, torch.float32)]
-    sum(step(*features)[:2]).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        sum(step(*features)[:2]).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 STATM = Path("/proc/self/statm")
