@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks import curves, host, kernels, loss, matching, queue, render, step, tune
+from benchmarks import curves, host, kernels, loss, matching, queue, regions, render, step, tune
 from benchmarks.transfer import suite as transfer
 
 
@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "queue": (queue.SUITE, "enqueueing against slice and clone"),
     "step": (step.SUITE, "a whole MoCo-v2 step, without and with the dense term"),
     "host": (host.SUITE, "host time and Python frames of small calls"),
+    "regions": (regions, "how often a call on a CPU waits for all threads"),
     "tune": (tune.SUITE, "time other tile shapes for a Triton kernel on this GPU"),
     "kernels": (kernels, "compile every Triton kernel for GPUs that are not here"),
     "transfer": (transfer, "does the dense term help? pre-training, then four dense tasks"),

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -25,7 +23,7 @@ from unittest import mock
 import torch
 
 from benchmarks import tune
-from benchmarks.records import write
+from benchmarks.records import table, write
 
 TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
     "sm_80": (108, 166_912),
@@ -122,29 +120,24 @@ def compile_case(case: Case) -> Compiled:
     compiled, options = caught[0]
     blocks = "x".join(str(options[name]) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_D") if name in options)
     config = f"{blocks} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
-    read = _read_amd if case.target.startswith("gfx") else _read_nvidia
-    return Compiled(case, config, *read(case.target, compiled))
+    return Compiled(case, config, **read(case.target, compiled))
 
 
-Read = Callable[[str, Any], list[Any]]  # the fields of Compiled from `registers` on
+def read(target: str, compiled: Any) -> dict[str, Any]:
+    """The other fields of Compiled.
 
-
-def _remembered(read: Read) -> Read:
-    """Kept in build/kernels by Triton's hash of source, arguments, options and compiler, and by the reader's source."""
-    reader = "".join(inspect.getsource(function) for function in (read, overwrites, reduces_narrowly))
-
-    @functools.wraps(read)
-    def call(target: str, compiled: Any) -> list[Any]:
-        key = hashlib.sha256((compiled.hash + reader).encode()).hexdigest()
-        path = Path(__file__).parent.parent / "build" / "kernels" / f"{key}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                json.dump(read(target, compiled), file)
-            Path(file.name).replace(path)
-        return list(json.loads(path.read_text()))
-
-    return call
+    Kept in build/kernels by Triton's hash of source, arguments, options and compiler, and by this file.
+    """
+    key = hashlib.sha256(compiled.hash.encode() + Path(__file__).read_bytes()).hexdigest()
+    path = Path(__file__).parent.parent / "build" / "kernels" / f"{key}.json"
+    if not path.exists():
+        found = (_read_amd if target.startswith("gfx") else _read_nvidia)(target, compiled)
+        found |= {"shared": compiled.metadata.shared, "narrow": reduces_narrowly(compiled.asm["ttir"])}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:  # other processes read meanwhile
+            json.dump(found, file)
+        Path(file.name).replace(path)
+    return dict(json.loads(path.read_text()))
 
 
 def reduces_narrowly(ttir: str) -> bool:
@@ -185,8 +178,7 @@ def overwrites(ttgir: str) -> bool:
     return False
 
 
-@_remembered
-def _read_nvidia(target: str, compiled: Any) -> list[Any]:
+def _read_nvidia(target: str, compiled: Any) -> dict[str, Any]:
     import triton
 
     assembly = compiled.asm["sass"]
@@ -199,43 +191,23 @@ def _read_nvidia(target: str, compiled: Any) -> list[Any]:
         source.write_text(compiled.asm["ptx"])
         command = [str(ptxas), "-v", f"--gpu-name={target}{suffix}", str(source), "-o", os.devnull]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = int(re.findall(r"Used (\d+) registers", report)[0])
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
     found = [label for mark, label in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)]
-    copies = "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly)
-    racing = overwrites(compiled.asm["ttgir"])
-    matrix = found[0] if found else "none"
-    return [
-        registers,
-        spills,
-        compiled.metadata.shared,
-        matrix,
-        copies,
-        "C751" in report,
-        racing,
-        reduces_narrowly(compiled.asm["ttir"]),
-    ]
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "matrix": found[0] if found else "none",
+        "copies": "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly),
+        "serialised": "C751" in report,
+        "racing": overwrites(compiled.asm["ttgir"]),
+    }
 
 
-@_remembered
-def _read_amd(target: str, compiled: Any) -> list[Any]:
+def _read_amd(target: str, compiled: Any) -> dict[str, Any]:
     assembly = compiled.asm["amdgcn"]
-
-    def field(name: str) -> int:
-        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])
-
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+    fields = {key: int(value) for key, value in re.findall(r"\.([sv]gpr\w*count):\s+(\d+)", assembly)}
+    spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
     matrix = "mfma" if "v_mfma" in assembly else "none"
-    return [
-        field("vgpr_count"),
-        spills,
-        compiled.metadata.shared,
-        matrix,
-        "",
-        False,
-        False,
-        reduces_narrowly(compiled.asm["ttir"]),
-    ]
+    return {"registers": fields["vgpr_count"], "spills": spills, "matrix": matrix}
 
 
 def _problem(case: Case) -> Any:
@@ -362,16 +334,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(compile_case, cases(arguments.target)))
-    head = f"{'target':8} {'kernel':22} {'dtype':9} {'D':>4} {'variant':38} {'config':22}"
-    print(f"{head} regs spill  smem  matrix   async")
+    heads = (*Case._fields, "tiles", "registers", "spills", "shared", "matrix", "copies", "")
+    lines = []
     for row in rows:
-        case = row.case
-        line = f"{case.target:8} {case.kernel:22} {case.dtype:9} {case.channels:4} {case.variant:38} {row.config:22}"
-        if row.error:
-            print(f"{line} {row.error}")
-            continue
-        found = " SERIALISED" * row.serialised + " RACE" * row.racing + " NARROW" * row.narrow
-        flags = f"{row.matrix:8} {row.copies or 'no'}{found}"
-        print(f"{line} {row.registers:4} {row.spills:5} {row.shared // 1024:4}K  {flags}")
+        marks = " SERIALISED" * row.serialised + " RACE" * row.racing + " NARROW" * row.narrow
+        lines.append([str(x) for x in (*row.case, *row[1:7], row.error or marks.strip())])
+    print(table(heads, lines))
     if arguments.json:
         write(arguments.json, [{**row._asdict(), "case": row.case._asdict()} for row in rows])

@@ -159,6 +159,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", nargs="+", choices=("train", "forward"), default=["train", "forward"])
 
 
-TITLE = "N = {n:,}, K = {k:,}, D = {d}, {dtype}, {mode}"
+TITLE = "N = {n:,}, K = {k:,}, D = {d}, {dtype}, {mode}, {cache}"
 COLUMNS = {"tflops": "TFLOP/s", "share_of_matmul": "of mm", "error_loss": "err loss", "error_gradient": "err grad"}
 SUITE = Suite("loss", TITLE, shapes, measure, COLUMNS, add_options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from matplotlib.ticker import NullFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from benchmarks.records import RESULTS
 from benchmarks.transfer.page import by_seed, value
 from benchmarks.transfer.pretraining import ARMS
-from benchmarks.transfer.records import TASKS, Record
+from benchmarks.transfer.records import TASKS, load
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well. Lines get thinner from the first to the last, so
 # that none hides another; ours is the wide black one below all.
@@ -31,15 +34,15 @@ STYLES = {
     "attention, cuDNN": ("cuDNN attention by hand", "#56b4e9", "P"),
     "densecl_ops": ("densecl_ops", "#000000", "*"),
 }
-Case = dict[str, Any]
 
 
-def draw_loss(record: dict[str, Any], dtype: str) -> Figure:
+def draw_loss(source: Path, dtype: str) -> Figure:
     """Four panels of training (forward + backward) at D = 128 in one dtype."""
+    record = json.loads(source.read_text())
     wanted = {"d": 128, "dtype": dtype, "mode": "train", "cache": "warm"}
     cases = [case for case in record["cases"] if wanted.items() <= case["shape"].items()]
-    against_n = sorted((c for c in cases if c["shape"]["k"] == 65536), key=lambda c: int(c["shape"]["n"]))
     n = statistics.mode(case["shape"]["n"] for case in cases)  # the N with most K
+    against_n = sorted((c for c in cases if c["shape"]["k"] == 65536), key=lambda c: int(c["shape"]["n"]))
     against_k = sorted((c for c in cases if c["shape"]["n"] == n), key=lambda c: int(c["shape"]["k"]))
 
     figure = Figure(figsize=(9.6, 7.2), layout="constrained", dpi=110)
@@ -55,25 +58,20 @@ def draw_loss(record: dict[str, Any], dtype: str) -> Figure:
     environment = record["runs"][-1]["environment"]
     device = environment["gpu"] or environment["device"]
     figure.suptitle(f"Loss forward + backward, {dtype}, D = 128; {device}, torch {environment['torch']}", fontsize=11)
-    handles = {label: line for line, label in zip(*time_n.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _legend(figure, fontsize=9)
     return figure
 
 
-def _panel(axes: Axes, cases: list[Case], along: str, value: str, title: str, unit: str) -> None:
+def _panel(axes: Axes, cases: list[dict[str, Any]], along: str, value: str, title: str, unit: str) -> None:
     for place, (name, (label, colour, marker)) in enumerate(STYLES.items()):
-        points = []
-        for case in cases:
-            row = case["rows"].get(name, {"failed": ""})
-            if "failed" not in row and value in row:
-                number = row[value][1] if value == "milliseconds" else row[value]
-                points.append((case["shape"][along], max(number, 0.1) if value == "peak_extra_mib" else number))
+        rows = [(case["shape"][along], case["rows"].get(name, {})) for case in cases]
+        points = [(x, row[value][1] if value == "milliseconds" else row[value]) for x, row in rows if value in row]
         if points:
-            size, width, order = (8 - 0.6 * place, 3 - 0.3 * place, 2)
-            if name == "densecl_ops":
-                size, width, order = (13, 5, 1)
+            size, width, order = (13, 5, 1) if name == "densecl_ops" else (8 - 0.6 * place, 3 - 0.3 * place, 2)
             style: dict[str, Any] = {"color": colour, "marker": marker, "ms": size, "lw": width, "zorder": order}
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            along_x, along_y = zip(*points, strict=True)
+            lowest = 0.1 if value == "peak_extra_mib" else 0  # the scale is a logarithm's
+            axes.plot(along_x, [max(y, lowest) for y in along_y], label=label, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({case["shape"][along] for case in cases})
@@ -91,6 +89,11 @@ def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _legend(figure: Figure, **options: Any) -> None:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, **options)
+
+
 CURVES = {  # column: (title, unit)
     "image_loss": ("image term", "loss in nats"),
     "dense_loss": ("dense term", "loss in nats"),
@@ -99,41 +102,31 @@ CURVES = {  # column: (title, unit)
     "match_score": ("match score", "mean cosine"),
     "mutual_share": ("mutual share", "share of positions"),
 }
-Style = dict[str, Any]
-WIDE, THIN = {"linewidth": 3.6}, {"linewidth": 1.2}  # pale and wide below, dark and thin above: neither hides the other
+# Pale and wide below, dark and thin above: neither hides the other.
+HEALTHY: dict[str, dict[str, Any]] = {
+    "random": {"color": "#8fcdf0", "linewidth": 3.6},
+    "random-no-warmup": {"color": "#f5c45e", "linewidth": 3.6},
+    "empty": {"color": "#00467a", "linewidth": 1.2},
+    "empty-no-warmup": {"color": "#a33c00", "linewidth": 1.2, "linestyle": "--"},
+}
+BROKEN: dict[str, dict[str, Any]] = {
+    "random": {"color": "#c9c9c9", "linewidth": 3.6, "label": "healthy (random queue, warm-up)"},
+    "enqueue-first": {"color": "#00795a", "linewidth": 1.2},
+    "same-view": {"color": "#b0468a", "linewidth": 1.2, "linestyle": "-."},
+    "high-lr": {"color": "#000000", "linewidth": 1.8, "linestyle": ":"},
+}
 
 
-def draw_healthy(runs: dict[str, dict[str, Any]]) -> Figure:
-    """Both starts of the queue, with and without warm-up of lambda."""
-    styles = {
-        "random": {"color": "#8fcdf0"} | WIDE,
-        "random-no-warmup": {"color": "#f5c45e"} | WIDE,
-        "empty": {"color": "#00467a"} | THIN,
-        "empty-no-warmup": {"color": "#a33c00", "linestyle": "--"} | THIN,
-    }
-    return _draw_curves({runs[name]["label"]: (runs[name], style) for name, style in styles.items()})
-
-
-def draw_broken(runs: dict[str, dict[str, Any]]) -> Figure:
-    """Every broken run as far as it went, above a healthy one."""
-    styles = {
-        "enqueue-first": {"color": "#00795a"} | THIN,
-        "same-view": {"color": "#b0468a", "linestyle": "-."} | THIN,
-        "high-lr": {"color": "#000000", "linestyle": ":"} | THIN | {"linewidth": 1.8},
-    }
-    healthy = {"healthy (random queue, warm-up)": (runs["random"], {"color": "#c9c9c9"} | WIDE)}
-    return _draw_curves(healthy | {runs[name]["label"]: (runs[name], style) for name, style in styles.items()})
-
-
-def _draw_curves(lines: Mapping[str, tuple[dict[str, Any], Style]]) -> Figure:
+def draw_curves(source: Path, styles: dict[str, dict[str, Any]]) -> Figure:
     """A panel for each column, the step on a log scale."""
+    runs = {name: json.loads((source / f"{name}.json").read_text()) for name in styles}
     figure = Figure(figsize=(11, 6.4), layout="constrained", dpi=90)
-    lengths = {len(run["history"]["top1"]) for run, _ in lines.values()}
-    ticks = sorted({1, 10, 32, 50, *lengths})  # 32: the queue is full; 50: the warm-up ends
+    ticks = sorted({1, 10, 32, 50, *(len(run["history"]["top1"]) for run in runs.values())})
+    # 32: the queue is full; 50: the warm-up ends
     for axes, (column, (title, unit)) in zip(figure.subplots(2, 3).ravel(), CURVES.items(), strict=True):
-        for label, (run, style) in lines.items():
+        for name, run in runs.items():
             values = smooth(run["history"][column])
-            axes.plot(range(1, len(values) + 1), values, label=label, **style)
+            axes.plot(range(1, len(values) + 1), values, **{"label": run["label"], **styles[name]})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
         axes.minorticks_off()
@@ -141,7 +134,7 @@ def _draw_curves(lines: Mapping[str, tuple[dict[str, Any], Style]]) -> Figure:
         axes.set_xlabel("step (log scale)")
         axes.set_ylabel(unit)
         _plain(axes)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    _legend(figure)
     return figure
 
 
@@ -151,8 +144,9 @@ def smooth(values: list[float]) -> list[float]:
     return [statistics.fmean(values[max(0, i - near) : i + near + 1]) for i, near in enumerate(reach)]
 
 
-def draw_runs(records: list[Record]) -> Figure:
+def draw_runs(source: Path) -> Figure:
     """A panel per dense task; runs of one seed are joined by a line, the bar is the mean."""
+    records = load(source)
     figure = Figure(figsize=(9.6, 3.4), layout="constrained", dpi=110)
     for axes, (task, (_, heading)) in zip(figure.subplots(1, len(TASKS)), TASKS.items(), strict=True):
         every = [[value(run, task) for _, run in sorted(by_seed(records, arm).items())] for arm in ARMS]
@@ -163,14 +157,25 @@ def draw_runs(records: list[Record]) -> Figure:
         if task == "propagation":
             axes.axhline(records[0]["test.unmoved"]["miou"], color="#666666", ls=":", lw=1)
             axes.set_xlabel("dotted: labels left\nwhere they were", fontsize=8)
-        axes.set_xticks(
-            range(len(ARMS)), [arm.replace("image", "image\nterm") for arm in ARMS], fontsize=8, rotation=45
-        )
+        labels = [arm.replace("image", "image\nterm") for arm in ARMS]
+        axes.set_xticks(range(len(ARMS)), labels, fontsize=8, rotation=45)
         axes.set_xlim(-0.6, len(ARMS) - 0.4)
         axes.tick_params(axis="y", labelsize=8)
         axes.set_title(heading, fontsize=9)
         _plain(axes)
     return figure
+
+
+def plots() -> Iterator[tuple[str, Path, Callable[[Path], Figure]]]:
+    """Name under docs/images, results, and how they are drawn, of every plot there should be."""
+    yield "transfer-runs", RESULTS / "transfer_cpu", draw_runs
+    yield "curves-healthy", RESULTS / "curves_cpu", functools.partial(draw_curves, styles=HEALTHY)
+    yield "curves-broken", RESULTS / "curves_cpu", functools.partial(draw_curves, styles=BROKEN)
+    for source in sorted(RESULTS.glob("*/loss.json")):
+        shapes = [case["shape"] for case in json.loads(source.read_text())["cases"]]
+        if len({shape["n"] for shape in shapes if shape["k"] == 65536}) > 1:  # else nothing to draw against N
+            for dtype in sorted({shape["dtype"] for shape in shapes}):
+                yield f"loss-{source.parent.name}-{dtype}", source, functools.partial(draw_loss, dtype=dtype)
 
 
 def digest(source: Path) -> str:
@@ -179,11 +184,13 @@ def digest(source: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def save(figure: Figure, source: Path, target: Path) -> None:
-    """The digest of its source goes into the picture, so that a test can tell a stale one."""
-    drawn, note = io.BytesIO(), PngInfo()
-    figure.savefig(drawn)
-    note.add_text("Source", digest(source))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # 128 colours are enough for lines and a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(target, optimize=True, pnginfo=note)
+def save_all(folder: Path) -> None:
+    """The digest of its source goes into a picture, so that a test can tell a stale one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source, draw in plots():
+        drawn, note = io.BytesIO(), PngInfo()
+        draw(source).savefig(drawn)
+        note.add_text("Source", digest(source))
+        # 128 colours are enough for lines and a third of the bytes.
+        picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        picture.save(folder / f"{name}.png", optimize=True, pnginfo=note)

@@ -79,7 +79,7 @@ class Suite(NamedTuple):
                 before = clocks(arguments.device)
                 rows = self.measure(shape, arguments)
                 add_ratios(rows)
-                print_rows(self.title_of(shape), rows, self.columns)
+                print_rows(self.title.format(**shape), rows, self.columns)
                 if run not in record["runs"]:
                     record["runs"].append(run)
                 case = {"run": record["runs"].index(run), "shape": shape, "clocks": [before, clocks(arguments.device)]}
@@ -89,9 +89,6 @@ class Suite(NamedTuple):
         if wanted:
             print(f"{len(wanted)} cases left by --limit; the same command goes on with them")
         print(f"{path.name}: {time.perf_counter() - began:.0f} s")
-
-    def title_of(self, shape: Shape) -> str:
-        return self.title.format(**shape) + (", cold cache" if shape.get("cache") == "cold" else "")
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.curves import BROKEN, HEALTHY
+from benchmarks import matching, queue, step
+from benchmarks.curves import RUNS
 from benchmarks.loss import HEADLINE, HEADLINE_CPU, PLAIN
 from benchmarks.records import OURS, RESULTS, table
 from benchmarks.transfer import page as transfer
-from benchmarks.transfer.records import load as load_runs
 
 ROOT = Path(__file__).parent.parent
 NAMES = {  # contestant: (in a row of its own, at the head of a column)
@@ -111,51 +111,40 @@ def loss(folder: str) -> str:
 
 
 def grid(folder: str) -> str:
-    """Every case of the loss suite: ours in milliseconds, all others as multiples of it."""
+    """Every case of the loss suite."""
     every, parts = load(folder, "loss")["cases"], []
     names = [name for name in served(every) if not name.startswith(OURS)]
     for mode, title in MODES.items():
         cases = [case for case in every if case["shape"]["mode"] == mode]
+        cases.sort(key=lambda case: [case["shape"][key] for key in ("dtype", "d", "k", "n", "cache")])
         heads = ["N, K, D, dtype", "ours", "extra memory", *(NAMES[name][1] for name in names)]
-        lines = []
-        for case in sorted(cases, key=lambda c: [c["shape"][key] for key in ("dtype", "d", "k", "n", "cache")]):
-            rows = case["rows"]
-            start = "{n:,}, {k:,}, {d}, {dtype}".format(**case["shape"]) + _cold(case)
-            memory = f"{rows[OURS]['peak_extra_mib']:,.0f} MiB"
-            cells = [start, _median(rows[OURS]), memory, *(_multiple(rows.get(name)) for name in names)]
-            lines.append(cells)
+        lines = multiples(cases, "{n:,}, {k:,}, {d}, {dtype}", names)
+        for line, case in zip(lines, cases, strict=True):
+            line.insert(2, f"{case['rows'][OURS]['peak_extra_mib']:,.0f} MiB")
         parts.append(f"{title}:\n\n{table(heads, lines)}")
     return "\n\n".join(parts)
 
 
 def others(folder: str) -> str:
-    """Matching, queue and step: medians as multiples of ours."""
+    """Matching, queue and step."""
     parts = []
-    for suite, title in (
-        ("matching", "{b} x {c} x {grid} x {grid}, {dtype}, {layout}"),
-        ("queue", "{n:,} keys into {k:,} x {d}"),
-        ("step", "{backbone} encoder, batch {batch}, {pixels} px, K = {k:,}"),
-    ):
-        if not (RESULTS / folder / f"{suite}.json").exists():
-            continue
-        cases = load(folder, suite)["cases"]
-        names = [name for name in cases[0]["rows"] if name != OURS]
-        heads = [f"{suite}: ms, then times ours", OURS, *names]
-        lines = []
-        for case in cases:
-            start, rows = title.format(**case["shape"]) + _cold(case), case["rows"]
-            cells = [start, _median(rows[OURS]), *(_multiple(rows.get(name)) for name in names)]
-            lines.append(cells)
-        parts.append(table(heads, lines))
+    for suite in (matching.SUITE, queue.SUITE, step.SUITE):
+        if (RESULTS / folder / f"{suite.name}.json").exists():
+            cases = load(folder, suite.name)["cases"]
+            names = [name for name in cases[0]["rows"] if name != OURS]
+            heads = [f"{suite.name}: ms, then times ours", OURS, *names]
+            parts.append(table(heads, multiples(cases, suite.title, names)))
     return "\n\n".join(parts)
 
 
-def _cold(case: dict[str, Any]) -> str:
-    return ", cold cache" if case["shape"].get("cache") == "cold" else ""
-
-
-def _median(row: dict[str, Any]) -> str:
-    return _ms(row["milliseconds"][1]) if "milliseconds" in row else "failed"
+def multiples(cases: list[dict[str, Any]], title: str, names: list[str]) -> list[list[str]]:
+    """A row per case: ours in milliseconds, all others as multiples of it."""
+    lines = []
+    for case in cases:
+        rows, cold = case["rows"], ", cold cache" if case["shape"].get("cache") == "cold" else ""
+        median = _ms(rows[OURS]["milliseconds"][1]) if "milliseconds" in rows[OURS] else "failed"
+        lines.append([title.format(**case["shape"]) + cold, median, *(_multiple(rows.get(name)) for name in names)])
+    return lines
 
 
 def _ms(value: float) -> str:
@@ -164,10 +153,8 @@ def _ms(value: float) -> str:
 
 
 def _multiple(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    if "ratio" in row:
-        return f"{row['ratio']:.2f}"
+    if row is None or "ratio" in row:
+        return f"{row['ratio']:.2f}" if row else ""
     reason = str(row.get("failed", "")).lower()
     return "no memory" if "memory" in reason or "gib" in reason else "cannot"
 
@@ -191,16 +178,13 @@ def _mean(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def load_curves(folder: str) -> dict[str, dict[str, Any]]:
-    return {name: json.loads((RESULTS / folder / f"{name}.json").read_text()) for name in HEALTHY | BROKEN}
-
-
 def curves(folder: str, last: int = 20) -> str:
     """One row per run: first step, extreme and end (mean of the `last` steps), and matches on the stereo pair."""
     heads = ["run", "image term: start, end", "dense term: start, peak (step), end", "top-1: start, end", "top-5: end"]
     heads += ["match score: start, end", "mutual share: start, low (step), end", "stereo"]
     lines = []
-    for run in load_curves(folder).values():
+    for name in RUNS:
+        run = load(folder, name)
         history = run["history"]
         start = {key: f"{values[0]:.2f}" for key, values in history.items()}
         end = {key: f"{statistics.fmean(values[-last:]):.2f}" for key, values in history.items()}
@@ -249,18 +233,6 @@ def rendered(page: str) -> str:
     return MARKED.sub(write, (ROOT / page).read_text())
 
 
-def plots() -> list[tuple[Path, str, str]]:
-    """Results, name under docs/images, and what is drawn, of every plot there should be."""
-    found = [(RESULTS / "transfer_cpu", "transfer-runs", "runs")]
-    found += [(RESULTS / "curves_cpu", f"curves-{what}", what) for what in ("healthy", "broken")]
-    for source in sorted(RESULTS.glob("*/loss.json")):
-        shapes = [case["shape"] for case in json.loads(source.read_text())["cases"]]
-        if len({shape["n"] for shape in shapes if shape["k"] == 65536}) > 1:  # else nothing to draw against N
-            dtypes = sorted({shape["dtype"] for shape in shapes})
-            found += [(source, f"loss-{source.parent.name}-{dtype}", dtype) for dtype in dtypes]
-    return found
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """None."""
 
@@ -268,13 +240,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     for page in pages():
         (ROOT / page).write_text(rendered(page))
-    from benchmarks.plots import draw_broken, draw_healthy, draw_loss, draw_runs, save  # which need matplotlib
+    from benchmarks.plots import save_all  # which needs matplotlib
 
-    for source, name, what in plots():
-        if what == "runs":
-            figure = draw_runs(load_runs(source))
-        elif what in ("healthy", "broken"):
-            figure = (draw_healthy if what == "healthy" else draw_broken)(load_curves(source.name))
-        else:
-            figure = draw_loss(json.loads(source.read_text()), what)
-        save(figure, source, ROOT / "docs" / "images" / f"{name}.png")
+    save_all(ROOT / "docs" / "images")

@@ -7,7 +7,6 @@ dense loss, the second queue.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,20 +54,16 @@ class Trainer(nn.Module):
         self.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.backbone_k.requires_grad_(False)
         self.head_k.requires_grad_(False)
-        self.pairs = [
-            list(zip(ours.parameters(), theirs.parameters(), strict=True))
-            for ours, theirs in ((self.backbone_k, self.backbone_q), (self.head_k, self.head_q))
-        ]
-        trained = [*self.backbone_q.parameters(), *self.head_q.parameters()]
-        self.optimizer = torch.optim.SGD(trained, 0.01, momentum=0.9, weight_decay=1e-4)
+        self.trained: list[Tensor] = [*self.backbone_q.parameters(), *self.head_q.parameters()]
+        self.optimizer = torch.optim.SGD(self.trained, 0.01, momentum=0.9, weight_decay=1e-4)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
     @torch.no_grad()
     def update_keys(self) -> None:
-        for pairs in self.pairs:
-            torch._foreach_lerp_([k for k, _ in pairs], [q for _, q in pairs], 0.001)
+        keys: list[Tensor] = [*self.backbone_k.parameters(), *self.head_k.parameters()]
+        torch._foreach_lerp_(keys, self.trained, 0.001)
 
     def finish(self, loss: Tensor) -> Tensor:
         self.optimizer.zero_grad()
@@ -76,23 +71,28 @@ class Trainer(nn.Module):
         self.optimizer.step()
         return loss.detach()
 
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            map_k = self.backbone_k(images)
+        return self.backbone_q(images), map_k
+
     def moco(self, images: Tensor) -> Tensor:
+        self.update_keys()
         with self.autocast():
-            query = self.head_q.image_mlp(self.backbone_q(images).mean((2, 3)))
+            map_q, map_k = self.maps(images)
+            query = self.head_q.image_mlp(map_q.mean((2, 3)))
             with torch.no_grad():
-                self.update_keys()
-                key = self.head_k.image_mlp(self.backbone_k(images).mean((2, 3)))
+                key = self.head_k.image_mlp(map_k.mean((2, 3)))
             loss = rivals.materialise(Inputs(query, key, self.image_slices.queue.t()))
         self.image_slices.enqueue(key)
         return self.finish(loss)
 
     def dense_usual(self, images: Tensor) -> Tensor:
+        self.update_keys()
         with self.autocast():
-            map_q = self.backbone_q(images)
+            map_q, map_k = self.maps(images)
             query = self.head_q(map_q)
             with torch.no_grad():
-                self.update_keys()
-                map_k = self.backbone_k(images)
                 key = self.head_k(map_k)
                 index = matching.usual((map_q, map_k))
             matched = key.dense.flatten(2).gather(2, index[:, None].expand(-1, 128, -1))
@@ -105,10 +105,9 @@ class Trainer(nn.Module):
 
     def losses(self, images: Tensor) -> Tensor:
         with self.autocast():
-            map_q = self.backbone_q(images)
+            map_q, map_k = self.maps(images)
             query = self.head_q(map_q)
             with torch.no_grad():
-                map_k = self.backbone_k(images)
                 key = self.head_k(map_k)
             image_loss = self.criterion(query.image, key.image, self.image_queue)
             dense_loss = self.criterion(query.dense, key.dense, self.dense_queue, self.match(map_q, map_k))
@@ -124,7 +123,7 @@ class Trainer(nn.Module):
     def parts(self, images: Tensor) -> dict[str, Callable[[Tensor], Any]]:
         """What the dense term adds, each alone, on the tensors of one step."""
         with torch.no_grad(), self.autocast():
-            map_q, map_k = self.backbone_q(images), self.backbone_k(images)
+            map_q, map_k = self.maps(images)
             query, key = self.head_q(map_q), self.head_k(map_k)
             found = self.match(map_q, map_k)
         features = map_q.detach().requires_grad_()
@@ -181,12 +180,10 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
         f"{OURS}, compiled": ours_compiled,
     }
     rows = compare(entries | trainer.parts(images[0]), images, device, seconds=arguments.seconds)
-    if "milliseconds" in rows[BASE]:
-        base = rows[BASE]["milliseconds"][1]
-        for name, row in rows.items():
-            if "milliseconds" in row:
-                own = row["milliseconds"][1]
-                row["percent_of_moco"] = round(100 * (own if name.startswith("part") else own - base) / base, 2)
+    served = {name: row["milliseconds"][1] for name, row in rows.items() if "milliseconds" in row}
+    for name, own in served.items() if BASE in served else ():
+        more = own if name.startswith("part") else own - served[BASE]
+        rows[name]["percent_of_moco"] = round(100 * more / served[BASE], 2)
     return rows
 
 

@@ -121,7 +121,7 @@ def compile_all(**environment: str) -> str:
 import hashlib, warnings
 warnings.simplefilter("error")
 from benchmarks import kernels
-kernels._read_nvidia = lambda target, compiled: [hashlib.sha256(compiled.asm["ptx"].encode()).hexdigest()] * 7
+kernels.read = lambda target, compiled: {"matrix": hashlib.sha256(compiled.asm["ptx"].encode()).hexdigest()}
 for name in kernels.LAUNCHES:
     variant = "running max, rank, exclude" if name in ("attend_kernel", "combine_kernel") else "14x14"
     print(kernels.compile_case(kernels.Case("sm_80", name, "bfloat16", 128, variant)))

@@ -234,10 +234,18 @@ def test_tables_are_those_of_the_records(page: Path) -> None:
 def test_plots_are_those_of_the_records() -> None:
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("matplotlib")
-    from benchmarks.plots import digest
+    from benchmarks.plots import digest, plots
 
-    drawn = list(render.plots())
-    assert drawn
-    for source, name, _ in drawn:
+    for name, source, _ in plots():
         picture = image.open(ROOT / "docs" / "images" / f"{name}.png")
         assert picture.info["Source"] == digest(source), "run `python -m benchmarks render`"
+
+
+def test_figures_of_the_readme_are_those_of_the_records() -> None:
+    """Its prose rounds no better than its table."""
+    text = (ROOT / "README.md").read_text()
+    claim = re.search(r"takes \[(\S+) MiB instead of (\S+) MiB\]\(#what-it-costs\) .*, and (\S+) of the time", text)
+    assert claim is not None
+    rows = {row.split(" | ")[0]: row.split(" | ") for row in render.cost("cpu").splitlines() if row[:1] == "|"}
+    ours, materialised = rows["| **densecl_ops**"], rows["| materialised, as MoCo and DenseCL write it"]
+    assert claim.groups() == (ours[2].split()[0], materialised[2].split()[0], ours[1])

@@ -1,4 +1,4 @@
-"""The transfer suite: its tasks against plain loops, its views against their boxes, runs that resume and pair."""
+"""The transfer suite: its tasks against plain loops, its views against their boxes, arms that pair."""
 
 from __future__ import annotations
 
@@ -165,33 +165,16 @@ def test_consecutive_frames() -> None:
     assert data.consecutive(names) == [(0, 1), (2, 3), (4, 5)]
 
 
-def test_arms_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_of_a_seed_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
     """Same weights, same views: up to the dense term's first step, the same image term."""
     monkeypatch.setattr(encoder, "bfloat16_is_fast", lambda device: False)
     curves = {}
     for arm in ("image", *pretraining.DENSE):
         setting = replace(SMALL, arm=arm, dense_from=0.5)
-        _, facts = pretraining.pretrain(setting, photographs(), tmp_path / f"{arm}.pt", lambda text: None)
+        _, facts = pretraining.pretrain(setting, photographs(), lambda text: None)
         curves[arm] = facts["image_loss"]
     for arm in pretraining.DENSE:
         assert curves[arm][:3] == pytest.approx(curves["image"][:3], abs=2e-4)
-
-
-def test_a_run_cut_off_and_continued_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, facts = pretraining.pretrain(SMALL, photographs(), tmp_path / "whole.pt", lambda text: None)
-    monkeypatch.setattr(pretraining, "SAVE_EVERY", 0.0)
-
-    def interrupt(text: str) -> None:
-        if text.startswith("step 2"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pretraining.pretrain(SMALL, photographs(), tmp_path / "parts.pt", interrupt)
-    parts, again = pretraining.pretrain(SMALL, photographs(), tmp_path / "parts.pt", lambda text: None)
-    assert again["image_loss"] == facts["image_loss"]
-    assert again["dense_loss"] == facts["dense_loss"]
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, parts.state_dict()[name]), name
 
 
 def run_suite(folder: Path, out: Path, options: str) -> list[dict]:

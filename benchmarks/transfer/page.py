@@ -46,11 +46,10 @@ def differences(folder: str) -> str:
     """Each arm minus the image term of the same seed."""
     records, rows = load(RESULTS / folder), []
     base = by_seed(records, IMAGE)
-    for arm in ARMS:
-        if arm != IMAGE:
-            runs = by_seed(records, arm).items()
-            cells = [paired([value(run, task) - value(base[seed], task) for seed, run in runs]) for task in TASKS]
-            rows.append([NAMES[arm], *cells])
+    for arm in (arm for arm in ARMS if arm != IMAGE):
+        runs = by_seed(records, arm).items()
+        cells = [paired([value(run, task) - value(base[seed], task) for seed, run in runs]) for task in TASKS]
+        rows.append([NAMES[arm], *cells])
     return table(["minus the image term of the same seed", *HEADINGS], rows)
 
 
@@ -87,7 +86,7 @@ def search(folder: str) -> str:
 
 def search_stereo(folder: str) -> str:
     """Stereo of the same runs, by which nothing was chosen."""
-    return _by_rate(folder, TASKS["stereo"][1], lambda record: float(record["val.stereo"]["close"]), bold=False)
+    return _by_rate(folder, TASKS["stereo"][1], STUDIED["stereo"], bold=False)
 
 
 def _by_rate(folder: str, heading: str, value: Callable[[Record], float], bold: bool) -> str:
@@ -96,9 +95,11 @@ def _by_rate(folder: str, heading: str, value: Callable[[Record], float], bold: 
     for arm in ARMS:
         found = {record["setting"]["rate"]: value(record) for record in records if record["setting"]["arm"] == arm}
         if found:
-            taken = chosen_rate(records, arm) if bold else None
-            cells = [f"**{found[rate]:.3f}**" if rate == taken else f"{found[rate]:.3f}" for rate in rates]
-            rows.append([NAMES[arm], *cells])
+            cells = {rate: f"{found[rate]:.3f}" for rate in rates}
+            if bold:
+                taken = chosen_rate(records, arm)
+                cells[taken] = f"**{cells[taken]}**"
+            rows.append([NAMES[arm], *cells.values()])
     return table([heading, *(f"rate {rate:g}" for rate in rates)], rows)
 
 

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from densecl_ops.functional import location_correspondence
 RANDOM, IMAGE = "random", "image"  # random weights; the image term alone
 DENSE = ("nearest", "mutual", "place")  # rules of the dense term
 ARMS = (RANDOM, IMAGE, *DENSE)
-SAVE_EVERY = 45.0  # seconds
 CURVE = 50  # points of a record's loss curves
 SETTLING = 100  # steps in which the arm of random weights gathers batch norm statistics, and learns nothing
 
@@ -114,34 +112,18 @@ def learning_rate_at(step: int, setting: Setting) -> float:
     return setting.rate * min(1.0, 20 * (step + 1) / setting.steps) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def pretrain(
-    setting: Setting, photographs: Photographs, checkpoint: Path, say: Callable[[str], None]
-) -> tuple[ResNet, dict[str, Any]]:
-    """Trains, or goes on from the checkpoint; returns the backbone and what happened.
-
-    After initialisation only the views' generator draws at random, so that a run cut off and continued is the run.
-    """
-    device = photographs.pixels.device
+def pretrain(setting: Setting, photographs: Photographs, say: Callable[[str], None]) -> tuple[ResNet, dict[str, Any]]:
+    """Trains; returns the backbone and what happened. After initialisation only the views' generator is drawn from."""
     torch.manual_seed(setting.seed)
-    model = Siamese(setting).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Siamese(setting).to(photographs.pixels.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
     generator = torch.Generator().manual_seed(setting.seed)
     if setting.arm == RANDOM:
         return settled(model, setting, photographs, generator), {}
-
     optimizer = torch.optim.SGD(model.trained(), setting.rate, momentum=0.9, weight_decay=1e-4)
     history = torch.zeros(setting.steps, 2)
-    start, seconds = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        start, seconds, history = state["step"], state["seconds"], state["history"].cpu()
-        say(f"goes on from step {start}")
-
-    model.train()
-    began = saved = time.perf_counter()
-    for step in range(start, setting.steps):
+    began = time.perf_counter()
+    for step in range(setting.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, setting)
         query, key = draw(photographs, setting.batch, setting.window, setting.view, generator)
@@ -153,23 +135,14 @@ def pretrain(
         loss.backward()
         optimizer.step()
         history[step] = torch.stack([image_loss, dense_loss]).detach()
-        now, last = time.perf_counter(), step + 1 == setting.steps
-        if now - saved > SAVE_EVERY or last:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            state |= {"generator": generator.get_state(), "history": history, "seconds": seconds + now - began}
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").replace(checkpoint)  # an interruption leaves the last whole one
-            saved = now
+        if (step + 1) % 100 == 0:
             say(f"step {step + 1} of {setting.steps}, image {image_loss:.3f}, dense {dense_loss:.3f}")
     if not history.isfinite().all():
         raise FloatingPointError(f"{setting.name}: the loss is not finite")
     curves = [curve.mean(0) for curve in history.tensor_split(min(CURVE, setting.steps))]
     image, dense = torch.stack(curves).T.tolist()
-    facts: dict[str, Any] = {
-        "seconds": round(seconds + time.perf_counter() - began, 1),
-        "image_loss": [round(value, 4) for value in image],
-    }
+    facts: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 1)}
+    facts["image_loss"] = [round(value, 4) for value in image]
     if setting.arm in DENSE:
         facts["dense_loss"] = [round(value, 4) for value in dense]
     return model.backbone_q, facts
@@ -178,7 +151,6 @@ def pretrain(
 @torch.no_grad()
 def settled(model: Siamese, setting: Setting, photographs: Photographs, generator: torch.Generator) -> ResNet:
     """The initial weights, with batch norm statistics of the views: as good as random weights can be used."""
-    model.train()
     for _ in range(SETTLING):
         query, _ = draw(photographs, setting.batch, setting.window, setting.view, generator)
         encode(model.backbone_q, query.images)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
 from benchmarks.transfer.pretraining import Setting
 
 TASKS = {  # of the test split: key, value in the record, heading
@@ -22,19 +19,6 @@ Record = dict[str, Any]
 
 def path_of(folder: Path, setting: Setting) -> Path:
     return folder / f"{setting.name}.json"
-
-
-def write(folder: Path, setting: Setting, record: Record) -> None:
-    records.write(path_of(folder, setting), {"setting": asdict(setting)} | dict(_flat(record)))
-
-
-def _flat(record: Record) -> Iterator[tuple[str, Any]]:
-    """The two splits a task per line, as "test.knn"; all else as it is."""
-    for key, value in record.items():
-        if key in ("val", "test"):
-            yield from ((f"{key}.{task}", result) for task, result in value.items())
-        else:
-            yield key, value
 
 
 def load(folder: Path) -> list[Record]:

@@ -11,49 +11,49 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.measure import environment
+from benchmarks.records import write
 from benchmarks.transfer import data, records
 from benchmarks.transfer.encoder import WIDTHS
 from benchmarks.transfer.pretraining import ARMS, DENSE, IMAGE, RANDOM, Setting, pretrain
+from benchmarks.transfer.records import TASKS
 from benchmarks.transfer.tasks import measure
 from benchmarks.transfer.views import Photographs
 
 SEARCH_SEED = 100  # which no reported run has
+OPTIONS = {
+    "view": "side of a view in pixels",
+    "window": "side of the part of a photograph that two views share",
+    "batch": "photographs per step",
+    "queue": "K, negatives",
+    "temperature": "of both terms, in the runs that are reported",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--camvid", type=Path, metavar="DIR", required=True, help="holds train, trainannot, val, ...")
-    parser.add_argument("--photographs", type=Path, metavar="DIR", required=True, help="any folder of photographs")
-    parser.add_argument("--study", action="store_true", help="one choice changed at a time, on val, instead")
-    parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="records (default: %(default)s)")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument(
-        "--seeds", nargs="*", type=int, default=[0, 1, 2], help="none: the search alone (default: 0 1 2)"
-    )
-    parser.add_argument("--steps", type=int, default=800, help="default: %(default)s")
-    parser.add_argument("--search-steps", type=int, default=400, help="default: %(default)s")
-    parser.add_argument(
-        "--rates", nargs="+", type=float, default=[0.02, 0.06, 0.18, 0.54], help="searched; one: no search"
-    )
-    parser.add_argument("--encoder", choices=WIDTHS, default=Setting.encoder, help="default: %(default)s")
-    for name, text in (
-        ("view", "side of a view in pixels"),
-        ("window", "side of the part of a photograph that two views share"),
-        ("batch", "photographs per step"),
-        ("queue", "K, negatives"),
-        ("temperature", "of both terms, in the runs that are reported"),
-    ):
+    add = parser.add_argument
+    add("--camvid", type=Path, metavar="DIR", required=True, help="holds train, trainannot, val, ...")
+    add("--photographs", type=Path, metavar="DIR", required=True, help="any folder of photographs")
+    add("--study", action="store_true", help="one choice changed at a time, on val, instead")
+    add("--out", type=Path, default=Path("runs/transfer"), help="records (default: %(default)s)")
+    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    add("--seeds", nargs="*", type=int, default=[0, 1, 2], help="none: the search alone (default: 0 1 2)")
+    add("--steps", type=int, default=800, help="default: %(default)s")
+    add("--search-steps", type=int, default=400, help="default: %(default)s")
+    add("--rates", nargs="+", type=float, default=[0.02, 0.06, 0.18, 0.54], help="searched; one: no search")
+    add("--encoder", choices=WIDTHS, default=Setting.encoder, help="default: %(default)s")
+    for name, text in OPTIONS.items():
         default = getattr(Setting, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)")
+        add(f"--{name}", type=type(default), default=default, help=f"{text} (default: %(default)s)")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -66,19 +66,15 @@ def main(arguments: argparse.Namespace) -> None:
             for change in study_of(arguments):
                 runner.run(replace(base, seed=seed, **change), "study")
         return
-    if len(arguments.rates) > 1:
-        for rate in arguments.rates:
-            for arm in arguments.arms:
-                if arm != RANDOM:
-                    runner.run(replace(base, arm=arm, rate=rate), "search")
-    searched = records.load(arguments.out / "search") if len(arguments.rates) > 1 else []
+    searches = len(arguments.rates) > 1
+    for rate in arguments.rates if searches else []:
+        for arm in arguments.arms:
+            if arm != RANDOM:
+                runner.run(replace(base, arm=arm, rate=rate), "search")
+    searched = records.load(arguments.out / "search")
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            rate = arguments.rates[0]
-            if arm == RANDOM:
-                rate = 0.0
-            elif searched:
-                rate = records.chosen_rate(searched, arm)
+            rate = 0.0 if arm == RANDOM else records.chosen_rate(searched, arm) if searches else arguments.rates[0]
             final = replace(base, arm=arm, seed=seed, rate=rate, steps=arguments.steps)
             runner.run(replace(final, temperature=arguments.temperature))
 
@@ -127,13 +123,12 @@ class Runner:
             print(f"{time.strftime('%H:%M:%S')} {part} {setting.name}: {text}", flush=True)
 
         say("begins")
-        checkpoint = self.out / "scratch" / f"{part}-{setting.name}.pt"
-        network, facts = pretrain(setting, self.photographs, checkpoint, say)
+        network, facts = pretrain(setting, self.photographs, say)
         began = time.perf_counter()
         results = measure(network.eval(), self.train, self.val, None if part else self.test)
         facts["photographs"] = len(self.photographs)
         facts["measured_seconds"] = round(time.perf_counter() - began, 1)
-        command = {"command": self.command, "environment": self.environment}
-        records.write(self.out / part, setting, command | {"pretraining": facts} | results)
-        reported = results["val" if part else "test"]
-        say(", ".join(f"{task} {next(iter(result.values()))}" for task, result in reported.items()))
+        how = {"command": self.command, "environment": self.environment, "pretraining": facts}
+        write(records.path_of(self.out / part, setting), {"setting": asdict(setting)} | how | results)
+        reported = {task: results[f"{'val' if part else 'test'}.{task}"][key] for task, (key, _) in TASKS.items()}
+        say(", ".join(f"{task} {value}" for task, value in reported.items()))

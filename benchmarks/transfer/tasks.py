@@ -85,9 +85,8 @@ class Probe(NamedTuple):
     facts: list[dict[str, float]]
 
     def predict(self, rows: Tensor, which: int) -> Tensor:
-        weight = self.weights[which]
-        chunks = torch.split(rows, 65536)
-        return torch.cat([self.standardise(chunk).mm(weight[:-1]).add(weight[-1]).argmax(1) for chunk in chunks])
+        weight, chunks = self.weights[which], torch.split(rows, 65536)
+        return torch.cat([torch.addmm(weight[-1], self.standardise(x), weight[:-1]).argmax(1) for x in chunks])
 
     def standardise(self, rows: Tensor) -> Tensor:
         return (rows.float() - self.mean) * self.scale
@@ -131,10 +130,8 @@ def fit_probe(train: Cells) -> Probe:
 
 
 class Memory(NamedTuple):
-    """Unit features of train cells in float32, and their most frequent labels."""
-
-    rows: Tensor
-    labels: Tensor
+    rows: Tensor  # unit features of train cells, float32
+    labels: Tensor  # their most frequent ones
 
 
 def remember(train: Cells) -> Memory:
@@ -166,7 +163,7 @@ def propagate(cells: Cells, moved: bool = True) -> dict[str, Any]:
     """
     some = thinned(cells, 2)
     match = DenseCorrespondence()
-    found, asked = [], []
+    found = []
     for previous, current in cells.pairs:
         labels = cells.counts[previous].argmax(-1)
         if moved:
@@ -174,8 +171,8 @@ def propagate(cells: Cells, moved: bool = True) -> dict[str, Any]:
             found.append(labels.flatten()[index])
         else:
             found.append(labels[::2, ::2].flatten())
-        asked.append(some.counts[current].flatten(0, 1))
-    return score(torch.cat(found), torch.cat(asked))
+    asked = some.counts[[current for _, current in cells.pairs]]
+    return score(torch.cat(found), asked)
 
 
 @torch.no_grad()
@@ -205,7 +202,7 @@ def stereo(network: ResNet) -> dict[str, float]:
 
 
 def measure(network: ResNet, train: Frames, val: Frames, test: Frames | None) -> dict[str, Any]:
-    """All tasks on val, and on test if it is given. The probe's decay is chosen on val alone.
+    """All tasks on val, and on test if it is given, as "test.knn". The probe's decay is chosen on val alone.
 
     The stereo pair is in neither split. It stands beside val where test is not looked at; nothing is chosen by it.
     """
@@ -216,25 +213,22 @@ def measure(network: ResNet, train: Frames, val: Frames, test: Frames | None) ->
     cells = Cells(every.features[::EVERY], every.counts[::EVERY], [])
     probed = [score(probe.predict(rows_of(cells), i), cells.counts) for i in range(len(DECAYS))]
     best = max(range(len(DECAYS)), key=lambda i: probed[i]["miou"])
-    facts = [fact | {"val": result["miou"]} for fact, result in zip(probe.facts, probed, strict=True)]
-    on_val = {
-        "probe": probed[best],
-        "knn": retrieved(memory, cells),
-        "propagation": propagate(every),
+    results: dict[str, Any] = {
+        "probe_fits": [fact | {"val": one["miou"]} for fact, one in zip(probe.facts, probed, strict=True)],
+        "val.probe": probed[best],
+        "val.knn": retrieved(memory, cells),
+        "val.propagation": propagate(every),
     }
-    results: dict[str, Any] = {"probe_fits": facts, "val": on_val}
     if test is None:
-        on_val["stereo"] = stereo(network)
-    else:
-        cells = look_at(network, test)
-        results["test"] = {
-            "probe": score(probe.predict(rows_of(cells), best), cells.counts),
-            "knn": retrieved(memory, cells),
-            "propagation": propagate(cells),
-            "unmoved": propagate(cells, moved=False),
-            "stereo": stereo(network),
-        }
-    return results
+        return results | {"val.stereo": stereo(network)}
+    cells = look_at(network, test)
+    return results | {
+        "test.probe": score(probe.predict(rows_of(cells), best), cells.counts),
+        "test.knn": retrieved(memory, cells),
+        "test.propagation": propagate(cells),
+        "test.unmoved": propagate(cells, moved=False),
+        "test.stereo": stereo(network),
+    }
 
 
 def retrieved(memory: Memory, cells: Cells) -> dict[str, Any]:
