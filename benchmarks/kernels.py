@@ -72,8 +72,11 @@ class Compiled(NamedTuple):
     error: str = ""
 
 
-class _Driver:
-    """Stands in for a machine with the target. A device number for each, since Triton keeps binders by device."""
+class StandIn:
+    """In the place of Triton's driver on a machine with the target.
+
+    Each target has a device number of its own, since Triton keeps binders by device.
+    """
 
     def __init__(self, name: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -89,6 +92,9 @@ class _Driver:
 
     def get_current_target(self) -> Any:
         return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
 
 
 def compile_case(case: Case) -> Compiled:
@@ -106,7 +112,7 @@ def compile_case(case: Case) -> Compiled:
             caught.append((run(self, *args, grid=grid, warmup=True, **options), options))
 
     device = _triton.Device(case.target, TARGETS[case.target][0])
-    driver.set_active(_Driver(case.target))
+    driver.set_active(StandIn(case.target))
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         patches.enter_context(mock.patch.object(_triton, "describe", return_value=device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,10 +153,10 @@ def test_grey_and_blur() -> None:
 def test_windows_are_parts_of_the_photographs() -> None:
     pool = photographs()
     windows = pool.windows(torch.tensor([[0.1, 0.0, 0.999], [0.4, 0.999, 0.0], [0.999, 0.5, 0.5]]), 40)
-    first, second, third = (pool.pixels[start:] for start in pool.starts)
-    assert torch.equal(windows[0], first[: 3 * 40 * 70].view(3, 40, 70)[:, :, 30:])
-    assert torch.equal(windows[1], second[: 3 * 55 * 41].view(3, 55, 41)[:, 15:, :40])
-    assert torch.equal(windows[2], third.view(3, 64, 64)[:, 12:52, 12:52])
+    first, second, third = pool.images
+    assert torch.equal(windows[0], first[:, :, 30:])
+    assert torch.equal(windows[1], second[:, 15:, :40])
+    assert torch.equal(windows[2], third[:, 12:52, 12:52])
     with pytest.raises(ValueError, match="window: got 41, expected at most 40"):
         pool.windows(torch.zeros(1, 3), 41)
 
@@ -167,7 +168,7 @@ def test_consecutive_frames() -> None:
 
 def test_arms_of_a_seed_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
     """Same weights, same views: up to the dense term's first step, the same image term."""
-    monkeypatch.setattr(encoder, "bfloat16_is_fast", lambda device: False)
+    monkeypatch.setattr(encoder, "processor", lambda: SimpleNamespace(bfloat16=False))
     curves = {}
     for arm in ("image", *pretraining.DENSE):
         setting = replace(SMALL, arm=arm, dense_from=0.5)

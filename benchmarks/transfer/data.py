@@ -79,14 +79,11 @@ def cell_counts(truth: Tensor, stride: int) -> Tensor:
 
 def consecutive(names: list[str]) -> list[tuple[int, int]]:
     """Pairs of neighbours (previous, current) of one sequence, as close together as its closest are."""
-    parsed = [re.fullmatch(r"(.+_[a-z]*)(\d+)", name) for name in names]
-    places = [(match[1], int(match[2])) if match else (name, 0) for match, name in zip(parsed, names, strict=True)]
-    steps: dict[str, list[int]] = {}
-    for (sequence, number), (following, other) in itertools.pairwise(places):
-        if sequence == following:
-            steps.setdefault(sequence, []).append(other - number)
-    return [
-        (i, i + 1)
+    places = [re.findall(r"(.+_[a-z]*)(\d+)", name)[0] for name in names]
+    gaps = [
+        (i, sequence, int(other) - int(number))
         for i, ((sequence, number), (following, other)) in enumerate(itertools.pairwise(places))
-        if sequence == following and other - number == min(steps[sequence])
+        if sequence == following
     ]
+    closest = {sequence: min(gap for _, own, gap in gaps if own == sequence) for _, sequence, _ in gaps}
+    return [(i, i + 1) for i, sequence, gap in gaps if gap == closest[sequence]]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from densecl_ops._processor import processor
+
 WIDTHS = {"narrow": (16, 32, 64, 128), "small": (32, 64, 128, 256)}
 
 
@@ -70,13 +72,7 @@ def encode(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """To bfloat16 where it is fast."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_fast(device))
-
-
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the processor has bfloat16 instructions; elsewhere they would be emulated."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    """To bfloat16 where there are instructions for it; elsewhere they would be emulated."""
+    cuda = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else processor().bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)

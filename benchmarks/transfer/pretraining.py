@@ -115,7 +115,7 @@ def learning_rate_at(step: int, setting: Setting) -> float:
 def pretrain(setting: Setting, photographs: Photographs, say: Callable[[str], None]) -> tuple[ResNet, dict[str, Any]]:
     """Trains; returns the backbone and what happened. After initialisation only the views' generator is drawn from."""
     torch.manual_seed(setting.seed)
-    model = Siamese(setting).to(photographs.pixels.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Siamese(setting).to(photographs.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     generator = torch.Generator().manual_seed(setting.seed)
     if setting.arm == RANDOM:

@@ -126,7 +126,7 @@ class Runner:
         network, facts = pretrain(setting, self.photographs, say)
         began = time.perf_counter()
         results = measure(network.eval(), self.train, self.val, None if part else self.test)
-        facts["photographs"] = len(self.photographs)
+        facts["photographs"] = len(self.photographs.images)
         facts["measured_seconds"] = round(time.perf_counter() - began, 1)
         how = {"command": self.command, "environment": self.environment, "pretraining": facts}
         write(records.path_of(self.out / part, setting), {"setting": asdict(setting)} | how | results)

@@ -20,40 +20,30 @@ class Views(NamedTuple):
 
 
 class Photographs:
-    """Images of any size in one flat buffer, so that a batch of windows is one gather, on any device."""
+    """Images of any size."""
 
     def __init__(self, images: list[Tensor], device: torch.device) -> None:
+        self.images, self.device = [image.to(device) for image in images], device
         self.smallest = min(min(image.shape[1:]) for image in images)
-        self.pixels = torch.cat([image.flatten() for image in images]).to(device)
-        sizes = torch.tensor([image.shape for image in images])
-        self.heights, self.widths = sizes[:, 1].to(device), sizes[:, 2].to(device)
-        self.starts = (sizes.prod(1).cumsum(0) - sizes.prod(1)).to(device)
-
-    def __len__(self) -> int:
-        return len(self.starts)
 
     def windows(self, uniform: Tensor, side: int) -> Tensor:
         """(B, 3, side, side) uint8; `uniform` (B, 3) chooses photograph, top and left."""
         if side > self.smallest:
             raise ValueError(f"window: got {side}, expected at most {self.smallest}, the smallest photograph's side")
-        chosen = (uniform[:, 0] * len(self)).long()
-        heights, widths = self.heights[chosen], self.widths[chosen]
-        top = (uniform[:, 1] * (heights - side + 1)).long()
-        left = (uniform[:, 2] * (widths - side + 1)).long()
-        line = torch.arange(side, device=uniform.device)
-        channel = torch.arange(3, device=uniform.device)[None] * (heights * widths)[:, None]
-        rows = (top[:, None] + line) * widths[:, None]
-        columns = left[:, None] + line
-        first = (self.starts[chosen, None] + channel)[:, :, None, None]
-        return self.pixels[first + rows[:, None, :, None] + columns[:, None, None, :]]
+        found = []
+        for which, down, right in uniform.tolist():
+            image = self.images[int(which * len(self.images))]
+            top, left = (int(x * (n - side + 1)) for x, n in zip((down, right), image.shape[1:], strict=True))
+            found.append(image[:, top : top + side, left : left + side])
+        return torch.stack(found)
 
 
 def draw(
     photographs: Photographs, batch: int, window: int, view: int, generator: torch.Generator
 ) -> tuple[Views, Views]:
     """Two views of the same windows. All random numbers come from the (CPU) generator: equal seeds, equal views."""
-    place = torch.rand(batch, 3, generator=generator).to(photographs.pixels.device)
-    first, second = torch.rand(2, batch, 14, generator=generator).to(photographs.pixels.device)
+    place = torch.rand(batch, 3, generator=generator)
+    first, second = torch.rand(2, batch, 14, generator=generator).to(photographs.device)
     windows = photographs.windows(place, window).float() / 255
     return augment(windows, first, view), augment(windows, second, view)
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from ptx.program import Program, build
 from torch import Tensor
 
+from benchmarks.kernels import TARGETS, StandIn
+
 STATS = ("count", "lanes", "sectors", "bytes", "waves", "ideal")  # of every instruction, in the order of core.cpp
-MULTIPROCESSORS = {80: 108, 90: 132}
 
 
 class FaultError(AssertionError):
@@ -109,25 +109,6 @@ def _map(descriptor: Any) -> tuple[int, ...]:
     return base.data_ptr(), *descriptor.shape[::-1], descriptor.strides[0] * size, *box, size, swizzle
 
 
-class _Driver:
-    def __init__(self, target: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", target, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
 def install(target: int) -> None:
     """From here on, launches of Triton kernels on CPU tensors compile for sm_<target> and run in the executor."""
     from triton.runtime import jit
@@ -170,8 +151,9 @@ def install(target: int) -> None:
         LAUNCHES.append(execute(program, arguments, grid, kernel.metadata.num_warps, memory, tensors, maps))
         return kernel
 
-    driver.set_active(_Driver(target))
+    name = f"sm_{target}"
+    driver.set_active(StandIn(name))
     jit.JITFunction.run = run
-    device = _triton.Device(f"sm_{target}", MULTIPROCESSORS[target])
+    device = _triton.Device(name, TARGETS[name][0])
     _triton.describe = lambda _: device
     _triton.interpreting = lambda: True  # kernels on CPU tensors
