@@ -275,7 +275,8 @@ def check(
     terms, errors are measured against that hundredth. test_loss_numerics.py asks for more where more is due.
     """
     truth, seen = expected(case), run(backend, case, wanted, rank)
-    shortest = min(np.linalg.norm(flat64(x), axis=1).min() for x in (case.query, case.key))
+    norms = np.concatenate([np.linalg.norm(flat64(x), axis=1).ravel() for x in (case.query, case.key)])
+    shortest = norms[norms > 0].min(initial=1.0)  # a zero vector has no gradient
     floor = 1e-2 / case.temperature
     floors = {"query": floor / shortest, "key": floor / shortest, "temperature": floor / case.temperature}
     assert seen.loss.shape == truth.loss.shape
