@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,7 +164,6 @@ class Case:
     temperature: float = 0.2
     reduction: str = "mean"
     upstream: Tensor | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Case:
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), negatives=self.negatives.to(dtype))
@@ -190,6 +189,53 @@ def make_case(
         upstream=torch.tensor(rng.standard_normal((batch, positions)), dtype=dtype),
         **options,
     )
+
+
+def loss_cases(dtype: torch.dtype) -> dict[str, Case]:
+    """Options, forms, layouts and sizes of the loss, by name: for every backend."""
+    sizes: dict[str, Any] = {"batch": 2, "query_grid": (5, 7), "key_grid": (4, 4), "negatives": 150, "dtype": dtype}
+    case = make_case(channels=24, **sizes, reduction="none")
+    alone = make_case(batch=1, channels=16, negatives=1, dtype=dtype, exclude=torch.tensor([0]))
+    vectors = make_case(channels=24, query_grid=(1, 1), key_grid=(1, 1), dtype=dtype)
+    query, key, rows, index = case.query, case.key, case.negatives, case.index
+    thirds = torch.arange(70.0, dtype=dtype).view(2, 35) % 4 / 3
+    zero_query, zero_key, zero_rows = query.clone(), key.clone(), rows.clone()
+    zero_query[0, :, 0, 0] = zero_key[1, :, 0, 0] = zero_rows[3] = 0
+    options: dict[str, dict[str, Any]] = {
+        "exclude": {"exclude": torch.tensor([70, 3]), "weight": thirds, "valid": thirds < 1, "reduction": "mean"},
+        "identity": {"key": query.flip(3), "index": None},
+        "tokens": {"query": query.flatten(2), "key": key.flatten(2)},
+        "a map and tokens": {"key": key.flatten(2)},
+        "one key for all": {"index": torch.zeros_like(index)},
+        "zero vectors": {"query": zero_query, "key": zero_key, "negatives": zero_rows},
+        "expanded indices": {"index": index[:1].expand(2, 35), "exclude": torch.tensor([3]).expand(2)},
+        "expanded weights": {"weight": thirds[:, 1:2].expand(2, 35)},
+        "expanded maps": {"query": query[:1].expand(2, -1, -1, -1), "key": key[:, :, :1].expand(-1, -1, 4, -1)},
+        "transposed indices": {"index": index.t().contiguous().t(), "exclude": torch.tensor([[70, 1], [3, 2]])[:, 0]},
+        "transposed upstream": {"upstream": torch.rand(35, 2, dtype=dtype).t()},
+        "narrow indices": {"index": index.to(torch.uint8), "exclude": torch.tensor([3, 149], dtype=torch.int16)},
+        # The official DenseCL keeps its queue as (D, K).
+        "transposed negatives": {"negatives": rows.t().contiguous().t()},
+        "slice negatives": {"negatives": torch.cat([torch.full((150, 3), torch.nan, dtype=dtype), rows], 1)[:, 3:]},
+        "unaligned negatives": {"negatives": torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(150, 24)},
+        "every other row": {"negatives": rows.repeat_interleave(2, 0)[::2]},
+        "every other column": {"negatives": rows.repeat_interleave(2, 1)[:, ::2]},
+        "expanded negatives": {"negatives": rows[:1].expand(150, -1)},
+    }
+    for layout in LAYOUTS:
+        options[f"{layout} maps"] = {"query": lay_out(query, layout), "key": lay_out(key, layout)}
+    for count in (0, 1, 64, 130, 150):  # rows beyond it may hold anything
+        beyond = torch.arange(150)[:, None] >= count
+        options[f"count {count}"] = {"negatives": torch.where(beyond, 1e3 * rows, rows), "count": count}
+    cases = {name: replace(case, **changes) for name, changes in options.items()}
+    cases["no negatives"], cases["only itself"] = replace(alone, exclude=None, count=0), alone
+    cases["vectors"] = replace(vectors, query=vectors.query[..., 0], key=vectors.key[..., 0], index=None)
+    for channels in (1, 16, 40, 64):
+        for size in (1, 64, 65):
+            cases[f"{channels} channels {size} negatives"] = make_case(
+                channels=channels, **sizes | {"query_grid": (3, 3), "negatives": size}, count=size
+            )
+    return cases
 
 
 def rounded_to(dtype: torch.dtype) -> oracle.Rounding:
@@ -224,9 +270,7 @@ def expected(case: Case, autocast: torch.dtype | None = None) -> oracle.LossResu
     )
 
 
-def run(
-    backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: bool = True, through: str = "function"
-) -> SimpleNamespace:
+def run(backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: bool = True) -> SimpleNamespace:
     """Loss, rank and the wanted gradients of one call, all on the host."""
     leaves = {"query": case.query, "key": case.key, "negatives": case.negatives, "weight": case.weight}
     leaves["temperature"] = torch.tensor(case.temperature, dtype=torch.float64)
