@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import helpers
@@ -43,17 +44,15 @@ def test_parallel_regions(tmp_path: Path) -> None:
     assert cases[0]["MoCo's lines"]["regions"] > 4  # so something is counted
 
 
+@pytest.mark.usefixtures("two_threads")  # sets the number back, too
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("size", "most", "least"), [(0, 5, 1), (1, 5, 1), (10, 5, 1), (11, 5, 1), (31, 64, 16), (7, 1, 1)]
 )
 def test_blocks_cover_all_rows(threads: int, size: int, most: int, least: int) -> None:
-    before, seen = torch.get_num_threads(), torch.zeros(size)
-    try:
-        torch.set_num_threads(threads)
-        for_blocks(lambda part: seen[part].add_(1), size, most, least)
-    finally:
-        torch.set_num_threads(before)
+    seen = torch.zeros(size)
+    torch.set_num_threads(threads)
+    for_blocks(lambda part: seen[part].add_(1), size, most, least)
     assert (seen == 1).all()
 
 
@@ -104,16 +103,16 @@ def test_fork() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_on_threads(dtype: torch.dtype) -> None:
     """Repeats agree bit by bit; in inference mode and beside other threads of the user, too."""
+    for batch in (2, 3):  # an even number of rows for two threads, and an odd one
+        odd = make_case(4, batch=batch, query_grid=(1, 3), negatives=300)
+        helpers.check("blockwise", odd, wanted=("query",), rank=False)
+        helpers.check("blockwise", odd)
     case = make_case(3, batch=32, query_grid=(7, 7), key_grid=(7, 7), negatives=3000, reduction="none").to(dtype)
     first = helpers.run("blockwise", case)
     with torch.inference_mode():
         loss = helpers.info_nce("blockwise", case.query, case.key, case.negatives, case.index, reduction="none")
-    results = []
-    users = [threading.Thread(target=lambda: results.append(helpers.run("blockwise", case))) for _ in range(3)]
-    for user in users:
-        user.start()
-    for user in users:
-        user.join()
+    with ThreadPoolExecutor(3) as users:
+        results = list(users.map(lambda _: helpers.run("blockwise", case), range(3)))
     helpers.assert_close(loss, first.loss, 1e-6 if dtype == torch.float32 else 1e-2)
     for again in results:
         for name in ("loss", "rank", "query", "key", "negatives"):
