@@ -38,7 +38,7 @@ settings.load_profile("repeatable")
 # What `make quick` leaves out: compilers, processes, long runs, and one branch again in further sizes or dtypes.
 SLOW = re.compile(
     r"""test_(benchmarks|distributed|example|fuzz|torchrun|typing|kernels)\.py::(?!test_group_of_one|test_not_a_group)
-    |test_compile\.py::(?!test_queue_alone|test_without_gradient|test_opcheck.*float32)
+    |test_compile\.py::(?!test_queue_alone.*aot|test_without_gradient|test_opcheck.*float32)
     |test_concurrency\.py::test_first_calls_race|test_pages\.py::test_(command_runs|code_runs\[docs/distributed)
     |test_parallel\.py::test_parallel_regions
     |test_loss_memory\.py::test_memory_of|test_loss_numerics\.py::test_(low_precision|mixtures|autocast\[)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,35 +31,30 @@ STALL_AT = 5  # one step after the checkpoint of step 4
 NEVER = 10**6
 
 
-def torchrun(out: Path, stall_at: int, *arguments: str) -> subprocess.Popen:
+@contextlib.contextmanager
+def torchrun(out: Path, stall_at: int, *arguments: str) -> Iterator[subprocess.Popen]:
+    """Ends by SIGKILL: no rank and no launcher gets to tidy up. A launcher that has ended has seen its ranks end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = [str(TESTS / "distributed_pretrain.py"), str(stall_at)]
-    return subprocess.Popen(
-        [*command, *worker, *SETTINGS.split(), "--out", str(out), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
-        stdout=subprocess.DEVNULL,
-        stderr=(out / "errors").open("w"),
-        start_new_session=True,
-    )
+    command += [str(TESTS / "distributed_pretrain.py"), str(stall_at), *SETTINGS.split(), "--out", str(out), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    options = {"stdout": subprocess.DEVNULL, "stderr": (out / "errors").open("w"), "start_new_session": True}
+    launcher = subprocess.Popen(command, env=environment, **options)
+    try:
+        yield launcher
+    finally:
+        pids = {path: int(path.read_text()) for path in out.glob("*.pid")}
+        if launcher.poll() is None:
+            for pid in (launcher.pid, *pids.values()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            launcher.wait()
+        for path in pids:
+            path.unlink()
 
 
 def finish(out: Path, *arguments: str, status: int = 0) -> None:
-    process = torchrun(out, NEVER, *arguments)
-    try:
-        assert process.wait(timeout=240) == status, (out / "errors").read_text()
-    finally:
-        kill(process, out)
-
-
-def kill(launcher: subprocess.Popen, out: Path) -> None:
-    """SIGKILL: no rank and no launcher gets to tidy up. A launcher that has ended has seen its ranks end."""
-    if launcher.poll() is None:
-        for pid in [launcher.pid, *(int(path.read_text()) for path in out.glob("*.pid"))]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        launcher.wait()
-    for path in out.glob("*.pid"):
-        path.unlink()
+    with torchrun(out, NEVER, *arguments) as launcher:
+        assert launcher.wait(timeout=240) == status, (out / "errors").read_text()
 
 
 def load(out: Path) -> dict:
@@ -74,12 +69,11 @@ def wait_until(reached: Callable[[], bool], launcher: subprocess.Popen, out: Pat
         time.sleep(0.1)
 
 
-def assert_same_run(seen: dict, expected: dict, atol: float) -> None:
-    assert seen["step"] == expected["step"] == 7
-    torch.testing.assert_close(seen["history"], expected["history"], rtol=0, atol=10 * atol)
-    assert seen["model"].keys() == expected["model"].keys()
-    for key, value in expected["model"].items():
-        torch.testing.assert_close(seen["model"][key], value, rtol=0, atol=atol, msg=key)
+def assert_same_run(seen: Path, expected: Path, atol: float = 0) -> None:
+    one, other = load(seen), load(expected)
+    assert one["step"] == other["step"] == 7
+    torch.testing.assert_close(one["history"], other["history"], rtol=0, atol=10 * atol)
+    torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -95,36 +89,30 @@ def test_killed_run_resumes_to_the_same_end(whole: Path, tmp_path: Path) -> None
     """Losses, weights and queues; on the same two processes to the bit, on one, in two parts, to rounding."""
     killed, alone = tmp_path / "killed", tmp_path / "alone"
     killed.mkdir()
-    launcher = torchrun(killed, STALL_AT)
-    try:
+    with torchrun(killed, STALL_AT) as launcher:
         wait_until(lambda: (killed / "image-and-dense.pt").exists() and load(killed)["step"] == 4, launcher, killed)
-    finally:
-        kill(launcher, killed)
     assert load(killed)["step"] == 4
     shutil.copytree(killed, alone)
 
     finish(killed, "--resume")
-    assert_same_run(load(killed), load(whole), atol=0)
+    assert_same_run(killed, whole)
 
     pretrain.main([*SETTINGS.split(), "--out", str(alone), "--resume", "--accumulate", "2"])
-    assert_same_run(load(alone), load(whole), atol=3e-4)
+    assert_same_run(alone, whole, atol=3e-4)
 
 
 def test_sigterm_on_one_rank_stops_all_after_the_same_step(whole: Path, tmp_path: Path) -> None:
     """Signalled are one rank and its workers, while the rank is in the middle of a step."""
-    launcher = torchrun(tmp_path, STALL_AT, "--workers", "1")
-    try:
+    with torchrun(tmp_path, STALL_AT, "--workers", "1") as launcher:
         wait_until((tmp_path / "waiting").exists, launcher, tmp_path)
         os.killpg(os.getpgid(int((tmp_path / "1.pid").read_text())), signal.SIGTERM)
         (tmp_path / "go").touch()
         assert launcher.wait(timeout=120) != 0
-    finally:
-        kill(launcher, tmp_path)
     assert "stopped by SIGTERM after step 6" in (tmp_path / "errors").read_text()
     assert load(tmp_path)["step"] == 6
 
     finish(tmp_path, "--resume")
-    assert_same_run(load(tmp_path), load(whole), atol=0)
+    assert_same_run(tmp_path, whole)
 
 
 def test_ranks_without_a_shared_disk(whole: Path, tmp_path: Path) -> None:
@@ -133,7 +121,7 @@ def test_ranks_without_a_shared_disk(whole: Path, tmp_path: Path) -> None:
     shutil.copyfile(whole / "image-and-dense.previous.pt", tmp_path / "node0" / "image-and-dense.pt")
     apart = ["--out", str(tmp_path / "node{rank}")]  # the last --out counts
     finish(tmp_path, *apart, "--resume")
-    assert_same_run(load(tmp_path / "node0"), load(whole), atol=0)
+    assert_same_run(tmp_path / "node0", whole)
 
     for rank, names in enumerate(("ab", "ac")):
         (tmp_path / f"images{rank}").mkdir()
