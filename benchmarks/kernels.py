@@ -257,24 +257,16 @@ def _problem(case: Case) -> Any:
     )
 
 
-def _forward(case: Case) -> None:
-    from densecl_ops.info_nce import triton_launch
-
-    triton_launch.forward(_problem(case), "forward" not in case.variant, "rank" in case.variant)
-
-
-def _grad_negatives(case: Case) -> None:
-    from densecl_ops.info_nce import triton_launch
-
-    rows = torch.empty(32, 49, device="meta")
-    triton_launch.grad_negatives(_problem(case), rows, rows)
-
-
-def _grad_key(case: Case) -> None:
+def _loss(case: Case) -> None:
     from densecl_ops.info_nce import triton_launch
 
     problem, rows = _problem(case), torch.empty(32, 49, device="meta")
-    triton_launch.grad_key(problem.query, problem.key, problem.matches, rows, torch.float32)
+    if case.kernel == "grad_negatives_kernel":
+        triton_launch.grad_negatives(problem, rows, rows)
+    elif case.kernel == "grad_key_kernel":
+        triton_launch.grad_key(problem.query, problem.key, problem.matches, rows, torch.float32)
+    else:
+        triton_launch.forward(problem, "forward" not in case.variant, "rank" in case.variant)
 
 
 def _match(case: Case) -> None:
@@ -291,11 +283,11 @@ def _match(case: Case) -> None:
 LAUNCHES: dict[str, Callable[[Case], None]] = {
     "match_kernel": _match,
     "inverse_norm_kernel": _match,
-    "prepare_kernel": _forward,
-    "attend_kernel": _forward,
-    "combine_kernel": _forward,
-    "grad_negatives_kernel": _grad_negatives,
-    "grad_key_kernel": _grad_key,
+    "prepare_kernel": _loss,
+    "attend_kernel": _loss,
+    "combine_kernel": _loss,
+    "grad_negatives_kernel": _loss,
+    "grad_key_kernel": _loss,
 }
 
 
