@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,30 +17,29 @@ from densecl_ops import DenseInfoNCELoss, MomentumQueue
 Wrap = Callable[..., Tensor]
 
 
-def non_reentrant(f: Any, *args: Any) -> Tensor:
-    return checkpoint(f, *args, use_reentrant=False)
-
-
-def reentrant(f: Any, *args: Any) -> Tensor:
-    return checkpoint(f, *args, use_reentrant=True)
+non_reentrant, reentrant = (partial(checkpoint, use_reentrant=reentrant) for reentrant in (False, True))
 
 
 def compiled(f: Any, *args: Any) -> Tensor:
-    return torch.compile(lambda *x: checkpoint(f, *x, use_reentrant=False), backend="aot_eager")(*args)
+    return torch.compile(lambda *x: non_reentrant(f, *x), backend="aot_eager")(*args)
 
 
 def compiled_inside(f: Any, *args: Any) -> Tensor:
-    return checkpoint(torch.compile(f, backend="aot_eager"), *args, use_reentrant=False)
+    return non_reentrant(torch.compile(f, backend="aot_eager"), *args)
 
 
 def compiled_inside_reentrant(f: Any, *args: Any) -> Tensor:
-    return checkpoint(torch.compile(f, backend="aot_eager"), *args, use_reentrant=True)
+    return reentrant(torch.compile(f, backend="aot_eager"), *args)
 
 
 WRAPS = (non_reentrant, reentrant, compiled, compiled_inside, compiled_inside_reentrant)
 
 
-def gradient(backend: str, wrap: Any, enqueue: str, losses: int = 1, steps: int = 3, plain: bool = False) -> Tensor:
+def directly(f: Any, *args: Any) -> Tensor:
+    return f(*args)
+
+
+def gradient(backend: str, wrap: Wrap, enqueue: str, losses: int = 1, steps: int = 3) -> Tensor:
     """The query's gradient in the last step; `enqueue` "before" or "after" backward()."""
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 16, 3, 3).double()
@@ -49,12 +49,7 @@ def gradient(backend: str, wrap: Any, enqueue: str, losses: int = 1, steps: int 
         query.grad = None
         total = torch.zeros((), dtype=torch.float64)
         for i in range(losses):
-            if plain:  # not an argument of the checkpoint, which would check it itself
-                total = total + wrap(lambda q: criterion(q, key, queue.rows), query + key)
-            elif wrap is None:
-                total = total + criterion(query * (i + 1.0) + key, key, queue)
-            else:
-                total = total + wrap(criterion, query * (i + 1.0) + key, key, queue)
+            total = total + wrap(criterion, query * (i + 1.0) + key, key, queue)
             if enqueue == "before" and i < max(1, losses - 1):  # the last of several losses is followed by none
                 queue.enqueue(key.mean((2, 3)) * (i + 1.0))
         total.backward()
@@ -66,7 +61,7 @@ def gradient(backend: str, wrap: Any, enqueue: str, losses: int = 1, steps: int 
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_enqueue_after_backward(backend: str, wrap: Wrap) -> None:
-    assert_close(gradient(backend, wrap, "after"), gradient("eager", None, "after"), 1e-12)
+    assert_close(gradient(backend, wrap, "after"), gradient("eager", directly, "after"), 1e-12)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -86,17 +81,16 @@ def test_every_loss_of_a_step_is_checked(backend: str, wrap: Wrap) -> None:
         gradient(backend, wrap, "before", losses=2, steps=1)
 
 
+@pytest.mark.parametrize(
+    "part", [lambda rows: rows, lambda rows: rows[:4], lambda rows: rows.detach(), lambda rows: rows[1::2]]
+)
+@pytest.mark.parametrize("wrap", [non_reentrant, reentrant])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_plain_rows_are_checked_too(backend: str) -> None:
-    with pytest.raises(RuntimeError, match="call enqueue after backward"):
-        gradient(backend, non_reentrant, "before", plain=True)
-
-
-@pytest.mark.parametrize("part", [lambda rows: rows[:4], lambda rows: rows.detach(), lambda rows: rows[1::2]])
-def test_parts_of_a_queue_are_checked_too(part: Any) -> None:
+def test_rows_and_parts_of_a_queue_are_checked_too(backend: str, wrap: Wrap, part: Any) -> None:
     """Every call makes another tensor of them; memory and version are the queue's."""
     query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
-    loss = reentrant(lambda q: DenseInfoNCELoss()(q, key, part(queue.rows)), query)
+    # not an argument of the checkpoint, which would check it itself
+    loss = wrap(lambda q: DenseInfoNCELoss(backend=backend)(q, key, part(queue.rows)), query)
     queue.enqueue(key)
     with pytest.raises(RuntimeError, match="call enqueue after backward"):
         loss.backward()
@@ -117,31 +111,13 @@ def test_keys_never_enter_twice(wrap: Wrap) -> None:
     assert int(queue.position) == 2
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("wrap", [non_reentrant, reentrant])
-def test_validation_does_not_matter(wrap: Wrap, mode: Any) -> None:
-    """Losses without gradients, with keys enqueued in between, are not first halves of anything."""
-    torch.manual_seed(0)
-    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
-    criterion = DenseInfoNCELoss()
-    with mode():
-        criterion(query, key, queue)
-    wrap(criterion, query, key, queue).backward()
-    queue.enqueue(key)
-    for _ in range(2):
-        wrap(criterion, query, key, queue).backward()
-        queue.enqueue(key)
-        with mode():
-            criterion(query, key, queue)
-
-
-def log_in_no_grad(loss: Any, queue: MomentumQueue) -> None:
+def log(loss: Any, queue: MomentumQueue) -> None:
     with torch.no_grad():
         loss()
 
 
 def log_then_enqueue(loss: Any, queue: MomentumQueue) -> None:
-    log_in_no_grad(loss, queue)
+    log(loss, queue)
     queue.enqueue(torch.randn(3, 16))
 
 
@@ -156,8 +132,12 @@ def train_without_a_checkpoint_then_enqueue(loss: Any, queue: MomentumQueue) -> 
     queue.enqueue(torch.randn(3, 16))
 
 
-@pytest.mark.parametrize("before", [None, log_in_no_grad, log_then_enqueue, log_in_inference_mode_then_enqueue])
-@pytest.mark.parametrize("between", [None, log_in_no_grad])
+def nothing(loss: Any, queue: MomentumQueue) -> None:
+    pass
+
+
+@pytest.mark.parametrize("before", [nothing, log, log_then_enqueue, log_in_inference_mode_then_enqueue])
+@pytest.mark.parametrize("between", [nothing, log])
 @pytest.mark.parametrize("after", [log_then_enqueue, train_without_a_checkpoint_then_enqueue])
 @pytest.mark.parametrize("losses", [1, 2])
 @pytest.mark.parametrize("wrap", [reentrant, non_reentrant])
@@ -165,15 +145,13 @@ def test_other_losses_are_no_first_halves(wrap: Wrap, losses: int, before: Any, 
     """Validation, logging and other training, before, within and after a step whose keys enter after backward()."""
     query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
 
-    def loss() -> Tensor:
-        return DenseInfoNCELoss()(query, key, queue)
+    def loss(q: Tensor = query) -> Tensor:
+        return DenseInfoNCELoss()(q, key, queue)
 
     for _ in range(3):
-        if before is not None:
-            before(loss, queue)
-        totals = [wrap(lambda q: DenseInfoNCELoss()(q, key, queue), query) for _ in range(losses)]
-        if between is not None:
-            between(loss, queue)
+        before(loss, queue)
+        totals = [wrap(loss, query) for _ in range(losses)]
+        between(loss, queue)
         for total in totals:  # gradient accumulation: each has a backward pass of its own
             total.backward()
         after(loss, queue)
@@ -194,16 +172,20 @@ def test_a_backward_hook_may_log_a_loss() -> None:
     assert len(logged) == 2
 
 
-def test_a_fault_after_a_validation_still_raises() -> None:
+@pytest.mark.parametrize("before", [log, log_then_enqueue])
+def test_a_fault_after_a_validation_still_raises(before: Any) -> None:
     query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
-    for log in (log_in_no_grad, log_then_enqueue):
-        log(lambda: DenseInfoNCELoss()(query, key, queue), queue)
-        loss = reentrant(lambda q: DenseInfoNCELoss()(q, key, queue), query)
-        queue.enqueue(key)
-        with pytest.raises(RuntimeError, match="call enqueue after backward"):
-            loss.backward()
+
+    def loss(q: Tensor = query) -> Tensor:
+        return DenseInfoNCELoss()(q, key, queue)
+
+    before(loss, queue)
+    total = reentrant(loss, query)
+    queue.enqueue(key)
+    with pytest.raises(RuntimeError, match="call enqueue after backward"):
+        total.backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_checkpoint_the_queue_may_change_before_backward(backend: str) -> None:
-    assert_close(gradient(backend, None, "before"), gradient(backend, None, "after"), 1e-12)
+    assert_close(gradient(backend, directly, "before"), gradient(backend, directly, "after"), 1e-12)
