@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import warnings
 from importlib.util import find_spec
 from types import ModuleType
@@ -23,17 +24,13 @@ OLDEST_TRITON = (3, 6)  # the oldest that ran the kernels right; in 3.2 the inte
 
 
 def triton_version() -> tuple[int, int] | None:
-    """None without Triton. It is imported, since it comes in distributions of many names; only a GPU asks for it."""
+    """None without Triton. It is imported, since it comes in distributions of many names."""
     if not HAS_TRITON:
         return None
     import triton
 
     major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
-
-
-def _dotted(numbers: tuple[int, int]) -> str:
-    return ".".join(map(str, numbers))
 
 
 def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str:
@@ -72,7 +69,7 @@ def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> st
     if version is None:
         return "the triton package is not installed (pip install 'densecl-ops[triton]')"
     if version < OLDEST_TRITON:
-        return f"it needs triton {_dotted(OLDEST_TRITON)}, and {_dotted(version)} is installed"
+        return "it needs triton {}.{}, and {}.{} is installed".format(*OLDEST_TRITON, *version)
     if device_type != "cuda" and not (device_type == "cpu" and _triton.interpreting()):
         return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     # Code being traced cannot ask the device: there the launchers refuse it, with the same words.
@@ -90,9 +87,7 @@ def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> st
 def call(
     backend: str, operation: str, function: str, kind: tuple[object, ...], device: torch.device, *arguments: Any
 ) -> Any:
-    """Calls a function of the backend that `choose` chose, with autocast off.
-
-    Called inside the operators, so that compiled code does the same.
+    """Calls a function of the backend that `choose` chose, with autocast off; inside the operators, compiled or not.
 
     Under "auto", kernels that do not compile or launch are a warning with the reason, and the blockwise backend serves
     this call and, without another try, every later one of its kind. Under "triton" the error is raised.
@@ -139,24 +134,14 @@ def _is_no_fault_of_the_kernels(error: Exception) -> bool:
     """
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
         return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(symptom in words for symptom in _SYMPTOMS)
+    return isinstance(error, RuntimeError) and _SYMPTOMS.search(str(error)) is not None
 
 
 # Of the driver: no memory, and the errors after which a process can use its device no more.
-_SYMPTOMS = (
-    "out of memory",
-    "cuda error",
-    "hip error",
-    "illegal memory access",
-    "illegal address",
-    "misaligned address",
-    "illegal instruction",
-    "invalid program counter",
-    "device-side assert",
-    "launch failure",
-    "launch timed out",
-    "ecc error",
+_SYMPTOMS = re.compile(
+    "out of memory|(cuda|hip) error|illegal (memory access|address|instruction)|misaligned address"
+    "|invalid program counter|device-side assert|launch (failure|timed out)|ecc error",
+    re.IGNORECASE,
 )
 _failed: set[tuple[object, ...]] = set()
 

@@ -52,9 +52,9 @@ class DenseProjectionHead(nn.Module):
     ) -> None:
         super().__init__()
         in_channels = _checks.require_positive_int("in_channels", in_channels)
-        hidden_channels = _checks.require_positive_int(
-            "hidden_channels", in_channels if hidden_channels is None else hidden_channels
-        )
+        if hidden_channels is None:
+            hidden_channels = in_channels
+        hidden_channels = _checks.require_positive_int("hidden_channels", hidden_channels)
         out_channels = _checks.require_positive_int("out_channels", out_channels)
         if norm_layer is not None and not callable(norm_layer):
             raise TypeError(

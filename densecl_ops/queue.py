@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -17,35 +18,6 @@ from densecl_ops._recomputation import in_backward
 from densecl_ops._types import Init
 
 INITS = get_args(Init)
-
-
-class Membership:
-    """The process group a queue was given (None: the default one), and where its ranks have been synchronised.
-
-    Deep copies share the group, which cannot be copied, and have yet to be synchronised.
-    """
-
-    def __init__(self, process_group: dist.ProcessGroup | None) -> None:
-        _distributed.require_group(process_group)
-        self.process_group = process_group
-        self._synchronised_in: weakref.ref[dist.ProcessGroup] | None = None
-
-    def __deepcopy__(self, memo: object) -> Membership:
-        return Membership(self.process_group)
-
-    def __reduce__(self) -> tuple[type[Membership], tuple[None]]:
-        if self.process_group is not None:
-            raise TypeError(
-                "process_group: got a process group, which cannot be pickled, expected None; "
-                "save the state_dict, not the module"
-            )
-        return Membership, (None,)
-
-    def is_synchronised_in(self, group: dist.ProcessGroup) -> bool:
-        return self._synchronised_in is not None and self._synchronised_in() is group
-
-    def set_synchronised_in(self, group: dist.ProcessGroup | None) -> None:
-        self._synchronised_in = None if group is None else weakref.ref(group)
 
 
 class MomentumQueue(nn.Module):
@@ -110,12 +82,14 @@ class MomentumQueue(nn.Module):
         _checks.require_positive_int("dim", dim)
         _checks.require_choice("init", init, INITS)
         _checks.require_bool("gather_distributed", gather_distributed)
+        _distributed.require_group(process_group)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype: got {dtype!r}, expected float16, bfloat16, float32 or float64")
         self.init = init
         self.gather_distributed = gather_distributed
-        self._membership = Membership(process_group)
+        self.process_group = process_group
+        self._synchronised_in: weakref.ref[dist.ProcessGroup] | None = None
         self.register_buffer("rows", torch.empty(size, dim, dtype=dtype))
         self.register_buffer("position", torch.empty((), dtype=torch.int64))
         self.register_buffer("count", torch.empty((), dtype=torch.int64))
@@ -131,7 +105,7 @@ class MomentumQueue(nn.Module):
             self.rows.zero_()
         self.position.zero_()
         self.count.fill_(self.size if self.init == "random" else 0)
-        self._membership.set_synchronised_in(None)
+        self._synchronised_in = None
 
     @property
     def size(self) -> int:
@@ -140,10 +114,6 @@ class MomentumQueue(nn.Module):
     @property
     def dim(self) -> int:
         return self.rows.shape[1]
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        return self._membership.process_group
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -219,13 +189,13 @@ class MomentumQueue(nn.Module):
         return normalize_keys(keys, rows.dtype).nan_to_num_(0.0)  # a row that is not finite is all NaN
 
     def _unit_keys_of_all_ranks(self, keys: Tensor, group: dist.ProcessGroup) -> Tensor:
-        synchronised = self._membership.is_synchronised_in(group)
+        synchronised = self._synchronised_in is not None and self._synchronised_in() is group
         unit, headers = _distributed.announce(
             lambda: self._unit_keys(keys), group, size=self.size, synchronised=synchronised
         )
         if not all(header.synchronised for header in headers):
             _distributed.send_from_first([self.rows, self.position, self.count], group)
-            self._membership.set_synchronised_in(group)
+            self._synchronised_in = weakref.ref(group)
         return _distributed.gather(unit, [header.keys for header in headers], group)
 
     def _load_from_state_dict(
@@ -260,21 +230,32 @@ class MomentumQueue(nn.Module):
                     f"{self.size} rows; load rows, position and count of one queue, or none of them."
                 )
                 return
-            self._warn_of_lengths(prefix, rows[:existing])
-        self._membership.set_synchronised_in(None)
+            length = _checks.find_length(rows[:existing])
+            if length is not None:
+                warnings.warn(
+                    f"{prefix}rows: got a row of length {length:.3g}, expected unit rows; averaging of buffers spoils "
+                    "a queue: give AveragedModel or EMAWeightAveraging use_buffers=False",
+                    stacklevel=2,
+                )
+        self._synchronised_in = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    @staticmethod
-    def _warn_of_lengths(prefix: str, rows: Tensor) -> None:
-        length = _checks.find_length(rows)
-        if length is not None:
-            warnings.warn(
-                f"{prefix}rows: got a row of length {length:.3g}, expected unit rows; averaging of buffers spoils a "
-                "queue: give AveragedModel or EMAWeightAveraging use_buffers=False",
-                stacklevel=3,
+    def __deepcopy__(self, memo: dict[int, Any]) -> MomentumQueue:
+        """Shares the process group, which cannot be copied, and has yet to be synchronised in it."""
+        twin = type(self).__new__(type(self))
+        memo |= {id(self): twin, id(self.process_group): self.process_group}
+        twin.__dict__ = copy.deepcopy(self.__dict__ | {"_synchronised_in": None}, memo)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "process_group: got a process group, which cannot be pickled, expected None; "
+                "save the state_dict, not the module"
             )
+        return self.__dict__ | {"_synchronised_in": None}
 
     def extra_repr(self) -> str:
         return (
