@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import DOCS, EXAMPLES, blocks
 from test_step import STATM, resident
 from torch import nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
@@ -25,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 for module in ("kornia", "matplotlib", "PIL", "skimage", "tqdm"):
     pytest.importorskip(module)
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import pretrain  # noqa: E402
@@ -253,8 +253,8 @@ def test_weights_in_and_out(finished: Path) -> None:
     weights, official = load(finished, "backbone.pth"), read_checkpoint(finished / "densecl.pth")
     assert {name.split(".")[0] for name in weights} == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
     assert_same(weights, {name: model[f"encoder_q.backbone.{name}"] for name in weights})
-    assert_same(official.head_k, {name: model[f"encoder_k.head.{name}"] for name in official.head_k})
-    assert_same(official.dense_queue, {name: model[f"dense_queue.{name}"] for name in official.dense_queue})
+    for part, prefix in ((official.head_k, "encoder_k.head"), (official.dense_queue, "dense_queue")):
+        assert_same(part, {name: model[f"{prefix}.{name}"] for name in part})
     for name in ("backbone.pth", CHECKPOINT, "densecl.pth"):
         model, _ = pretrain.make_model(options.parse([*TINY, "--weights", str(finished / name)]))
         for encoder in (model.encoder_q, model.encoder_k):
@@ -334,10 +334,9 @@ def test_linked_folders_and_types(tmp_path: Path) -> None:
 
 def test_collapse(capsys: pytest.CaptureFixture[str]) -> None:
     """Told once: equal projections. A head that has not learnt yet has their loss, but not their rank."""
-    assert progress.has_collapsed(math.log(65), 32, 64)
-    assert progress.has_collapsed(math.log(65537) * 0.995, 32768 * 1.05, 65536)
-    assert not progress.has_collapsed(math.log(65), 3, 64)
-    assert not progress.has_collapsed(0.9 * math.log(65), 32, 64)
+    cases = ((1, 0.5, True), (0.995, 0.5 * 1.05, True), (1, 0.05, False), (0.9, 0.5, False))
+    for loss, rank, collapsed in cases:  # as shares of log(65) and of 64
+        assert progress.has_collapsed(loss * math.log(65), rank * 64, 64) == collapsed
     model = tiny_model()
     for encoder in (model.encoder_q, model.encoder_k):
         for parameter in encoder.head.parameters():
@@ -555,7 +554,7 @@ def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = types.SimpleNamespace(run=True, log=lambda numbers, step: logged.append((numbers, step)))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(progress.Progress, "step", lambda *_: None)
-    for block in re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "pretraining.md").read_text(), re.DOTALL):
+    for block in blocks(DOCS / "pretraining.md"):
         exec(block, {})
     for step in range(11):
         progress.Progress.step(None, step, torch.tensor([1.0, 2.0, 0.5]), 0.1)
@@ -607,7 +606,7 @@ def test_matching_by_place() -> None:
 
 def test_options_of_the_paper() -> None:
     """The documented commands are understood, and are MoCo-v2's."""
-    page = (EXAMPLES.parent / "pretraining.md").read_text().replace("\\\n", " ")
+    page = (DOCS / "pretraining.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^torchrun .* docs/examples/pretrain.py (.*)", page, re.MULTILINE)
     assert len(commands) == 2
     for command in commands:

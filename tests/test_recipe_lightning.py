@@ -10,19 +10,9 @@ from typing import Any
 
 import oracle
 import pytest
+import recipes
 import torch
 from helpers import assert_close, numpy64
-from recipes import (
-    check_maps,
-    check_momentum,
-    check_queue,
-    disturb,
-    example,
-    info_nce,
-    inputs_of,
-    parameters_of,
-    truth_of,
-)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +21,7 @@ pytest.importorskip("lightning.pytorch")
 
 @pytest.fixture
 def recipe() -> ModuleType:
-    return example("with_lightning")
+    return recipes.example("with_lightning")
 
 
 def trainer_for(recipe: ModuleType, **options: Any) -> Any:
@@ -48,26 +38,26 @@ def test_first_step(recipe: ModuleType, checkpointed: bool) -> None:
     model = recipe.DenseCL(momentum=0.9, queue_size=10)
     if checkpointed:
         model.criterion.forward = partial(checkpoint, model.criterion.forward, use_reentrant=False)
-    disturb(model.backbone, model.head)
-    queues = truth_of(model.image_queue), truth_of(model.dense_queue)
-    weights = parameters_of(model.head), parameters_of(model.head_k)
-    before = parameters_of(model.backbone_k), parameters_of(model.head_k)
+    recipes.disturb(model.backbone, model.head)
+    queues = recipes.truth_of(model.image_queue), recipes.truth_of(model.dense_queue)
+    weights = recipes.parameters_of(model.head), recipes.parameters_of(model.head_k)
+    before = recipes.parameters_of(model.backbone_k), recipes.parameters_of(model.head_k)
     networks = [copy.deepcopy(module).double() for module in (model.backbone, model.backbone_k)]
     trainer = trainer_for(recipe, max_steps=1, precision="64-true")
-    with inputs_of(model.head) as maps_q, inputs_of(model.head_k) as maps_k:
+    with recipes.inputs_of(model.head) as maps_q, recipes.inputs_of(model.head_k) as maps_k:
         trainer.fit(model, loader_of(recipe))
     for seen, network, view in zip((maps_q, maps_k), networks, next(iter(loader_of(recipe))), strict=True):
-        check_maps(seen, (network(view.double()),))
+        recipes.check_maps(seen, (network(view.double()),))
     query, key = oracle.head(weights[0], maps_q[0]), oracle.head(weights[1], maps_k[0])
-    image = info_nce(query.image, key.image, queues[0])
-    dense = info_nce(query.dense, key.dense, queues[1], index=oracle.match(query.grid, key.grid).index)
+    image = recipes.info_nce(query.image, key.image, queues[0])
+    dense = recipes.info_nce(query.dense, key.dense, queues[1], index=oracle.match(query.grid, key.grid).index)
     # float32 views of the metrics; the queues are float64
     assert_close(trainer.callback_metrics["image_loss"], image.loss, 1e-6, "image term")
     assert_close(trainer.callback_metrics["dense_loss"], dense.loss, 1e-6, "dense term")
-    check_queue(model.image_queue, queues[0], key.image)
-    check_queue(model.dense_queue, queues[1], key.pooled)
-    check_momentum(model.backbone, model.backbone_k, before[0])
-    check_momentum(model.head, model.head_k, before[1])
+    recipes.check_queue(model.image_queue, queues[0], key.image)
+    recipes.check_queue(model.dense_queue, queues[1], key.pooled)
+    recipes.check_momentum(model.backbone, model.backbone_k, before[0])
+    recipes.check_momentum(model.head, model.head_k, before[1])
 
     # SGD's first step from the loss's gradient: lr = 0.03, weight decay 1e-4, half of each term.
     grads = oracle.head_gradients(weights[0], query, 0.5 * image.query[:, :, 0], 0.5 * dense.query)
@@ -78,31 +68,35 @@ def test_first_step(recipe: ModuleType, checkpointed: bool) -> None:
 
 def test_keys_move_once_per_accumulated_step(recipe: ModuleType) -> None:
     model = recipe.DenseCL(momentum=0.9, queue_size=10).double()
-    disturb(model.head)
-    before = parameters_of(model.head_k)
+    recipes.disturb(model.head)
+    before = recipes.parameters_of(model.head_k)
     trainer = trainer_for(recipe, max_steps=1, precision="64-true", accumulate_grad_batches=2)
     trainer.fit(model, loader_of(recipe))
-    check_momentum(model.head, model.head_k, before)
+    recipes.check_momentum(model.head, model.head_k, before)
     assert int(model.dense_queue.position) == 8
+
+
+def fit(recipe: ModuleType, seed: int = 0, checkpoint: Path | None = None, **options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(seed)
+    model = recipe.DenseCL(momentum=0.9, queue_size=10)
+    if options["precision"] == "64-true":
+        model.double()  # as a callback copies it at once
+    trainer = trainer_for(recipe, **options)
+    trainer.fit(model, loader_of(recipe), ckpt_path=checkpoint)
+    return trainer, model
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_averaging_weights_leaves_the_queues(recipe: ModuleType, every: int) -> None:
     """The run ends with the averaged weights, and with the queues of the last update."""
-    callbacks, decay = recipe.pl.callbacks, 0.75
+    callbacks, decay, options = recipe.pl.callbacks, 0.75, {"max_epochs": 3, "precision": "64-true"}
     states: list[dict[str, Tensor]] = []  # after every step of a run that averages nothing
-
-    def keep(trainer: Any, module: Any, *args: Any) -> None:
-        states.append({name: value.clone() for name, value in module.state_dict().items()})
-
-    def fit(callback: Any) -> Any:
-        torch.manual_seed(0)
-        model = recipe.DenseCL(momentum=0.9, queue_size=10).double()  # as the callback copies it at once
-        trainer_for(recipe, max_epochs=3, precision="64-true", callbacks=[callback]).fit(model, loader_of(recipe))
-        return model
-
-    fit(callbacks.LambdaCallback(on_train_batch_end=keep))
-    model = fit(callbacks.EMAWeightAveraging(decay=decay, update_every_n_steps=every, use_buffers=False))
+    keep = callbacks.LambdaCallback(
+        on_train_batch_end=lambda _, module, *args: states.append(copy.deepcopy(module.state_dict()))
+    )
+    fit(recipe, callbacks=[keep], **options)
+    averaging = callbacks.EMAWeightAveraging(decay=decay, update_every_n_steps=every, use_buffers=False)
+    _, model = fit(recipe, callbacks=[averaging], **options)
     assert len(states) == 6
     first, *updates = states[::every]
     for name, parameter in model.named_parameters():
@@ -119,21 +113,12 @@ def test_averaging_weights_leaves_the_queues(recipe: ModuleType, every: int) -> 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_resumes_bit_for_bit(recipe: ModuleType, tmp_path: Path, precision: str) -> None:
-    def fit(epochs: int, checkpoint: Path | None = None) -> tuple[Any, Any]:
-        torch.manual_seed(0 if checkpoint is None else 1)
-        model = recipe.DenseCL(momentum=0.9, queue_size=10)
-        trainer = trainer_for(recipe, max_epochs=epochs, precision=precision)
-        trainer.fit(model, loader_of(recipe), ckpt_path=None if checkpoint is None else str(checkpoint))
-        return trainer, model
-
-    trainer, half = fit(1)
+    trainer, half = fit(recipe, max_epochs=1, precision=precision)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    saved = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]
-    assert torch.equal(saved["dense_queue.rows"], half.dense_queue.rows)
-    assert int(saved["dense_queue.position"]) == 8
-    whole, resumed = fit(2)[1].state_dict(), fit(2, tmp_path / "half.ckpt")[1].state_dict()
-    assert whole.keys() == resumed.keys()
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]), name
+    rows = half.dense_queue.rows.clone()
+    assert int(half.dense_queue.position) == 8
+    runs = ({}, {"seed": 1, "checkpoint": tmp_path / "half.ckpt"})
+    whole, resumed = (fit(recipe, **run, max_epochs=2, precision=precision)[1].state_dict() for run in runs)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
     assert int(whole["dense_queue.position"]) == 16 % 10
-    assert not torch.equal(whole["dense_queue.rows"], saved["dense_queue.rows"])
+    assert not torch.equal(whole["dense_queue.rows"], rows)
