@@ -212,16 +212,19 @@ def test_checkpoints_survive(
             checkpoints.save(path, model, optimizer, step=4, settings={})
     assert len(list(tmp_path.iterdir())) == 2
     assert checkpoints.resume(path, model, optimizer, {})["step"] == 3
-    for size in (path.stat().st_size // 2, 0):
-        os.truncate(path, size)
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    for spoilt in (whole[:half] + bytes(8) + whole[half + 8 :], whole[:half], b""):
+        path.write_bytes(spoilt)
         assert checkpoints.resume(path, model, optimizer, {})["step"] == 2
         assert f"{CHECKPOINT}: damaged" in capsys.readouterr().err
     os.truncate(checkpoints.previous(path), 100)
     with pytest.raises(SystemExit, match=r"image-and-dense.pt and .*previous.pt cannot be read"):
         checkpoints.resume(path, model, optimizer, {})
 
-    with pytest.raises(SystemExit, match="is of another run; --resume goes on with it, --overwrite removes it"):
-        train(tmp_path)
+    for other in ([], ["--lambda", "0"], ["--lambda", "0", "--resume"]):  # backbone.pth is of all
+        with pytest.raises(SystemExit, match=r"is of another run; --resume .*goes on with it, --overwrite removes it"):
+            train(tmp_path, *other)
     checkpoints.claim([path], options.parse(["--overwrite"]))
     assert not list(tmp_path.iterdir())
 
@@ -324,11 +327,13 @@ def test_linked_folders_and_types(tmp_path: Path) -> None:
     for suffix in kinds.keys() & decoding.SUFFIXES:
         Image.new("L" if suffix == ".pgm" else "RGB", (64, 64)).save(train / "dogs" / f"a{suffix}", kinds[suffix])
     Image.new("RGB", (64, 64)).save(tmp_path / "disk" / "cats" / "b.png")
-    for link, target in {"cats": tmp_path / "disk" / "cats", "more": tmp_path / "disk", "loop": train}.items():
+    Image.new("RGB", (64, 64)).save(train / "c.bmp")
+    disk = tmp_path / "disk"
+    for link, target in {"cats": disk / "cats", "more": disk, "loop": train, "self": train / "self"}.items():
         (train / link).symlink_to(target)
     source = images.Folder(train)
     found = [source.name(index) for index in range(len(source))]
-    assert sorted(Path(name).suffix for name in found) == sorted([".png", *kinds])
+    assert sorted(Path(name).suffix for name in found) == sorted([".bmp", ".png", *kinds])
     assert all(source.open(index).mode == "RGB" for index in range(len(source)))
 
 
@@ -419,6 +424,8 @@ TURNED[0x0112] = 6  # by 90 degrees
         ("12 of 16.png", GREY, GREY.astype(np.uint16) * 16, {}, "up to 4095"),
         ("10 of 16.tif", GREY, GREY.astype(np.uint16) * 4, {}, "up to 1023"),
         ("8 of 32.tif", GREY, GREY.astype(np.int32), {}, "up to 255"),
+        ("32 of 32.tif", GREY, GREY.astype(np.uint32) * 0x01010101, {}, "up to 4294967295"),
+        ("white is 0.tif", GREY, 4095 - GREY.astype(np.uint16) * 16, {"photometric": "miniswhite"}, "up to 4095"),
         ("signed 16.tif", GREY, GREY.astype(np.int16) * 10 - 1000, {}, "from -1000 to 1550"),
         ("signed 8.tif", GREY, (GREY - 128).astype(np.int8), {}, "from -128 to 127"),
         ("stated.tif", GREY, GREY.astype(np.uint16) * 2, WHITE, None),

@@ -51,10 +51,17 @@ def previous(path: Path) -> Path:
 
 
 def claim(paths: list[Path], args: argparse.Namespace) -> None:
-    """Refuses to write over the checkpoints of another run, or removes them if that is what is wanted."""
-    found = [file for path in paths for file in (path, previous(path)) if file.exists()]
-    if found and not args.resume and not args.overwrite:
-        raise SystemExit(f"--out: {found[0]} is of another run; --resume goes on with it, --overwrite removes it")
+    """Refuses to write over what another run left, or removes its checkpoints if that is what is wanted.
+
+    A run without the dense term has other checkpoints, but backbone.pth and result.json in common with one that has it.
+    """
+    every = [paths[0].with_name(name) for name in ("image-term-alone.pt", "image-and-dense.pt")]
+    found = [file for path in every for file in (path, previous(path)) if file.exists()]
+    goes_on = args.resume and any(path in found or previous(path) in found for path in paths)
+    if found and not goes_on and not args.overwrite:
+        raise SystemExit(
+            f"--out: {found[0]} is of another run; --resume with its --lambda goes on with it, --overwrite removes it"
+        )
     for file in found if args.overwrite else ():
         file.unlink()
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageFile, ImageOps
 
 SMALLEST = 32  # pixels; images with a shorter side are skipped
 DATA = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow knows by name, but needs help to read
-MAX_SAMPLE_VALUE, SAMPLE_FORMAT, BITS_PER_SAMPLE = 281, 339, 258  # tags of TIFF
-SIGNED = 2
+MAX_SAMPLE_VALUE, SAMPLE_FORMAT, BITS_PER_SAMPLE, PHOTOMETRIC = 281, 339, 258, 262  # tags of TIFF
+UNSIGNED, SIGNED, WHITE_IS_ZERO = 1, 2, 0
 
 Image.init()
 SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in DATA}
@@ -38,7 +38,11 @@ def decode(file: Path | IO[bytes]) -> Image.Image:
         if ";16" in raw and not image.mode.startswith("I"):
             return _scaled(_sixteen_bits(file, image, raw), image.mode, stated)
     if image.mode.startswith("I"):
-        return _scaled(np.asarray(image), image.mode, stated)
+        pixels = np.asarray(image)
+        if tags and tags.get(SAMPLE_FORMAT, (UNSIGNED,)) == (UNSIGNED,) and pixels.dtype == np.int32:
+            pixels = pixels.view(np.uint32)
+        image = _scaled(pixels, image.mode, stated)
+        return ImageOps.invert(image) if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else image  # Pillow does it for 8 bits
     if signed_bytes:
         return _scaled(np.asarray(image).view(np.int8), image.mode, stated)
     if image.mode == "F":

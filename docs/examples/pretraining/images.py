@@ -64,15 +64,23 @@ class Folder:
 
 def _walk(folder: str | Path, seen: set[tuple[int, int]]) -> Iterator[str]:
     """Paths of the images below a folder; a linked folder counts as a folder, and each comes once."""
+    here = Path(folder).stat()
+    if (here.st_dev, here.st_ino) in seen:
+        return
+    seen.add((here.st_dev, here.st_ino))
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                here = entry.stat()
-                if (here.st_dev, here.st_ino) not in seen:
-                    seen.add((here.st_dev, here.st_ino))
-                    yield from _walk(entry.path, seen)
+            if _is_folder(entry):
+                yield from _walk(entry.path, seen)
             elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:  # noqa: PTH122  (a million Path objects are slow)
                 yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 class BuiltIn:
