@@ -49,7 +49,8 @@ def shape_of(tensor: Tensor | Look) -> str:
 
 def require_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        hint = "; pick one of its levels" if isinstance(value, Mapping) else ""
+        items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        hint = "; pick one of its tensors" if any(isinstance(item, Tensor) for item in items) else ""
         if hasattr(value, "last_hidden_state"):
             hint = "; of a transformers output take .last_hidden_state[:, 1:].transpose(1, 2)"
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor{hint}")

@@ -132,12 +132,12 @@ class DenseProjectionHead(nn.Module):
 
 
 def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
+    if norm_layer in (nn.LayerNorm, nn.BatchNorm1d, nn.InstanceNorm2d, nn.GroupNorm):
+        raise TypeError(
+            f"norm_layer: got {norm_layer.__name__}, expected one for (B, C, H, W) maps, also of 1 x 1, such as "
+            "torch.nn.BatchNorm2d or lambda channels: torch.nn.GroupNorm(1, channels)"
+        )
     norm = norm_layer(channels)
     if not isinstance(norm, nn.Module):
         raise TypeError(f"norm_layer: got a callable that returns {type(norm).__name__}, expected a torch.nn.Module")
-    if type(norm) in (nn.LayerNorm, nn.BatchNorm1d):
-        raise TypeError(
-            f"norm_layer: got {type(norm).__name__}, expected one for (B, C, H, W) maps, such as "
-            "torch.nn.BatchNorm2d or lambda channels: torch.nn.GroupNorm(1, channels)"
-        )
     return norm

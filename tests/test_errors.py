@@ -278,6 +278,9 @@ def test_duck_queues(backend: str) -> None:
         helpers.refused(partial(loss, negatives=SimpleNamespace(rows=rows, count=count), backend=backend))
 
 
+NO_NORMS = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.InstanceNorm2d)
+
+
 @pytest.mark.parametrize(
     ("call", "advice"),
     [
@@ -292,12 +295,13 @@ def test_duck_queues(backend: str) -> None:
         (lambda: dense_info_nce(MAP, MAP, ROWS.T), r"\.T$"),
         (lambda: HEAD(WHOLE.permute(0, 2, 3, 1)[:, :3]), r"\.permute\(0, 3, 1, 2\)"),
         (lambda: HEAD(torch.ones(2, 9, 4)), r"\.transpose\(1, 2\)"),
-        (lambda: HEAD({"p2": MAP, "p3": MAP}), "pick one of its levels"),
+        (lambda: HEAD({"p2": MAP, "p3": MAP}), "pick one of its tensors"),
+        (lambda: HEAD([MAP, MAP]), "pick one of its tensors"),
         (lambda: HEAD(SimpleNamespace(last_hidden_state=MAP)), r"\.last_hidden_state\[:, 1:\]\.transpose\(1, 2\)"),
         (lambda: HEAD(MAP.half()), r"torch\.float32, .*torch\.autocast"),
         (lambda: HEAD(MAP.to("meta")), "meta, expected cpu"),
         (lambda: DenseProjectionHead(4, norm_layer=torch.nn.BatchNorm2d(4)), "expected what makes one"),
-        (lambda: DenseProjectionHead(4, norm_layer=torch.nn.LayerNorm), "GroupNorm"),
+        *((partial(DenseProjectionHead, 4, norm_layer=norm), r"GroupNorm\(1, channels\)") for norm in NO_NORMS),
     ],
 )
 def test_common_mistakes(call: Callable[[], Any], advice: str) -> None:
