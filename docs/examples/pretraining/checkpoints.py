@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -105,6 +106,9 @@ def read(path: Path) -> dict[str, Any] | None:
     found = [file for file in (path, previous(path)) if file.exists()]
     for file in found:
         try:
+            with zipfile.ZipFile(file) as parts:
+                if parts.testzip() is not None:  # torch writes the checksums and never reads them
+                    raise zipfile.BadZipFile
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             if {"model", "optimizer", "step", "settings"} <= state.keys():
                 return state
