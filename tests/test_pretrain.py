@@ -475,26 +475,21 @@ class Ramps:
 @pytest.mark.parametrize("window", [0, 60])
 def test_boxes_say_where_the_views_come_from(window: int) -> None:
     """Each pixel of a view against the place that its box gives it, mirrored views too."""
-    samples, mirrored = images.Samples(Ramps(), seed=3, view=32, window=window), 0
-    for number in range(40):
-        sample = samples[number, 0]
-        low, high = np.full(2, np.inf), np.full(2, -np.inf)
-        for view, (x0, y0, x1, y1) in zip(sample.images.double(), sample.boxes.tolist(), strict=True):
-            mirrored += x0 > x1
-            at = (torch.arange(32) + 0.5) / 32
-            inner = slice(2, -2)  # the outermost pixels are averages over less
-            x, y = (x0 + at * (x1 - x0) - 0.5)[inner], (y0 + at * (y1 - y0) - 0.5)[inner]
-            torch.testing.assert_close(view[0, inner, inner], x.expand(28, -1).double(), rtol=0, atol=1)
-            torch.testing.assert_close(view[1, inner, inner], y[:, None].expand(-1, 28).double(), rtol=0, atol=1)
-            low, high = np.minimum(low, (min(x0, x1), y0)), np.maximum(high, (max(x0, x1), y1))
-            area, ratio = abs(x1 - x0) * (y1 - y0), abs(x1 - x0) / (y1 - y0)
-            assert 0.19 < area / (window**2 or 200 * 120) < 1.01
-            assert 0.74 < ratio < 1.34
-        assert (low >= 0).all()
-        assert (high <= (200, 120)).all()
-        if window:
-            assert (high - low <= window + 1e-3).all()
-    assert 20 < mirrored < 60
+    samples = images.Samples(Ramps(), seed=3, view=32, window=window)
+    drawn = [samples[number, 0] for number in range(40)]
+    views, boxes = torch.stack([x.images for x in drawn]).double(), torch.stack([x.boxes for x in drawn]).double()
+    first, last = boxes.view(40, 2, 2, 2).unbind(2)  # corners, (image, view, x and y)
+    at = (torch.arange(2, 30) + 0.5) / 32  # the outermost pixels are averages over less
+    x, y = (first[..., None] + at * (last - first)[..., None] - 0.5).unbind(2)
+    places = torch.stack([x[:, :, None].expand(-1, -1, 28, -1), y[..., None].expand(-1, -1, -1, 28)], 2)
+    torch.testing.assert_close(views[:, :, :2, 2:-2, 2:-2], places, rtol=0, atol=1)
+    low, high = torch.minimum(first, last), torch.maximum(first, last)
+    width, height = (last - first).unbind(2)  # a negative width: mirrored
+    area, ratio = width.abs() * height / (window**2 or 200 * 120), width.abs() / height
+    assert bool(((area > 0.19) & (area < 1.01) & (ratio > 0.74) & (ratio < 1.34)).all())
+    assert bool(((low >= 0) & (high <= torch.tensor([200, 120]))).all())
+    assert bool((high.amax(1) - low.amin(1) <= (window or 200) + 1e-3).all())
+    assert 20 < int((width < 0).sum()) < 60
 
 
 def test_every_image_once_per_epoch_on_any_number_of_processes() -> None:
