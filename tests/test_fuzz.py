@@ -41,7 +41,6 @@ BENIGN: dict[str, Callable[[Tensor], Tensor]] = {
     "negative view": lambda x: torch._neg_view(-x) if x.is_floating_point() else x,
 }
 
-
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "float32": lambda x: x.float(),
     "zeros": torch.zeros_like,
@@ -73,9 +72,7 @@ HOSTILE: dict[str, Callable[[Tensor], Any]] = {
     "nested": lambda x: torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(2, 2)], layout=torch.jagged),
 }
 
-
 NUMBERS = ["0.2", None, True, 0.2j, float("nan"), float("inf"), -float("inf"), 10**400, [0.2], np.array([0.2])]
-
 
 NAMES = ["", "Mean", None, 3, ["mean"], np.array(["mean", "sum"]), b"mean", torch.tensor(1)]
 
@@ -127,6 +124,11 @@ def loss_tensors(seed: int) -> dict[str, Tensor]:
         "weight": torch.tensor(rng.random((2, 6))),
         "exclude": torch.tensor([1, 0]),
     }
+
+
+def pair(grid_size: Any) -> Any:
+    """(H, W) of S too."""
+    return (grid_size, grid_size) if isinstance(grid_size, int) else grid_size and tuple(grid_size)
 
 
 def plain(made: dict[str, Any]) -> dict[str, Any]:
@@ -213,13 +215,11 @@ def test_fuzz_the_matching(seed: int, data: st.DataObject) -> None:
         return
     seen = dense_correspondence(**made)
     maps = plain({name: made[name] for name in maps})
-    if made["grid_size"] is not None:
-        grid = (2, 2) if made["grid_size"] == 2 else tuple(made["grid_size"])
-        pooled = [torch.tensor(oracle.adaptive_pool(numpy64(x), grid)) for x in maps.values()]
-    else:
-        pooled = list(maps.values())
+    pooled, grid = [numpy64(x) for x in maps.values()], pair(made["grid_size"])
+    if grid is not None:
+        pooled = [oracle.adaptive_pool(x, grid) for x in pooled]
     with np.errstate(all="ignore"):
-        truth = oracle.match(*map(flat64, pooled), made["mutual"], made["min_score"])
+        truth = oracle.match(*(x.reshape(2, 5, -1) for x in pooled), made["mutual"], made["min_score"])
         far = np.abs(truth.score - (-np.inf if made["min_score"] is None else float(made["min_score"]))) > 1e-5
     tolerance = 1e-5  # scores are float32
     ordinary = np.isfinite(truth.similarity).all((1, 2))
@@ -239,7 +239,6 @@ PLACE_OPTIONS: dict[str, tuple[list[Any], list[Any]]] = {
     "key_grid": ([None, 1, (2, 1)], [0, -3, (), (1, 2, 3), "7", 2.5, True]),
     "max_distance": ([None, 0, 0.7, 10**300, Fraction(1, 3)], [*(x for x in NUMBERS if x is not None), -0.1]),
 }
-
 
 BOX_DTYPES = [torch.int64, torch.uint8, torch.float64, torch.float32, torch.float16, torch.bfloat16]
 BAD_BOXES: dict[str, Callable[[Tensor], Any]] = {
@@ -269,8 +268,7 @@ def test_fuzz_matching_by_place(seed: int, data: st.DataObject) -> None:
     for name in ("query_boxes", "key_boxes"):
         made[name] = made[name].to(data.draw(st.sampled_from(BOX_DTYPES), label="dtype"))
     seen, made = location_correspondence(**made), plain(made)
-    wanted = made["query_grid"], made["key_grid"] or made["query_grid"]
-    grids = tuple((g, g) if isinstance(g, int) else tuple(g) for g in wanted)
+    grids = pair(made["query_grid"]), pair(made["key_grid"] or made["query_grid"])
     boxes = tuple(made[x].long().numpy() for x in ("query_boxes", "key_boxes"))  # type: ignore[assignment]
     flips = made["query_flip"].numpy(), made["key_flip"].numpy()
     distance = made["max_distance"]
@@ -293,13 +291,11 @@ JUNK = st.recursive(
     max_leaves=12,
 )
 
-
 TENSORS = st.builds(
     lambda shape, dtype: torch.ones(shape).to(dtype),
     st.lists(st.integers(0, 4), max_size=4),
     st.sampled_from([torch.float32, torch.int64, torch.bool, torch.complex64, torch.uint8]),
 )
-
 
 FIELDS = st.fixed_dictionaries(
     {"batch_prob": TENSORS, "forward_input_shape": TENSORS | st.just(torch.tensor([2, 3, 8, 8]))},
@@ -343,10 +339,9 @@ def test_fuzz_the_head(seed: int, data: st.DataObject) -> None:
         return
     head = DenseProjectionHead(5, **made).to(x.dtype)
     seen = head(x)
-    grid = {2: (2, 2)}.get(made["grid_size"]) if isinstance(made["grid_size"], int) else made["grid_size"]
     params = {name: numpy64(p) for name, p in head.named_parameters()}
     with np.errstate(all="ignore"):
-        truth = oracle.head(params, numpy64(x.detach().resolve_neg()), None if grid is None else tuple(grid))
+        truth = oracle.head(params, numpy64(x.detach().resolve_neg()), pair(made["grid_size"]))
     for actual, wish in ((seen.image, truth.image), (seen.dense.flatten(2), truth.dense), (seen.pooled, truth.pooled)):
         rows = np.isfinite(wish).reshape(len(wish), -1).all(1)
         assert_close(actual[torch.tensor(rows)], wish[rows], 1e-5 if x.dtype == torch.float32 else 1e-9)
