@@ -19,25 +19,16 @@ from densecl_ops.info_nce.problem import Problem
 
 
 class Config(NamedTuple):
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        block_n: Query rows per program.
-        block_k: Queue rows per tile.
-        num_warps: Warps per program.
-        num_stages: Tiles in flight.
-        programs: How many such programs one multiprocessor holds at once; decides how often the queue is split.
-        chunk_d: Channels per step of the first product, or None to keep all channels of the query block in place.
-        descriptor: Whether whole tiles come by a tensor descriptor (TMA) where that can be. No row of the table asks
-            for it: no GPU has shown yet that it is right and faster.
-    """
-
-    block_n: int
-    block_k: int
+    block_n: int  # query rows per program
+    block_k: int  # queue rows per tile
     num_warps: int
-    num_stages: int
-    programs: int = 1
-    chunk_d: int | None = None
+    num_stages: int  # tiles in flight
+    programs: int = 1  # that one multiprocessor holds at once; decides how often the queue is split
+    chunk_d: int | None = None  # channels per step of the first product; None keeps the whole query block in place
+    # Whole tiles by a tensor descriptor (TMA) where that can be. No row asks for it: no GPU has shown that it is right
+    # and faster.
     descriptor: bool = False
 
 
@@ -85,14 +76,7 @@ GRAD_NEGATIVES = {
 
 
 def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = True) -> Config:
-    """The row for attend_kernel.
-
-    Args:
-        architecture: One of densecl_ops._triton.FAMILIES.
-        dtype: Of the products.
-        channels: D.
-        lean: Whether no `exclude` is asked for and D is a power of two; masks take registers.
-    """
+    """The row for attend_kernel. `lean`: no `exclude` is asked for and D is a power of two; masks take registers."""
     if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
         return Config(32, 64, 4, 1, chunk_d=32 if channels > 64 else None)
     config = ATTEND[_triton.family(architecture), dtype.itemsize][_width(channels)]
@@ -100,27 +84,12 @@ def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = Tr
     return config._replace(block_k=config.block_k // 2) if halved else config
 
 
-def choose_grad_negatives(architecture: str, dtype: torch.dtype, channels: int) -> Config:
-    """The row for grad_negatives_kernel."""
-    if architecture == "interpreter":
-        return Config(32, 64, 4, 1)
-    return GRAD_NEGATIVES[dtype.itemsize][_width(channels)]
-
-
 class Plan(NamedTuple):
-    """What the three launches of a forward owe to shapes, dtypes and the device alone.
+    """Programs and arguments of the three launches of a forward, as far as shapes, dtypes and the device decide."""
 
-    Attributes:
-        splits: In how many parts the queue is read.
-        dtype: Of the products.
-        tile: Rows and channels of a tile that is loaded by a descriptor, or None.
-        prepare_grid, attend_grid, combine_grid: Programs of each kernel.
-        prepare, attend, combine: Arguments of each kernel.
-    """
-
-    splits: int
-    dtype: torch.dtype
-    tile: list[int] | None
+    splits: int  # parts in which the queue is read
+    dtype: torch.dtype  # of the products
+    tile: list[int] | None  # rows and channels of a tile that is loaded by a descriptor
     prepare_grid: tuple[int]
     attend_grid: tuple[int, int]
     combine_grid: tuple[int]
@@ -216,7 +185,9 @@ def plan_grad_negatives(problem: Problem, splits: int | None) -> tuple[int, tupl
     batch, channels, positions = problem.query.shape
     rows, size = batch * positions, problem.negatives.shape[0]
     device = _triton.describe(problem.query.device)
-    config = choose_grad_negatives(device.architecture, problem.matmul_dtype, channels)
+    config = GRAD_NEGATIVES[problem.matmul_dtype.itemsize][_width(channels)]
+    if device.architecture == "interpreter":
+        config = Config(32, 64, 4, 1)
     slots = device.multiprocessors * config.programs
     per_split = plan_split(size, rows, config.block_k, config.block_n, slots, splits)
     splits = triton.cdiv(rows, per_split)
