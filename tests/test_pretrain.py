@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import types
@@ -180,6 +182,29 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "environ", task | {"MASTER_ADDR": "node", "MASTER_PORT": "1"})
         options.parse([])
         assert os.environ.items() >= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items()
+
+
+def test_help_needs_no_scikit_image() -> None:
+    program = "import sys; sys.modules['skimage'] = None; import pretrain; pretrain.main(['--help'])"
+    environment = os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parents[1]}"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_names_of_timm_with_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for timm, without a network: no weights are no random ones."""
+
+    def create_model(name: str, pretrained: bool, **_: object) -> str:
+        if pretrained:
+            raise OSError("no network")
+        return "random"
+
+    timm = types.ModuleType("timm")
+    timm.__spec__ = importlib.machinery.ModuleSpec("timm", None)
+    timm.is_model, timm.create_model = lambda name: True, create_model
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert backbones._of_timm("resnet50") == "random"
+    with pytest.raises(SystemExit, match=r"the weights of resnet50.a1_in1k cannot be had \(no network\)"):
+        backbones._of_timm("resnet50.a1_in1k")
 
 
 def test_loss_that_is_not_finite(tmp_path: Path) -> None:
