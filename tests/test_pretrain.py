@@ -275,6 +275,18 @@ def test_what_a_resumed_run_may_change(
             train(out, *arguments, *refused.split())
 
 
+def test_picture_on_a_full_disk(folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        arguments[-1].write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    out = shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr(pretrain, "draw", full)
+    with pytest.raises(SystemExit, match=r"matches.png could not be written .*No space left.*matches.png is as it was"):
+        train(out, "--resume", "--images", folder, "--workers", "0")
+    assert (out / "matches.png").read_bytes() == (finished / "matches.png").read_bytes()
+
+
 def test_weights_in_and_out(finished: Path) -> None:
     """Plain names, and the official code's; a run starts from either, or from a checkpoint."""
     model = load(finished)["model"]

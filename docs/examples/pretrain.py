@@ -244,7 +244,8 @@ def run(args: argparse.Namespace, device: torch.device, dataset: Iterable[Any] |
 
     def write() -> None:
         written = [*checkpoints.export(model, args.out, args.densecl), args.out / "matches.png"]
-        draw(pair, matches, last, history.cpu(), args.lambda_warmup, written[-1])
+        picture = pair, matches, last, history.cpu(), args.lambda_warmup
+        checkpoints.write_whole(written[-1], lambda file: draw(*picture, file))
         for file in files.values():
             written += [path for path in (file, checkpoints.previous(file), file.with_suffix("")) if path.exists()]
         checkpoints.report(args, matches, pair, seconds, skipped, written)

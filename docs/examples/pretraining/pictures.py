@@ -37,10 +37,10 @@ def draw(pair: Pair, matches: dict[str, Matches], arm: str, history: Tensor, war
         photo.set_axis_off()
         photo.set_title("the left image,\nto be matched with the right one", fontsize=10)
         draw_history(losses, accuracy, arm, history, warmup)
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, format="png", dpi=100)
     with Image.open(path) as picture:  # 256 colours: a third of the bytes
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    small.save(path, "PNG", optimize=True)
 
 
 def draw_errors(axes: Axes, pair: Pair, matches: Matches, name: str) -> None:
