@@ -110,11 +110,11 @@ def test_loss(name: str, loaded_by: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("backend", ["blockwise", "triton"])
 def test_small_losses(backend: str) -> None:
-    """log(1 + x) for x from 5e-5 to 0.4: 1 + x in float32 keeps 10 to 22 bits of x."""
+    """log(1 + x) for x from 5e-5 to 0.4: 1 + x in float32 keeps 10 to 22 bits. Rounded logits of 10 cost 3.3e-6."""
     angle = torch.linspace(0, 1.14, 60)
     query = torch.stack([angle.cos(), angle.sin()], 1)
     case = Case(query, query, torch.tensor([[0.0, 1.0]]), temperature=0.1, reduction="none")
-    np.testing.assert_allclose(run(backend, case, wanted=()).loss.numpy(), expected(case).loss, rtol=3e-6)
+    np.testing.assert_allclose(run(backend, case, wanted=()).loss.numpy(), expected(case).loss, rtol=5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
