@@ -1,17 +1,19 @@
 """A loss that is computed again (activation checkpointing) must meet the negatives that it met the first time.
 
 torch recomputes in two ways. The non-reentrant one keeps the autograd nodes of the first computation and hands them
-what the second one saves: `guard` compares the two. The reentrant one computes first under no_grad, and again inside a
-backward pass: `note` counts the first computations that met the negatives as they are now, which a backward pass may
-each repeat once. Whatever else was computed before, as in validation, does not matter.
+what the second one saves: `guard` compares the two. The reentrant one is an autograd.Function, which computes first in
+its forward(), under no_grad, and again in its backward(): `note` leaves the version of the negatives with the ctx of
+such a Function. Losses outside of one, as in validation and in hooks, do not matter.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 _MESSAGE = (
     "negatives: got a queue that was written after the loss and before the loss was computed again (activation "
@@ -43,6 +45,25 @@ class _Guard(torch.autograd.Function):
         return grad, None
 
 
+def note(negatives: Tensor) -> None:
+    """To be called for every loss in eager mode.
+
+    Raises:
+        RuntimeError: This loss recomputes one of a reentrant checkpoint, and the negatives were written in between.
+    """
+    if (torch.is_grad_enabled() and not in_backward()) or torch.is_inference_mode_enabled() or negatives.is_inference():
+        return
+    memory = negatives.untyped_storage().data_ptr()  # slices of a queue share it, as they share its version
+    frame = inspect.currentframe()
+    while frame is not None:  # torch does not tell inside of which Function it is; 60 frames take 3 us
+        if frame.f_code.co_varnames[:1] == ("ctx",) and isinstance(ctx := frame.f_locals["ctx"], FunctionCtx):
+            versions = ctx.__dict__.setdefault("_densecl_ops_versions", {})
+            first = versions.setdefault(memory, negatives._version)
+            if first != negatives._version and frame.f_code.co_name == "backward":
+                raise RuntimeError(_MESSAGE)
+        frame = frame.f_back
+
+
 class _Reads:
     """Of one version of the negatives: first computations, and those that the backward pass under way has repeated."""
 
@@ -52,35 +73,20 @@ class _Reads:
         self.backward_pass = -1
 
 
-def note(negatives: Tensor) -> None:
-    """To be called for every loss in eager mode.
-
-    Raises:
-        RuntimeError: This loss recomputes one of a reentrant checkpoint, and the negatives were written in between.
-    """
-    recomputes = torch.is_grad_enabled()  # as a reentrant checkpoint does; a hook that logs a loss does not
-    if recomputes != in_backward() or negatives.is_inference() or torch.is_inference_mode_enabled():
-        return
-    if not recomputes or not _is_saved_by_hooks():  # with hooks `guard` knows better
-        _compare(negatives, recomputes)
-
-
 def note_compiled(negatives: Tensor) -> None:
     """To be called where compiled code computes the loss: there neither gradients nor hooks are known.
+
+    It counts the first computations that met the negatives as they are now, which a backward pass may each repeat once.
 
     Raises:
         RuntimeError: As `note` does.
     """
-    if not negatives.is_inference():
-        _compare(negatives, in_backward())
-
-
-def _compare(negatives: Tensor, recomputes: bool) -> None:
-    # Kept on the storage, which slices of a queue share as they share its version, and which torch keeps with its
-    # attributes for as long as the memory is used.
+    if negatives.is_inference():
+        return
+    # Kept on the storage, which torch keeps with its attributes for as long as the memory is used.
     known = negatives.untyped_storage().__dict__
     reads: _Reads | None = known.get("_densecl_ops_reads")
-    if not recomputes:
+    if not in_backward():
         if reads is None or reads.version != negatives._version:
             reads = known["_densecl_ops_reads"] = _Reads(negatives._version)
         reads.firsts += 1

@@ -157,23 +157,33 @@ def test_other_losses_are_no_first_halves(wrap: Wrap, losses: int, before: Any, 
         after(loss, queue)
 
 
-def test_a_backward_hook_may_log_a_loss() -> None:
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("wrap", [directly, reentrant])
+def test_a_backward_hook_may_log_a_loss(wrap: Wrap, grad: bool) -> None:
     """In MoCo's own order, where the queue is no more what a validation before saw."""
     query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
     criterion = DenseInfoNCELoss()
     logged = []
-    query.register_hook(lambda grad: logged.append(criterion(query, key, queue)))
+
+    def hook(_: Tensor) -> None:
+        with torch.set_grad_enabled(grad):
+            logged.append(criterion(query, key, queue))
+
+    query.register_hook(hook)
     with torch.no_grad():
         criterion(query, key, queue)
     for _ in range(2):
-        loss = criterion(query, key, queue)
+        loss = criterion(wrap(torch.tanh, query), key, queue)
         queue.enqueue(key)
         loss.backward()
     assert len(logged) == 2
 
 
 @pytest.mark.parametrize("before", [log, log_then_enqueue])
-def test_a_fault_after_a_validation_still_raises(before: Any) -> None:
+@pytest.mark.parametrize(
+    "between", [nothing, log, lambda loss, _: reentrant(loss, torch.randn(2, 16, requires_grad=True))]
+)
+def test_a_fault_beside_other_losses_raises(before: Any, between: Any) -> None:
     query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
 
     def loss(q: Tensor = query) -> Tensor:
@@ -182,6 +192,7 @@ def test_a_fault_after_a_validation_still_raises(before: Any) -> None:
     before(loss, queue)
     total = reentrant(loss, query)
     queue.enqueue(key)
+    between(loss, queue)
     with pytest.raises(RuntimeError, match="call enqueue after backward"):
         total.backward()
 
