@@ -18,9 +18,10 @@ from densecl_ops.info_nce import function
 
 
 def test_temperature_can_be_set_where_it_is_constant() -> None:
-    criterion, pair = DenseInfoNCELoss(0.2), torch.randn(2, 3, 16)
-    criterion.temperature = 0.07
+    criterion, pair = DenseInfoNCELoss(), torch.randn(2, 3, 16)
     negatives = MomentumQueue(8, 16)
+    assert torch.equal(criterion(*pair, negatives), dense_info_nce(*pair, negatives, temperature=0.2, reduction="mean"))
+    criterion.temperature = 0.07
     assert torch.equal(criterion(*pair, negatives), dense_info_nce(*pair, negatives, temperature=0.07))
     assert repr(criterion) == "DenseInfoNCELoss(temperature=0.07, reduction='mean', backend='auto')"
     with pytest.raises(ValueError, match="temperature: got 0"):
