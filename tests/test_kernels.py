@@ -29,8 +29,10 @@ SPILLS = {
     **{(f"sm_{n}", "match_kernel", "float32", 2048, "14x14"): 20 for n in (86, 89)},
     **{(f"sm_{n}", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 48 for n in (120, 121)},
     **{(f"sm_{n}", "attend_kernel", "float32", 128, "running max, rank, exclude"): 16 for n in (100, 103)},
+    **{(f"sm_{n}", "attend_kernel", "bfloat16", 128, "descriptor, running max, rank, exclude"): 8 for n in (100, 103)},
     ("gfx90a", "attend_kernel", "bfloat16", 512, "running max, rank, exclude"): 4,
     ("gfx942", "match_kernel", "float32", 2048, "7x7 mutual"): 8,  # scalar registers
+    ("gfx950", "attend_kernel", "bfloat16", 128, "unaligned"): 2,
     ("gfx950", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 24,
     ("gfx950", "match_kernel", "bfloat16", 2048, "14x14"): 71,
     # Only on Triton 3.9; 3.6 and 3.7.1 spill nothing there.

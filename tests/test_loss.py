@@ -67,7 +67,8 @@ def test_every_option(backend: str, name: str) -> None:
 @given(case=cases(), rank=st.booleans())
 def test_any_mixture_of_options(backend: str, wanted: tuple[str, ...], case: helpers.Case, rank: bool) -> None:
     check(backend, case, wanted=wanted, rank=rank)
-    tolerance = 2e-5 if case.temperature > 0.05 else 2e-4  # logits up to 1 / t, each off by 1e-7
+    # Logits up to 1 / t, each off by 1e-7; of D = 1 the gradient is nothing but that (eager: 2.6e-5).
+    tolerance = 4e-5 if case.temperature > 0.05 else 2e-4
     check(backend, case.to(torch.float32), tolerance, wanted[:3], rank)
 
 
