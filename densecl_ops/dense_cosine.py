@@ -65,7 +65,7 @@ def dense_cosine(
 
         loss_i = |q^_i - k^_index(i)|^2 = 2 - 2 <q^_i, k^_index(i)>
 
-    (BYOL, arXiv 2006.07733, equation 2, at every position; PixPro, arXiv 2011.10043, equation 2, but for the constant.)
+    (BYOL, arXiv 2006.07733, equation 2, at every position; PixPro, arXiv 2011.10043, but for the constant.)
     Nothing keeps it from collapse but the host: a predictor on the query, and keys without gradient (a target network,
     or `key.detach()`). Given (B, D) vectors it is BYOL's own loss.
 
