@@ -18,8 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.records import RESULTS
-from benchmarks.transfer.page import by_seed, value
-from benchmarks.transfer.pretraining import ARMS
+from benchmarks.transfer.page import arms_of, by_seed, value
 from benchmarks.transfer.records import TASKS, load
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well. Lines get thinner from the first to the last, so
@@ -147,9 +146,10 @@ def smooth(values: list[float]) -> list[float]:
 def draw_runs(source: Path) -> Figure:
     """A panel per dense task; runs of one seed are joined by a line, the bar is the mean."""
     records = load(source)
+    arms = arms_of(records)
     figure = Figure(figsize=(9.6, 3.4), layout="constrained", dpi=110)
     for axes, (task, (_, heading)) in zip(figure.subplots(1, len(TASKS)), TASKS.items(), strict=True):
-        every = [[value(run, task) for _, run in sorted(by_seed(records, arm).items())] for arm in ARMS]
+        every = [[value(run, task) for _, run in sorted(by_seed(records, arm).items())] for arm in arms]
         for marker, line in zip("osD", zip(*every, strict=True), strict=True):
             axes.plot(line, marker=marker, color="#0072b2", lw=0.8, ms=4.5, alpha=0.75)
         for i, values in enumerate(every):
@@ -157,9 +157,9 @@ def draw_runs(source: Path) -> Figure:
         if task == "propagation":
             axes.axhline(records[0]["test.unmoved"]["miou"], color="#666666", ls=":", lw=1)
             axes.set_xlabel("dotted: labels left\nwhere they were", fontsize=8)
-        labels = [arm.replace("image", "image\nterm") for arm in ARMS]
-        axes.set_xticks(range(len(ARMS)), labels, fontsize=8, rotation=45)
-        axes.set_xlim(-0.6, len(ARMS) - 0.4)
+        labels = [arm.replace("image", "image\nterm") for arm in arms]
+        axes.set_xticks(range(len(arms)), labels, fontsize=8, rotation=45)
+        axes.set_xlim(-0.6, len(arms) - 0.4)
         axes.tick_params(axis="y", labelsize=8)
         axes.set_title(heading, fontsize=9)
         _plain(axes)

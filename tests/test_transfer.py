@@ -167,15 +167,46 @@ def test_consecutive_frames() -> None:
 
 
 def test_arms_of_a_seed_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same weights, same views: up to the dense term's first step, the same image term."""
+    """Same weights, same views: up to the dense term's first step, the same image term of a host."""
     monkeypatch.setattr(encoder, "processor", lambda: SimpleNamespace(bfloat16=False))
     curves = {}
-    for arm in ("image", *pretraining.DENSE):
-        setting = replace(SMALL, arm=arm, dense_from=0.5)
-        _, facts = pretraining.pretrain(setting, photographs(), lambda text: None)
+    for arm in (arm for arm in pretraining.ARMS if arm != "random"):
+        _, facts = pretraining.pretrain(replace(SMALL, arm=arm, dense_from=0.5), photographs(), lambda text: None)
         curves[arm] = facts["image_loss"]
-    for arm in pretraining.DENSE:
-        assert curves[arm][:3] == pytest.approx(curves["image"][:3], abs=2e-4)
+        alone = "byol" if arm.startswith("byol") else "image"
+        assert curves[arm][:3] == pytest.approx(curves[alone][:3], abs=2e-4)
+        assert (curves[arm][3] == curves[alone][3]) == (arm == alone), "the dense term trains"
+
+
+@pytest.mark.parametrize("arm", ["byol_dense", "byol_contrast"])
+def test_byol_terms(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step's terms, from the model's own projections, in float64."""
+    monkeypatch.setattr(encoder, "processor", lambda: SimpleNamespace(bfloat16=False))
+    model = pretraining.Byol(replace(SMALL, arm=arm)).train()
+    query, key = views.draw(photographs(), 4, 40, 32, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        image_loss, dense_loss = model(query, key, 0.99)
+        map_q, map_k = model.backbone_q(standardised(query)), model.backbone_k(standardised(key))
+        projected_q, projected_k = model.head_q(map_q), model.head_k(map_k)
+        prediction = model.predictors[0](projected_q.image[..., None, None]).flatten(1).double()
+        dense = F.normalize(model.predictors[1](projected_q.dense).flatten(2).double(), dim=1)
+    expected = 2 - 2 * F.cosine_similarity(prediction, projected_k.image.double())
+    assert image_loss.item() == pytest.approx(expected.mean().item(), abs=1e-4)
+    cosine = F.normalize(map_q.flatten(2).double(), dim=1).mT @ F.normalize(map_k.flatten(2).double(), dim=1)
+    matched = projected_k.dense.flatten(2).double().gather(2, cosine.argmax(2)[:, None].expand_as(dense))
+    positive = (dense * F.normalize(matched, dim=1)).sum(1)
+    if arm == "byol_dense":
+        assert dense_loss.item() == pytest.approx((2 - 2 * positive).mean().item(), abs=1e-4)
+        return
+    pooled = F.normalize(projected_k.pooled.double(), dim=1)
+    negative = torch.einsum("bdp,nd->bpn", dense, pooled)
+    negative[torch.arange(4), :, torch.arange(4)] = -torch.inf
+    logits = torch.cat([positive[..., None], negative], 2) / SMALL.temperature
+    assert dense_loss.item() == pytest.approx(-logits.log_softmax(2)[..., 0].mean().item(), abs=1e-4)
+
+
+def standardised(view: views.Views) -> torch.Tensor:
+    return (view.images - 0.45) / 0.226
 
 
 def run_suite(folder: Path, out: Path, options: str) -> list[dict]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from benchmarks.records import RESULTS, table
 from benchmarks.transfer.data import CLASSES
-from benchmarks.transfer.pretraining import ARMS, IMAGE
+from benchmarks.transfer.pretraining import ARMS, BYOL, IMAGE
 from benchmarks.transfer.records import TASKS, Record, chosen_rate, load, on_val
 
 NAMES = {
@@ -16,6 +16,9 @@ NAMES = {
     "nearest": "image + dense, nearest (DenseCL)",
     "mutual": "image + dense, mutual nearest",
     "place": "image + dense, same place",
+    "byol": "BYOL's image term alone",
+    "byol_dense": "BYOL + dense, nearest, cosine",
+    "byol_contrast": "BYOL + dense, nearest, in-batch negatives",
 }
 HEADINGS = [heading for _, heading in TASKS.values()]
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 0.975 quantiles of Student's t, by degrees of freedom
@@ -29,10 +32,15 @@ def by_seed(records: Iterable[Record], arm: str) -> dict[int, Record]:
     return {record["setting"]["seed"]: record for record in records if record["setting"]["arm"] == arm}
 
 
+def arms_of(records: Iterable[Record]) -> list[str]:
+    found = {record["setting"]["arm"] for record in records}
+    return [arm for arm in ARMS if arm in found]
+
+
 def results(folder: str) -> str:
     """Mean over the seeds and standard deviation, an arm per row."""
     records, rows = load(RESULTS / folder), []
-    for arm in ARMS:
+    for arm in arms_of(records):
         runs = by_seed(records, arm).values()
         each = [[value(run, task) for run in runs] for task in TASKS]
         cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in each]
@@ -43,11 +51,12 @@ def results(folder: str) -> str:
 
 
 def differences(folder: str) -> str:
-    """Each arm minus the image term of the same seed."""
+    """Each arm minus the image term of the same seed and host."""
     records, rows = load(RESULTS / folder), []
-    base = by_seed(records, IMAGE)
-    for arm in (arm for arm in ARMS if arm != IMAGE):
-        runs = by_seed(records, arm).items()
+    for arm in arms_of(records):
+        if arm in (IMAGE, BYOL):
+            continue
+        base, runs = by_seed(records, BYOL if arm.startswith(BYOL) else IMAGE), by_seed(records, arm).items()
         cells = [paired([value(run, task) - value(base[seed], task) for seed, run in runs]) for task in TASKS]
         rows.append([NAMES[arm], *cells])
     return table(["minus the image term of the same seed", *HEADINGS], rows)
@@ -73,7 +82,7 @@ def each_run(folder: str) -> str:
 def each_class(folder: str) -> str:
     """IoU of k-NN retrieval per class, mean over the seeds."""
     records, rows = load(RESULTS / folder), []
-    for arm in ARMS:
+    for arm in arms_of(records):
         runs = [record["test.knn"]["classes"] for record in by_seed(records, arm).values()]
         rows.append([arm, *(f"{statistics.mean(column):.2f}" for column in zip(*runs, strict=True))])
     return table(["k-NN, IoU", *CLASSES], rows)
@@ -92,14 +101,13 @@ def search_stereo(folder: str) -> str:
 def _by_rate(folder: str, heading: str, value: Callable[[Record], float], bold: bool) -> str:
     records, rows = load(RESULTS / folder / "search"), []
     rates = sorted({record["setting"]["rate"] for record in records})
-    for arm in ARMS:
+    for arm in arms_of(records):
         found = {record["setting"]["rate"]: value(record) for record in records if record["setting"]["arm"] == arm}
-        if found:
-            cells = {rate: f"{found[rate]:.3f}" for rate in rates}
-            if bold:
-                taken = chosen_rate(records, arm)
-                cells[taken] = f"**{cells[taken]}**"
-            rows.append([NAMES[arm], *cells.values()])
+        cells = {rate: f"{found[rate]:.3f}" if rate in found else "" for rate in rates}
+        if bold:
+            taken = chosen_rate(records, arm)
+            cells[taken] = f"**{cells[taken]}**"
+        rows.append([NAMES[arm], *cells.values()])
     return table([heading, *(f"rate {rate:g}" for rate in rates)], rows)
 
 

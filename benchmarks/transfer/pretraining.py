@@ -1,6 +1,7 @@
-"""Pre-training without labels: MoCo-v2, and MoCo-v2 with a dense term that matches positions by one of three rules.
+"""Pre-training without labels: MoCo-v2 and BYOL, each alone and with a dense term.
 
-Arms of one seed start from the same weights and queues and see the same views in the same order.
+Arms of one seed start from the same backbone and see the same views in the same order; those of one host start from the
+same heads and queues, too. Every arm takes one pass of one view per network and step.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from torch import Tensor, nn
 
 from benchmarks.transfer.encoder import WIDTHS, ResNet, autocast, encode
 from benchmarks.transfer.views import Photographs, Views, draw
-from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
-from densecl_ops.functional import location_correspondence
+from densecl_ops import (
+    Correspondence,
+    DenseCorrespondence,
+    DenseInfoNCELoss,
+    DenseProjectionHead,
+    MomentumQueue,
+    Projection,
+)
+from densecl_ops.functional import dense_cosine, in_batch_negatives, location_correspondence
 
-RANDOM, IMAGE = "random", "image"  # random weights; the image term alone
-DENSE = ("nearest", "mutual", "place")  # rules of the dense term
-ARMS = (RANDOM, IMAGE, *DENSE)
+RANDOM, IMAGE, BYOL = "random", "image", "byol"  # random weights; the image term of MoCo-v2 and of BYOL alone
+BYOL_DENSE = ("byol_dense", "byol_contrast")  # without negatives, and with the other images of the batch
+DENSE = ("nearest", "mutual", "place", *BYOL_DENSE)  # MoCo-v2's are called after the rule that matches positions
+ARMS = (RANDOM, IMAGE, *DENSE[:3], BYOL, *BYOL_DENSE)
 CURVE = 50  # points of a record's loss curves
 SETTLING = 100  # steps in which the arm of random weights gathers batch norm statistics, and learns nothing
 
@@ -55,30 +64,30 @@ class Setting:
 
 
 class Siamese(nn.Module):
-    """Both encoders, their heads and both queues; every arm has all of them."""
+    """The trained backbone and head, and their moving averages. A host adds its two terms."""
 
-    def __init__(self, setting: Setting) -> None:
+    image_term: Callable[[Projection, Projection], Tensor]
+    dense_term: Callable[[Projection, Projection, Correspondence], Tensor]
+
+    def __init__(self, setting: Setting, head_norm: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
         widths = WIDTHS[setting.encoder]
+        self.arm = setting.arm
         self.backbone_q, self.backbone_k = (ResNet(widths, setting.norm) for _ in range(2))
-        self.head_q, self.head_k = (DenseProjectionHead(widths[-1], widths[-1]) for _ in range(2))
+        self.head_q, self.head_k = (DenseProjectionHead(widths[-1], widths[-1], norm_layer=head_norm) for _ in range(2))
         self.backbone_k.load_state_dict(self.backbone_q.state_dict())
         self.head_k.load_state_dict(self.head_q.state_dict())
         self.backbone_k.requires_grad_(False)
         self.head_k.requires_grad_(False)
-        self.image_queue, self.dense_queue = (MomentumQueue(setting.queue) for _ in range(2))
         self.criterion = DenseInfoNCELoss(setting.temperature)
-
-    def trained(self) -> list[nn.Parameter]:
-        return [*self.backbone_q.parameters(), *self.head_q.parameters()]
 
     @torch.no_grad()
     def update_keys(self, momentum: float) -> None:
         keys: list[Tensor] = [*self.backbone_k.parameters(), *self.head_k.parameters()]
-        queries: list[Tensor] = [*self.trained()]
+        queries: list[Tensor] = [*self.backbone_q.parameters(), *self.head_q.parameters()]
         torch._foreach_lerp_(keys, queries, 1 - momentum)
 
-    def forward(self, query: Views, key: Views, arm: str, momentum: float) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Views, key: Views, momentum: float) -> tuple[Tensor, Tensor]:
         """Image term and dense term; the latter is 0 where the arm has none."""
         map_q = encode(self.backbone_q, query.images)
         with torch.no_grad():
@@ -88,14 +97,59 @@ class Siamese(nn.Module):
             projected_q = self.head_q(map_q)
             with torch.no_grad():
                 projected_k = self.head_k(map_k)
-        image_loss = self.criterion(projected_q.image, projected_k.image, self.image_queue)
-        self.image_queue.enqueue(projected_k.image)
-        if arm == IMAGE:
+        image_loss = self.image_term(projected_q, projected_k)
+        if self.arm not in DENSE:
             return image_loss, torch.zeros_like(image_loss)
-        match = matched(arm, map_q, map_k, query.boxes, key.boxes)
-        dense_loss = self.criterion(projected_q.dense, projected_k.dense, self.dense_queue, match)
-        self.dense_queue.enqueue(projected_k.pooled)
-        return image_loss, dense_loss
+        match = matched(self.arm, map_q, map_k, query.boxes, key.boxes)
+        return image_loss, self.dense_term(projected_q, projected_k, match)
+
+
+class MoCo(Siamese):
+    """With both queues, whatever the arm."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.image_queue, self.dense_queue = (MomentumQueue(setting.queue) for _ in range(2))
+
+    def image_term(self, query: Projection, key: Projection) -> Tensor:
+        loss: Tensor = self.criterion(query.image, key.image, self.image_queue)
+        self.image_queue.enqueue(key.image)
+        return loss
+
+    def dense_term(self, query: Projection, key: Projection, match: Correspondence) -> Tensor:
+        loss: Tensor = self.criterion(query.dense, key.dense, self.dense_queue, match)
+        self.dense_queue.enqueue(key.pooled)
+        return loss
+
+
+class Byol(Siamese):
+    """Heads with batch norm and a predictor behind each: docs/recipes/byol.md, but for the second direction."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting, nn.BatchNorm2d)
+        width = self.head_q.out_channels
+        self.predictors = nn.ModuleList(
+            nn.Sequential(
+                *(nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Conv2d(width, width, 1))
+            )
+            for _ in range(2)
+        )
+
+    def predict(self, which: int, projection: Tensor) -> Tensor:
+        with autocast(projection.device):
+            prediction: Tensor = self.predictors[which](projection)
+        return prediction
+
+    def image_term(self, query: Projection, key: Projection) -> Tensor:
+        return dense_cosine(self.predict(0, query.image[..., None, None]).flatten(1), key.image)
+
+    def dense_term(self, query: Projection, key: Projection, match: Correspondence) -> Tensor:
+        prediction = self.predict(1, query.dense)
+        if self.arm == "byol_dense":
+            return dense_cosine(prediction, key.dense, match)
+        negatives, own = in_batch_negatives(key.pooled)
+        loss: Tensor = self.criterion(prediction, key.dense, negatives, match, exclude=own)
+        return loss
 
 
 def matched(rule: str, map_q: Tensor, map_k: Tensor, boxes_q: Tensor, boxes_k: Tensor) -> Correspondence:
@@ -115,19 +169,21 @@ def learning_rate_at(step: int, setting: Setting) -> float:
 def pretrain(setting: Setting, photographs: Photographs, say: Callable[[str], None]) -> tuple[ResNet, dict[str, Any]]:
     """Trains; returns the backbone and what happened. After initialisation only the views' generator is drawn from."""
     torch.manual_seed(setting.seed)
-    model = Siamese(setting).to(photographs.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    host = Byol if setting.arm in (BYOL, *BYOL_DENSE) else MoCo
+    model = host(setting).to(photographs.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     generator = torch.Generator().manual_seed(setting.seed)
     if setting.arm == RANDOM:
         return settled(model, setting, photographs, generator), {}
-    optimizer = torch.optim.SGD(model.trained(), setting.rate, momentum=0.9, weight_decay=1e-4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, setting.rate, momentum=0.9, weight_decay=1e-4)
     history = torch.zeros(setting.steps, 2)
     began = time.perf_counter()
     for step in range(setting.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, setting)
         query, key = draw(photographs, setting.batch, setting.window, setting.view, generator)
-        image_loss, dense_loss = model(query, key, setting.arm, setting.momentum)
+        image_loss, dense_loss = model(query, key, setting.momentum)
         joined = setting.arm in DENSE and step >= setting.dense_from * setting.steps
         weight = setting.dense_weight if joined else 0.0
         loss = (1 - weight) * image_loss + weight * dense_loss
