@@ -18,8 +18,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.records import RESULTS
-from benchmarks.transfer.page import arms_of, by_seed, value
-from benchmarks.transfer.records import TASKS, load
+from benchmarks.transfer.page import HEADINGS, by_arm, values
+from benchmarks.transfer.records import load
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well. Lines get thinner from the first to the last, so
 # that none hides another; ours is the wide black one below all.
@@ -146,15 +146,15 @@ def smooth(values: list[float]) -> list[float]:
 def draw_runs(source: Path) -> Figure:
     """A panel per dense task; runs of one seed are joined by a line, the bar is the mean."""
     records = load(source)
-    arms = arms_of(records)
+    arms = by_arm(records)
     figure = Figure(figsize=(9.6, 3.4), layout="constrained", dpi=110)
-    for axes, (task, (_, heading)) in zip(figure.subplots(1, len(TASKS)), TASKS.items(), strict=True):
-        every = [[value(run, task) for _, run in sorted(by_seed(records, arm).items())] for arm in arms]
+    for place, (axes, heading) in enumerate(zip(figure.subplots(1, len(HEADINGS)), HEADINGS, strict=True)):
+        every = [[values(run)[place] for run in runs.values()] for runs in arms.values()]
         for marker, line in zip("osD", zip(*every, strict=True), strict=True):
             axes.plot(line, marker=marker, color="#0072b2", lw=0.8, ms=4.5, alpha=0.75)
-        for i, values in enumerate(every):
-            axes.hlines(statistics.mean(values), i - 0.32, i + 0.32, color="#d55e00", lw=2.4)
-        if task == "propagation":
+        for i, column in enumerate(every):
+            axes.hlines(statistics.mean(column), i - 0.32, i + 0.32, color="#d55e00", lw=2.4)
+        if "propagation" in heading:
             axes.axhline(records[0]["test.unmoved"]["miou"], color="#666666", ls=":", lw=1)
             axes.set_xlabel("dotted: labels left\nwhere they were", fontsize=8)
         labels = [arm.replace("image", "image\nterm") for arm in arms]

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import matching, queue, step
 from benchmarks.curves import RUNS
 from benchmarks.loss import HEADLINE, HEADLINE_CPU, PLAIN
-from benchmarks.records import OURS, RESULTS, table
+from benchmarks.records import OURS, RESULTS, mean_and_deviation, table
 from benchmarks.transfer import page as transfer
 
 ROOT = Path(__file__).parent.parent
@@ -166,16 +166,19 @@ def demo(folder: str) -> str:
     lines = []
     for name in records[0]["rows"]:
         close, median = ([record["rows"][name][key] for record in records] for key in ("close", "median"))
-        lines.append([name, _mean(close, 3), _mean(median, 2), ", ".join(f"{value:.3f}" for value in close)])
+        lines.append(
+            [
+                name,
+                mean_and_deviation(close, 3),
+                mean_and_deviation(median, 2),
+                ", ".join(f"{value:.3f}" for value in close),
+            ]
+        )
     return (
         f"`make demo` settings with `--compare`, seeds {seeds}: cells of a stereo pair matched within 1.5 cells of the "
         "measured disparity, and the median error in cells. Mean over the seeds ± standard deviation; the pair is not "
         f"trained on.\n\n{table(['features', 'within 1.5 cells', 'median error', 'per seed'], lines)}"
     )
-
-
-def _mean(values: list[float], digits: int) -> str:
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def curves(folder: str, last: int = 20) -> str:

@@ -43,7 +43,7 @@ SLOW = re.compile(
     |test_parallel\.py::test_parallel_regions
     |test_loss_memory\.py::test_memory_of|test_loss_numerics\.py::test_(low_precision|mixtures|autocast\[)
     |test_recipe_\w+\.py::test_two_ranks|test_step\.py::test_memory
-    |test_transfer\.py::test_(suite|study|arms|probe)|test_triton\.py::(?!test_split_and_shift|test_loss\[\w+-exclude)""",
+    |test_transfer\.py::test_(suite|arms|probe)|test_triton\.py::(?!test_split_and_shift|test_loss\[\w+-exclude)""",
     re.VERBOSE,
 )
 

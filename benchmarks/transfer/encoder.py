@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,14 +11,10 @@ from torch import Tensor, nn
 from densecl_ops._processor import processor
 
 WIDTHS = {"narrow": (16, 32, 64, 128), "small": (32, 64, 128, 256)}
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """In eight groups: what each image alone decides, whatever else is in its batch."""
-    return nn.GroupNorm(8, channels)
-
-
-NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "group": group_norm}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(8, channels),  # what each image alone decides
+}
 
 
 class Block(nn.Module):
@@ -28,38 +25,27 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn1, self.bn2 = norm(channels), norm(channels)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Module = nn.Identity()
         if channels_in != channels or stride > 1:
             skip = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(skip, norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += self.downsample(x)
-        return torch.relu_(out)
+        out: Tensor = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x)))))
+        return torch.relu_(out + self.downsample(x))
 
 
-class ResNet(nn.Module):
+def resnet(widths: Sequence[int], norm: str = "batch") -> nn.Sequential:
     """(B, 3, H, W) to (B, widths[-1], H / 8, W / 8)."""
-
-    def __init__(self, widths: Sequence[int], norm: str = "batch") -> None:
-        super().__init__()
-        channels = widths[0]
-        self.conv1 = nn.Conv2d(3, channels, 3, 2, 1, bias=False)
-        self.bn1 = NORMS[norm](channels)
-        self.relu = nn.ReLU(inplace=True)
-        for i, (width, stride) in enumerate(zip(widths, (1, 2, 2, 1), strict=True), 1):
-            self.add_module(f"layer{i}", nn.Sequential(Block(channels, width, stride, NORMS[norm])))
-            channels = width
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.children():
-            x = layer(x)
-        return x
+    stem = nn.Conv2d(3, widths[0], 3, 2, 1, bias=False)
+    layers: dict[str, nn.Module] = {"conv1": stem, "bn1": NORMS[norm](widths[0]), "relu": nn.ReLU(inplace=True)}
+    sizes = zip((widths[0], *widths), widths, (1, 2, 2, 1), strict=False)
+    layers |= {f"layer{i}": nn.Sequential(Block(*size, NORMS[norm])) for i, size in enumerate(sizes, 1)}
+    network = nn.Sequential(OrderedDict(layers))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
 
 
 def encode(network: nn.Module, images: Tensor) -> Tensor:

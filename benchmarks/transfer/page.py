@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.records import RESULTS, table
+from benchmarks.records import RESULTS, mean_and_deviation, table
 from benchmarks.transfer.data import CLASSES
 from benchmarks.transfer.pretraining import ARMS, BYOL, IMAGE
-from benchmarks.transfer.records import TASKS, Record, chosen_rate, load, on_val
+from benchmarks.transfer.records import Record, chosen_rate, load, on_val
+from benchmarks.transfer.tasks import TASKS
 
 NAMES = {
     "random": "random weights",
@@ -24,27 +26,24 @@ HEADINGS = [heading for _, heading in TASKS.values()]
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 0.975 quantiles of Student's t, by degrees of freedom
 
 
-def value(record: Record, task: str) -> float:
-    return float(record[f"test.{task}"][TASKS[task][0]])
+def values(record: Record) -> list[float]:
+    """Of every task, on test."""
+    return [float(record[f"test.{task}"][key]) for task, (key, _) in TASKS.items()]
 
 
-def by_seed(records: Iterable[Record], arm: str) -> dict[int, Record]:
-    return {record["setting"]["seed"]: record for record in records if record["setting"]["arm"] == arm}
-
-
-def arms_of(records: Iterable[Record]) -> list[str]:
-    found = {record["setting"]["arm"] for record in records}
-    return [arm for arm in ARMS if arm in found]
+def by_arm(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
+    """Arm: {seed: record}."""
+    every = sorted(records, key=lambda record: int(record["setting"]["seed"]))
+    found = {arm: {r["setting"]["seed"]: r for r in every if r["setting"]["arm"] == arm} for arm in ARMS}
+    return {arm: runs for arm, runs in found.items() if runs}
 
 
 def results(folder: str) -> str:
     """Mean over the seeds and standard deviation, an arm per row."""
     records, rows = load(RESULTS / folder), []
-    for arm in arms_of(records):
-        runs = by_seed(records, arm).values()
-        each = [[value(run, task) for run in runs] for task in TASKS]
-        cells = [f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" for values in each]
-        rows.append([NAMES[arm], str(len(runs)), *cells])
+    for arm, runs in by_arm(records).items():
+        columns = zip(*map(values, runs.values()), strict=True)
+        rows.append([NAMES[arm], str(len(runs)), *(mean_and_deviation(column, 3) for column in columns)])
     unmoved = f"{records[0]['test.unmoved']['miou']:.3f}"
     rows.append(["no features: labels left where they were", "", "", "", unmoved, ""])
     return table(["", "seeds", *HEADINGS], rows)
@@ -52,17 +51,16 @@ def results(folder: str) -> str:
 
 def differences(folder: str) -> str:
     """Each arm minus the image term of the same seed and host."""
-    records, rows = load(RESULTS / folder), []
-    for arm in arms_of(records):
-        if arm in (IMAGE, BYOL):
-            continue
-        base, runs = by_seed(records, BYOL if arm.startswith(BYOL) else IMAGE), by_seed(records, arm).items()
-        cells = [paired([value(run, task) - value(base[seed], task) for seed, run in runs]) for task in TASKS]
-        rows.append([NAMES[arm], *cells])
+    arms, rows = by_arm(load(RESULTS / folder)), []
+    for arm, runs in arms.items():
+        if arm not in (IMAGE, BYOL):
+            base = arms[BYOL if arm.startswith(BYOL) else IMAGE]
+            gains = [map(operator.sub, values(run), values(base[seed])) for seed, run in runs.items()]
+            rows.append([NAMES[arm], *map(paired, zip(*gains, strict=True))])
     return table(["minus the image term of the same seed", *HEADINGS], rows)
 
 
-def paired(values: list[float]) -> str:
+def paired(values: Sequence[float]) -> str:
     """Mean, 95 % interval by Student's t, and on how many seeds it is above 0."""
     mean, up = statistics.mean(values), sum(value > 0 for value in values)
     half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
@@ -71,21 +69,28 @@ def paired(values: list[float]) -> str:
 
 def each_run(folder: str) -> str:
     """Every run that is reported."""
-    rows = []
-    for record in sorted(load(RESULTS / folder), key=lambda r: (r["setting"]["seed"], ARMS.index(r["setting"]["arm"]))):
-        setting = record["setting"]
-        cells = [f"{value(record, task):.3f}" for task in TASKS]
-        rows.append([str(setting["seed"]), setting["arm"], f"{setting['rate']:g}", *cells])
+    runs = [(seed, arm, run) for arm, runs in by_arm(load(RESULTS / folder)).items() for seed, run in runs.items()]
+    rows = [
+        [str(seed), arm, f"{run['setting']['rate']:g}", *(f"{value:.3f}" for value in values(run))]
+        for seed, arm, run in sorted(runs, key=lambda run: run[0])
+    ]
     return table(["seed", "arm", "rate", *HEADINGS], rows)
 
 
 def each_class(folder: str) -> str:
     """IoU of k-NN retrieval per class, mean over the seeds."""
-    records, rows = load(RESULTS / folder), []
-    for arm in arms_of(records):
-        runs = [record["test.knn"]["classes"] for record in by_seed(records, arm).values()]
-        rows.append([arm, *(f"{statistics.mean(column):.2f}" for column in zip(*runs, strict=True))])
+    rows = []
+    for arm, runs in by_arm(load(RESULTS / folder)).items():
+        columns = zip(*(run["test.knn"]["classes"] for run in runs.values()), strict=True)
+        rows.append([arm, *(f"{statistics.mean(column):.2f}" for column in columns)])
     return table(["k-NN, IoU", *CLASSES], rows)
+
+
+STUDIED: dict[str, Callable[[Record], float]] = {
+    "(probe + k-NN) / 2": on_val,
+    "label propagation": lambda record: float(record["val.propagation"]["miou"]),
+    "stereo": lambda record: float(record["val.stereo"]["close"]),
+}
 
 
 def search(folder: str) -> str:
@@ -101,21 +106,14 @@ def search_stereo(folder: str) -> str:
 def _by_rate(folder: str, heading: str, value: Callable[[Record], float], bold: bool) -> str:
     records, rows = load(RESULTS / folder / "search"), []
     rates = sorted({record["setting"]["rate"] for record in records})
-    for arm in arms_of(records):
-        found = {record["setting"]["rate"]: value(record) for record in records if record["setting"]["arm"] == arm}
-        cells = {rate: f"{found[rate]:.3f}" if rate in found else "" for rate in rates}
+    for arm in (arm for arm in ARMS if any(record["setting"]["arm"] == arm for record in records)):
+        found = {r["setting"]["rate"]: f"{value(r):.3f}" for r in records if r["setting"]["arm"] == arm}
         if bold:
-            taken = chosen_rate(records, arm)
-            cells[taken] = f"**{cells[taken]}**"
-        rows.append([NAMES[arm], *cells.values()])
+            found[chosen_rate(records, arm)] = f"**{found[chosen_rate(records, arm)]}**"
+        rows.append([NAMES[arm], *(found.get(rate, "") for rate in rates)])
     return table([heading, *(f"rate {rate:g}" for rate in rates)], rows)
 
 
-STUDIED: dict[str, Callable[[Record], float]] = {
-    "(probe + k-NN) / 2": on_val,
-    "label propagation": lambda record: float(record["val.propagation"]["miou"]),
-    "stereo": lambda record: float(record["val.stereo"]["close"]),
-}
 CHANGES = {
     "steps": "{} steps",
     "view": "views of {} pixels",
@@ -134,24 +132,18 @@ def study(folder: str) -> str:
     for record in records:
         setting = record["setting"]
         changed = [text.format(setting[key]) for key, text in CHANGES.items() if setting[key] != base[key]]
-        runs.setdefault(", ".join(changed), {})[setting["arm"]] = record
+        runs.setdefault(", ".join(changed) or "none", {})[setting["arm"]] = record
     rows = []
-    for change in sorted(runs):
-        cells = []
-        for value in STUDIED.values():
-            found = {arm: f"{value(record):.3f}" for arm, record in runs[change].items()}
-            cells.append(" / ".join(found.get(arm, "") for arm in ("image", "nearest", "place")))
-        rows.append([change or "none", *cells])
+    for change, arms in sorted(runs.items(), key=lambda item: (item[0] != "none", item[0])):
+        found = [
+            [f"{value(arms[arm]):.3f}" if arm in arms else "" for arm in ("image", "nearest", "place")]
+            for value in STUDIED.values()
+        ]
+        rows.append([change, *map(" / ".join, found)])
     return table(["one change", *STUDIED], rows)
 
 
 # What benchmarks.render shows between two marks, by kind.
 KINDS: dict[str, Callable[[str], str]] = {
-    "results": results,
-    "differences": differences,
-    "each_run": each_run,
-    "each_class": each_class,
-    "search": search,
-    "search_stereo": search_stereo,
-    "study": study,
+    kind.__name__: kind for kind in (results, differences, each_run, each_class, search, search_stereo, study)
 }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.transfer.encoder import WIDTHS, ResNet, autocast, encode
+from benchmarks.transfer.encoder import WIDTHS, autocast, encode, resnet
 from benchmarks.transfer.views import Photographs, Views, draw
 from densecl_ops import (
     Correspondence,
@@ -42,7 +42,7 @@ class Setting:
     arm: str
     seed: int
     rate: float
-    steps: int
+    steps: int = 800
     encoder: str = "narrow"
     view: int = 64
     window: int = 112
@@ -56,11 +56,10 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Of the run's files; settings that differ from the suite's defaults are part of it."""
+        """Of the run's file; settings that differ from the suite's defaults are part of it."""
         words = [self.arm, f"seed{self.seed}", f"rate{self.rate:g}", f"steps{self.steps}"]
-        default = Setting(self.arm, self.seed, self.rate, self.steps)
-        changed = {key: value for key, value in asdict(self).items() if value != getattr(default, key)}
-        return "-".join(words + [f"{key}{value}" for key, value in changed.items()])
+        usual = asdict(Setting(self.arm, self.seed, self.rate, self.steps))
+        return "-".join(words + [f"{key}{value}" for key, value in asdict(self).items() if value != usual[key]])
 
 
 class Siamese(nn.Module):
@@ -73,12 +72,13 @@ class Siamese(nn.Module):
         super().__init__()
         widths = WIDTHS[setting.encoder]
         self.arm = setting.arm
-        self.backbone_q, self.backbone_k = (ResNet(widths, setting.norm) for _ in range(2))
+        self.backbone_q, self.backbone_k = (resnet(widths, setting.norm) for _ in range(2))
         self.head_q, self.head_k = (DenseProjectionHead(widths[-1], widths[-1], norm_layer=head_norm) for _ in range(2))
         self.backbone_k.load_state_dict(self.backbone_q.state_dict())
         self.head_k.load_state_dict(self.head_q.state_dict())
         self.backbone_k.requires_grad_(False)
         self.head_k.requires_grad_(False)
+        self.match = DenseCorrespondence(mutual=self.arm == "mutual")
         self.criterion = DenseInfoNCELoss(setting.temperature)
 
     @torch.no_grad()
@@ -100,7 +100,10 @@ class Siamese(nn.Module):
         image_loss = self.image_term(projected_q, projected_k)
         if self.arm not in DENSE:
             return image_loss, torch.zeros_like(image_loss)
-        match = matched(self.arm, map_q, map_k, query.boxes, key.boxes)
+        if self.arm == "place":
+            match = location_correspondence(query.boxes, key.boxes, (map_q.shape[2], map_q.shape[3]))
+        else:
+            match = self.match(map_q, map_k)
         return image_loss, self.dense_term(projected_q, projected_k, match)
 
 
@@ -152,21 +155,15 @@ class Byol(Siamese):
         return loss
 
 
-def matched(rule: str, map_q: Tensor, map_k: Tensor, boxes_q: Tensor, boxes_k: Tensor) -> Correspondence:
-    """Which position of the key view each position of the query view is pulled to."""
-    if rule == "place":
-        return location_correspondence(boxes_q, boxes_k, (map_q.shape[2], map_q.shape[3]))
-    match: Correspondence = DenseCorrespondence(mutual=rule == "mutual")(map_q, map_k)
-    return match
-
-
 def learning_rate_at(step: int, setting: Setting) -> float:
     """Linear warm-up over the first twentieth, half a cosine over all."""
     done = step / setting.steps
     return setting.rate * min(1.0, 20 * (step + 1) / setting.steps) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def pretrain(setting: Setting, photographs: Photographs, say: Callable[[str], None]) -> tuple[ResNet, dict[str, Any]]:
+def pretrain(
+    setting: Setting, photographs: Photographs, say: Callable[[str], None]
+) -> tuple[nn.Module, dict[str, Any]]:
     """Trains; returns the backbone and what happened. After initialisation only the views' generator is drawn from."""
     torch.manual_seed(setting.seed)
     host = Byol if setting.arm in (BYOL, *BYOL_DENSE) else MoCo
@@ -205,7 +202,7 @@ def pretrain(setting: Setting, photographs: Photographs, say: Callable[[str], No
 
 
 @torch.no_grad()
-def settled(model: Siamese, setting: Setting, photographs: Photographs, generator: torch.Generator) -> ResNet:
+def settled(model: Siamese, setting: Setting, photographs: Photographs, generator: torch.Generator) -> nn.Module:
     """The initial weights, with batch norm statistics of the views: as good as random weights can be used."""
     for _ in range(SETTLING):
         query, _ = draw(photographs, setting.batch, setting.window, setting.view, generator)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.transfer.data import VOID, Frames, cell_counts, consecutive
-from benchmarks.transfer.encoder import ResNet, encode
+from benchmarks.transfer.encoder import encode
 from densecl_ops import DenseCorrespondence
 
 STRIDE = 8  # pixels per cell
@@ -25,6 +25,12 @@ NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07  # DINO's (arXiv 2104.14294, appendix), f
 DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)  # of the probe; the best one on val is taken
 STILL = 2e-3  # the probe stops once ten more iterations take off less than this share of its loss
 CLOSE = 1.5  # cells; a stereo match this near the truth is right
+TASKS = {  # of the test split: key of the record's value, heading
+    "probe": ("miou", "linear probe, mIoU"),
+    "knn": ("miou", "k-NN, mIoU"),
+    "propagation": ("miou", "label propagation, mIoU"),
+    "stereo": ("close", "stereo, within 1.5 cells"),
+}
 
 
 class Cells(NamedTuple):
@@ -42,7 +48,7 @@ class Cells(NamedTuple):
 
 
 @torch.no_grad()
-def look_at(network: ResNet, frames: Frames, batch: int = 8) -> Cells:
+def look_at(network: nn.Module, frames: Frames, batch: int = 8) -> Cells:
     """Encodes a split."""
     device = next(network.parameters()).device
     height, width = (side // STRIDE * STRIDE for side in frames.images.shape[2:])
@@ -110,11 +116,8 @@ def fit_probe(train: Cells) -> Probe:
     for decay in DECAYS:
         optimizer = torch.optim.LBFGS([weight], max_iter=10, history_size=10, line_search_fn="strong_wolfe")
         step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
-        evaluations = 0
 
         def closure(decay: float = decay, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
-            nonlocal evaluations
-            evaluations += 1
             optimizer.zero_grad()
             logits = torch.addmm(weight[-1], rows, weight[:-1])
             loss = -(counts * logits.log_softmax(1)).sum() + decay * weight[:-1].square().sum()
@@ -125,6 +128,7 @@ def fit_probe(train: Cells) -> Probe:
         while before - after > STILL * after:
             before, after = after, step(closure).item()
         weights.append(weight.detach().clone())
+        evaluations = optimizer.state[weight]["func_evals"]
         facts.append({"decay": decay, "loss": round(after, 5), "evaluations": evaluations})
     return Probe(mean, scale, weights, facts)
 
@@ -156,27 +160,28 @@ def retrieve(memory: Memory, rows: Tensor) -> Tensor:
     return torch.cat(labels)
 
 
+def retrieved(memory: Memory, cells: Cells) -> dict[str, Any]:
+    """k-NN retrieval on every other cell in both directions."""
+    some = thinned(cells, 2)
+    return score(retrieve(memory, rows_of(some)), some.counts)
+
+
 def propagate(cells: Cells, moved: bool = True) -> dict[str, Any]:
     """Cells take the most frequent label of their match in the previous frame; of their own place if not `moved`.
 
     Every other cell in both directions is asked; all cells of the previous frame may answer.
     """
-    some = thinned(cells, 2)
-    match = DenseCorrespondence()
-    found = []
+    some, match, found = thinned(cells, 2), DenseCorrespondence(), []
     for previous, current in cells.pairs:
         labels = cells.counts[previous].argmax(-1)
-        if moved:
-            index = match(some.features[current : current + 1], cells.features[previous : previous + 1]).index[0]
-            found.append(labels.flatten()[index])
-        else:
-            found.append(labels[::2, ::2].flatten())
-    asked = some.counts[[current for _, current in cells.pairs]]
-    return score(torch.cat(found), asked)
+        own = torch.arange(labels.numel(), device=labels.device).view(labels.shape)[::2, ::2].flatten()
+        maps = some.features[current][None], cells.features[previous][None]
+        found.append(labels.flatten()[match(*maps).index[0] if moved else own])
+    return score(torch.cat(found), some.counts[[current for _, current in cells.pairs]])
 
 
 @torch.no_grad()
-def stereo(network: ResNet) -> dict[str, float]:
+def stereo(network: nn.Module) -> dict[str, float]:
     """Cells of scikit-image's stereo pair matched with the whole other image: share within CLOSE, median error.
 
     left[y, x] is right[y, x - disparity]. Cells of no measured disparity, or whose match lies outside, do not count.
@@ -186,13 +191,10 @@ def stereo(network: ResNet) -> dict[str, float]:
     device = next(network.parameters()).device
     left, right, disparity = skimage.data.stereo_motorcycle()  # type: ignore[no-untyped-call]
     height, width = (side // STRIDE * STRIDE for side in disparity.shape)
-    maps = [
-        encode(network, torch.from_numpy(image[:height, :width]).permute(2, 0, 1)[None].to(device))
-        for image in (left, right)
-    ]
-    index = DenseCorrespondence()(*maps).index[0].cpu()
-    middle = slice(STRIDE // 2, None, STRIDE)
-    at_centre = torch.from_numpy(disparity[:height, :width][middle, middle].astype(np.float32))
+    images = (torch.from_numpy(image[:height, :width]).permute(2, 0, 1)[None].to(device) for image in (left, right))
+    index = DenseCorrespondence()(*(encode(network, image) for image in images)).index[0].cpu()
+    at_centre = torch.from_numpy(disparity[:height, :width].astype(np.float32))
+    at_centre = at_centre[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
     rows, columns = at_centre.shape
     column = torch.arange(columns) - at_centre / STRIDE
     known = ((column >= -0.5) & (column < columns - 0.5)).flatten()
@@ -201,7 +203,7 @@ def stereo(network: ResNet) -> dict[str, float]:
     return {"close": round(float((error <= CLOSE).float().mean()), 5), "median": round(float(error.median()), 4)}
 
 
-def measure(network: ResNet, train: Frames, val: Frames, test: Frames | None) -> dict[str, Any]:
+def measure(network: nn.Module, train: Frames, val: Frames, test: Frames | None) -> dict[str, Any]:
     """All tasks on val, and on test if it is given, as "test.knn". The probe's decay is chosen on val alone.
 
     The stereo pair is in neither split. It stands beside val where test is not looked at; nothing is chosen by it.
@@ -229,9 +231,3 @@ def measure(network: ResNet, train: Frames, val: Frames, test: Frames | None) ->
         "test.unmoved": propagate(cells, moved=False),
         "test.stereo": stereo(network),
     }
-
-
-def retrieved(memory: Memory, cells: Cells) -> dict[str, Any]:
-    """k-NN retrieval on every other cell in both directions."""
-    some = thinned(cells, 2)
-    return score(retrieve(memory, rows_of(some)), some.counts)
