@@ -212,7 +212,7 @@ def test_suite_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.Captu
     command += " --batch 2 --queue 8 --view 32 --window 40"
     with pytest.raises(SystemExit, match="no search of place"):
         main(f"{command} --arms place".split())
-    search = f"{command} --part search --arms place --seeds 9 --rates 0.01 0.1 --steps 1".split()
+    search = f"{command} --part search --arms random place --seeds 9 --rates 0.01 0.1 --steps 1".split()
     main(search)
     searched = records.load(tmp_path / "search")
     assert [record["setting"]["rate"] for record in searched] == [0.01, 0.1]

@@ -48,6 +48,8 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     searched = records.load(arguments.out / "search")
     for seed in arguments.seeds:
         for arm in arguments.arms:
+            if arm == RANDOM and arguments.part:  # nothing to choose
+                continue
             for rate in [0.0] if arm == RANDOM else arguments.rates or [records.chosen_rate(searched, arm)]:
                 yield Setting(arm, seed, rate, **chosen)
 
