@@ -36,7 +36,7 @@ def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tens
     index, _, name = _pairs.parts(correspondence)
     if index is None:
         raise TypeError("correspondence: got None, expected a Correspondence or an integer tensor")
-    positions = index.shape[1] if index.ndim == 2 else k.shape[2]
+    positions = index.shape[1] if index.ndim == 2 and index.numel() > 0 else k.shape[2]
     _checks.require_index(name, _checks.require_tensor(name, index), (k.shape[0], positions), "key", k)
     _require_range(name, index, k)
     return _gather(k, index)
@@ -103,7 +103,8 @@ def dense_cosine(
     """
     _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
     index, valid, name = _pairs.parts(correspondence)
-    for argument, value in ("query", query), ("key", key), (name, index), ("weight", weight):
+    tensors = {"query": query, "key": key, name: index, "correspondence.valid": valid, "weight": weight}
+    for argument, value in tensors.items():
         if value is not None:
             _checks.require_tensor(argument, value)
     _pairs.require_pairs(query, key, index, valid, weight, name, getattr(correspondence, "grids", None))

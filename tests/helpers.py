@@ -27,7 +27,6 @@ FUSED = ("blockwise",)  # everything but the materialising reference
 DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}  # default: cpu
 
 HOUSE_FORM = re.compile(r"^[a-z_.]+(\[.*\])?(: [a-z_]+)?: got .+, expected |^key: got .* beside ", re.DOTALL)
-FLAGS = ["no", "", 0, 1, None, torch.tensor(True), [True]]  # none is a bool
 
 EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of unit rows
 GRADIENTS = ("query", "key", "negatives", "temperature", "weight")

@@ -1,7 +1,4 @@
-"""Arguments of every wrong kind, and of every right one.
-
-The rule for every call: a TypeError or ValueError in the house form, or exactly the oracle's number. Nothing between.
-"""
+"""Arguments of every right kind give the oracle's number; test_errors.py has the wrong ones."""
 
 from __future__ import annotations
 
@@ -13,12 +10,12 @@ from typing import Any
 import numpy as np
 import oracle
 import torch
-from helpers import BACKENDS, FLAGS, assert_close, flat64, numpy64, refused
+from helpers import BACKENDS, HOUSE_FORM, assert_close, flat64, numpy64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from densecl_ops import DenseCorrespondence, DenseProjectionHead
+from densecl_ops import DenseProjectionHead
 from densecl_ops.functional import (
     boxes_from_albumentations,
     boxes_from_kornia,
@@ -51,66 +48,22 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Never acceptable for a tensor argument of (B, ...) with B = 2.
-HOSTILE: dict[str, Callable[[Tensor], Any]] = {
-    "numpy": lambda x: x.numpy(),
-    "list": lambda x: x.tolist(),
-    "str": str,
-    "number": lambda x: 1.0,
-    "object": lambda x: object(),
-    "complex": lambda x: x.to(torch.complex64),
-    "8-bit float": lambda x: x.float().to(torch.float8_e4m3fn),
-    "0-d": lambda x: x.flatten()[0],
-    "no image": lambda x: x[:0],
-    "one image": lambda x: x[:1],
-    "three images": lambda x: x[[0, 1, 1]],
-    "one dimension more": lambda x: x[None, None, None],
-    "last size 0": lambda x: x[..., :0],
-    "last size more": lambda x: torch.cat([x, x[..., :1]], -1),
-    "meta": lambda x: x.to("meta"),
-    "sparse": lambda x: x.to_sparse(),
-    "nested": lambda x: torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(2, 2)], layout=torch.jagged),
-}
-
-NUMBERS = ["0.2", None, True, 0.2j, float("nan"), float("inf"), -float("inf"), 10**400, [0.2], np.array([0.2])]
-
-NAMES = ["", "Mean", None, 3, ["mean"], np.array(["mean", "sum"]), b"mean", torch.tensor(1)]
-
-
-# Guises that mean something else for one argument: any number of negatives will do, any key grid beside a
-# correspondence, and what overlapping memory makes of boxes is no longer a crop of whole cells.
-EXEMPT = {
-    *(("negatives", "one image"), ("negatives", "three images"), ("key", "last size more")),
-    *(("query_features", "last size more"), ("key_features", "last size more")),
-    *(("query_boxes", "overlapping memory"), ("key_boxes", "overlapping memory")),
-    *(("features", how) for how in ("one image", "three images", "last size more", "meta")),
-}
-
-
-def arguments(
-    draw: Any, tensors: dict[str, Tensor], options: dict[str, tuple[list[Any], list[Any]]]
-) -> tuple[dict[str, Any], bool]:
-    """Arguments of a call, and whether one is hostile. `options` lists sound and hostile values of the others."""
-    victim = draw(st.sampled_from(["nobody"] * len(tensors) + [*tensors, *options]), label="victim")
+def arguments(draw: Any, tensors: dict[str, Tensor], options: dict[str, list[Any]]) -> dict[str, Any]:
+    """Each tensor in a guise of its own, and one of the values of each option."""
     made: dict[str, Any] = {}
     for name, x in tensors.items():
-        guises: dict[str, Callable[[Tensor], Any]] = BENIGN | (VALUES if x.is_floating_point() else {})
-        if name == victim:
-            guises = HOSTILE
-        made[name] = guises[draw(st.sampled_from([how for how in guises if (name, how) not in EXEMPT]), label=name)](x)
-    for name, (sound, hostile) in options.items():
-        made[name] = draw(st.sampled_from(hostile if name == victim else sound), label=name)
-    return made, victim != "nobody"
+        guises = BENIGN | (VALUES if x.is_floating_point() else {})
+        if name.endswith("boxes"):  # of which overlapping memory makes no crop of whole cells
+            guises = {how: guise for how, guise in guises.items() if how != "overlapping memory"}
+        made[name] = guises[draw(st.sampled_from([*guises]), label=name)](x)
+    return made | {name: draw(st.sampled_from(values), label=name) for name, values in options.items()}
 
 
-LOSS_OPTIONS: dict[str, tuple[list[Any], list[Any]]] = {
-    "temperature": (
-        [0.2, 0.01, 1e-18, 1e30, np.float32(0.5), 1, torch.tensor(0.3)],
-        [*NUMBERS, 0, -0.2, 1e-19, 1e-320],
-    ),
-    "reduction": (["mean", "sum", "none"], NAMES),
-    "return_rank": ([False, True], FLAGS),
-    "backend": ([*BACKENDS, "auto"], NAMES),
+LOSS_OPTIONS = {
+    "temperature": [0.2, 0.01, 1e-18, 1e30, np.float32(0.5), 1, torch.tensor(0.3)],
+    "reduction": ["mean", "sum", "none"],
+    "return_rank": [False, True],
+    "backend": [*BACKENDS, "auto"],
 }
 
 
@@ -136,14 +89,11 @@ def plain(made: dict[str, Any]) -> dict[str, Any]:
     return {name: x.detach().resolve_neg() if isinstance(x, Tensor) else x for name, x in made.items()}
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_fuzz_the_loss(seed: int, data: st.DataObject) -> None:
     """Loss, and the gradient to the query where everything is finite."""
-    made, hostile = arguments(data.draw, loss_tensors(seed), LOSS_OPTIONS)
-    if hostile:
-        refused(lambda: dense_info_nce(**made))
-        return
+    made = arguments(data.draw, loss_tensors(seed), LOSS_OPTIONS)
     for name in ("weight", "exclude"):
         if data.draw(st.booleans(), label=f"without {name}"):
             made[name] = None
@@ -187,32 +137,21 @@ def test_fuzz_the_loss(seed: int, data: st.DataObject) -> None:
         assert_close(gradient, truth.query, tolerance, "gradient to query", floor)
 
 
-MATCH_OPTIONS: dict[str, tuple[list[Any], list[Any]]] = {
-    "grid_size": (
-        [None, 2, (2, 3), [3, 1]],
-        [0, -1, (0, 2), (1, 2, 3), (), "7", 2.0, True, 10**400 * -1, np.array([2, 2])],
-    ),
-    "mutual": ([False, True], FLAGS),
-    "min_score": (
-        [None, -1, 0.1, 1.0, np.float32(0.2), Fraction(1, 3)],
-        [*(x for x in NUMBERS if x is not None), 1.5, -2],
-    ),
-    "backend": ([*BACKENDS, "auto"], NAMES),
+MATCH_OPTIONS = {
+    "grid_size": [None, 2, (2, 3), [3, 1]],
+    "mutual": [False, True],
+    "min_score": [None, -1, 0.1, 1.0, np.float32(0.2), Fraction(1, 3)],
+    "backend": [*BACKENDS, "auto"],
 }
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_fuzz_the_matching(seed: int, data: st.DataObject) -> None:
-    """Functions and modules refuse the same; what they accept is the oracle's, ties and NaN apart."""
+    """Ties and NaN apart."""
     rng = np.random.default_rng(seed)
     maps = {name: torch.tensor(rng.standard_normal((2, 5, 3, 4))) for name in ("query_features", "key_features")}
-    made, hostile = arguments(data.draw, maps, MATCH_OPTIONS)
-    options = {name: made[name] for name in MATCH_OPTIONS}
-    if hostile:
-        refused(lambda: dense_correspondence(**made))
-        refused(lambda: DenseCorrespondence(**options)(made["query_features"], made["key_features"]))
-        return
+    made = arguments(data.draw, maps, MATCH_OPTIONS)
     seen = dense_correspondence(**made)
     maps = plain({name: made[name] for name in maps})
     pooled, grid = [numpy64(x) for x in maps.values()], pair(made["grid_size"])
@@ -234,23 +173,15 @@ def test_fuzz_the_matching(seed: int, data: st.DataObject) -> None:
     assert (torch.isnan(seen.score).any(1).numpy() | ordinary).all(), "NaN must show"
 
 
-PLACE_OPTIONS: dict[str, tuple[list[Any], list[Any]]] = {
-    "query_grid": ([2, (1, 2), [2, 1]], [None, 0, (0, 2), (1, 2, 3), "7", 2.0, True]),
-    "key_grid": ([None, 1, (2, 1)], [0, -3, (), (1, 2, 3), "7", 2.5, True]),
-    "max_distance": ([None, 0, 0.7, 10**300, Fraction(1, 3)], [*(x for x in NUMBERS if x is not None), -0.1]),
+PLACE_OPTIONS = {
+    "query_grid": [2, (1, 2), [2, 1]],
+    "key_grid": [None, 1, (2, 1)],
+    "max_distance": [None, 0, 0.7, 10**300, Fraction(1, 3)],
 }
-
 BOX_DTYPES = [torch.int64, torch.uint8, torch.float64, torch.float32, torch.float16, torch.bfloat16]
-BAD_BOXES: dict[str, Callable[[Tensor], Any]] = {
-    "zeros": torch.zeros_like,
-    "NaN": VALUES["NaN"],
-    "inf": VALUES["inf"],
-    "too far apart": lambda x: torch.tensor([[-1e308, 0, 1e308, 1]] * 2, dtype=torch.float64),
-    "bool": lambda x: x.bool(),
-}
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_fuzz_matching_by_place(seed: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(seed)
@@ -258,13 +189,7 @@ def test_fuzz_matching_by_place(seed: int, data: st.DataObject) -> None:
     boxes = np.concatenate([corners, corners + 2 * rng.integers(1, 6, (2, 2, 2))], 2)
     tensors = {"query_boxes": torch.tensor(boxes[0]), "key_boxes": torch.tensor(boxes[1])}
     tensors |= {"query_flip": torch.tensor(rng.random(2) < 0.5), "key_flip": torch.tensor(rng.random(2) < 0.5)}
-    made, hostile = arguments(data.draw, tensors, PLACE_OPTIONS)
-    name = data.draw(st.sampled_from(["nobody", "nobody", "query_boxes", "key_boxes"]), label="bad box")
-    if not hostile and name != "nobody":
-        made[name] = BAD_BOXES[data.draw(st.sampled_from(sorted(BAD_BOXES)), label="how")](made[name].double())
-    if hostile or name != "nobody":
-        refused(lambda: location_correspondence(**made))
-        return
+    made = arguments(data.draw, tensors, PLACE_OPTIONS)
     for name in ("query_boxes", "key_boxes"):
         made[name] = made[name].to(data.draw(st.sampled_from(BOX_DTYPES), label="dtype"))
     seen, made = location_correspondence(**made), plain(made)
@@ -280,31 +205,21 @@ def test_fuzz_matching_by_place(seed: int, data: st.DataObject) -> None:
     np.testing.assert_array_equal(seen.valid.numpy()[clear], truth.valid[clear])
 
 
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3),
-    lambda inner: (
-        st.lists(inner, max_size=5)
-        | st.tuples(inner, inner)
-        | st.tuples(st.text(max_size=3), st.dictionaries(st.sampled_from(["src", "dst", "batch_prob"]), inner))
-        | st.dictionaries(st.sampled_from(["src", "dst", "batch_prob", "forward_input_shape"]), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
-
 TENSORS = st.builds(
     lambda shape, dtype: torch.ones(shape).to(dtype),
     st.lists(st.integers(0, 4), max_size=4),
     st.sampled_from([torch.float32, torch.int64, torch.bool, torch.complex64, torch.uint8]),
 )
-
-FIELDS = st.fixed_dictionaries(
-    {"batch_prob": TENSORS, "forward_input_shape": TENSORS | st.just(torch.tensor([2, 3, 8, 8]))},
-    optional={"src": TENSORS, "dst": TENSORS, "padding_size": TENSORS},
+FIELDS = st.sampled_from(["top", "left", "height", "width", "needs_pad"])
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | TENSORS,
+    lambda inner: st.lists(inner, max_size=5) | st.tuples(inner, inner) | st.dictionaries(FIELDS, inner, min_size=3),
+    max_leaves=12,
 )
 
 
 @settings(max_examples=400)
-@given(params=JUNK | TENSORS | FIELDS | st.lists(st.tuples(st.text(max_size=3), FIELDS), max_size=3))
+@given(params=JUNK)
 def test_fuzz_crop_parameters(params: Any) -> None:
     """Junk gives an error or, where it has the form of parameters by chance, (B, 4) numbers."""
     readers = boxes_from_torchvision, boxes_from_kornia, partial(boxes_from_matrix, size=8)
@@ -312,31 +227,20 @@ def test_fuzz_crop_parameters(params: Any) -> None:
         try:
             boxes = convert(params)
         except (TypeError, ValueError) as error:
-            assert str(error).startswith(("params", "augmentation", "matrix", "replay")), error  # noqa: PT017
-            assert "expected" in str(error), error  # noqa: PT017
+            assert HOUSE_FORM.match(str(error)), error  # noqa: PT017
         else:
-            assert boxes.dtype == torch.float32
-            assert boxes.ndim == 2
-            assert boxes.shape[1] == 4
+            assert (boxes.dtype, boxes.ndim, boxes.shape[1]) == (torch.float32, 2, 4)
 
 
-HEAD_OPTIONS: dict[str, tuple[list[Any], list[Any]]] = {
-    "hidden_channels": ([3, None], [0, -1, 2.0, "8", True, [3]]),
-    "out_channels": ([3, 5], [0, -1, 2.0, "8", None, True, [3]]),
-    "grid_size": MATCH_OPTIONS["grid_size"],
-    "norm_layer": ([None], ["batch", 3, True]),
-}
+HEAD_OPTIONS = {"hidden_channels": [3, None], "out_channels": [3, 5], "grid_size": MATCH_OPTIONS["grid_size"]}
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), data=st.data())
 def test_fuzz_the_head(seed: int, data: st.DataObject) -> None:
     features = {"features": torch.tensor(np.random.default_rng(seed).standard_normal((2, 5, 3, 4)))}
-    made, hostile = arguments(data.draw, features, HEAD_OPTIONS)
+    made = arguments(data.draw, features, HEAD_OPTIONS)
     x = made.pop("features")
-    if hostile:
-        refused(lambda: DenseProjectionHead(5, **made)(x))
-        return
     head = DenseProjectionHead(5, **made).to(x.dtype)
     seen = head(x)
     params = {name: numpy64(p) for name, p in head.named_parameters()}

@@ -82,8 +82,6 @@ def _torchvision_rows(params: Any) -> Tensor:
     """(4,) or (B, 4)."""
     columns: Any = None
     if isinstance(params, Mapping):
-        if bool(torch.as_tensor(params.get("needs_pad", False), device="cpu").any()):
-            raise ValueError("params: got needs_pad, expected a crop without padding: its view shows more than a box")
         columns = [params.get(name) for name in CROP]
     elif isinstance(params, (list, tuple)) and params:
         if all(isinstance(one, Mapping) for one in params):
@@ -96,12 +94,16 @@ def _torchvision_rows(params: Any) -> Tensor:
                     "tensor: torch.stack(params) of images, torch.stack(params, 1) of what default_collate returns"
                 )
     try:
-        return _as_tensor(params) if columns is None else torch.stack([_as_tensor(one) for one in columns], -1)
+        padded = isinstance(params, Mapping) and bool(_as_tensor(params.get("needs_pad", False)).any())
+        rows = _as_tensor(params) if columns is None else torch.stack([_as_tensor(one) for one in columns], -1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"params: got {type(params).__name__} ({error}), expected (top, left, height, width), a dict of them, a "
             "sequence of such tuples or dicts, a (B, 4) tensor or four (B,) tensors"
         ) from None
+    if padded:
+        raise ValueError("params: got needs_pad, expected a crop without padding: its view shows more than a box")
+    return rows
 
 
 def _as_tensor(numbers: Any) -> Tensor:
