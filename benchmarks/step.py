@@ -7,6 +7,7 @@ dense loss, the second queue.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.measure import Row, compare, compiled
 from benchmarks.queue import SliceQueue
 from benchmarks.records import OURS, Shape, Suite
 from benchmarks.rivals import Inputs
-from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue, Projection
 
 BASE = "MoCo-v2"
 
@@ -42,12 +43,9 @@ class Trainer(nn.Module):
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         super().__init__()
-        self.device = device
-        self.mixed = shape["dtype"] == "bfloat16"
-        self.backbone_q, channels = backbone(shape["backbone"])
-        self.backbone_k, _ = backbone(shape["backbone"])
+        self.device, self.mixed, size = device, shape["dtype"] == "bfloat16", shape["k"]
+        (self.backbone_q, channels), (self.backbone_k, _) = (backbone(shape["backbone"]) for _ in range(2))
         self.head_q, self.head_k = (DenseProjectionHead(channels) for _ in range(2))
-        size = shape["k"]
         self.image_queue, self.dense_queue = (MomentumQueue(size) for _ in range(2))
         self.image_slices, self.dense_slices = (SliceQueue(size, 128) for _ in range(2))
         self.match, self.criterion = DenseCorrespondence(), DenseInfoNCELoss(rivals.TEMPERATURE)
@@ -60,40 +58,38 @@ class Trainer(nn.Module):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
-    @torch.no_grad()
-    def update_keys(self) -> None:
-        keys: list[Tensor] = [*self.backbone_k.parameters(), *self.head_k.parameters()]
-        torch._foreach_lerp_(keys, self.trained, 0.001)
-
-    def finish(self, loss: Tensor) -> Tensor:
+    def step(self, losses: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """A training step with one of the ways to compute the loss."""
+        with torch.no_grad():
+            keys: list[Tensor] = [*self.backbone_k.parameters(), *self.head_k.parameters()]
+            torch._foreach_lerp_(keys, self.trained, 0.001)
+        loss = losses(images)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss.detach()
 
-    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Projection, Projection]:
+        """Both maps and both projections."""
         with torch.no_grad():
             map_k = self.backbone_k(images)
-        return self.backbone_q(images), map_k
+            key = self.head_k(map_k)
+        map_q = self.backbone_q(images)
+        return map_q, map_k, self.head_q(map_q), key
 
     def moco(self, images: Tensor) -> Tensor:
-        self.update_keys()
         with self.autocast():
-            map_q, map_k = self.maps(images)
-            query = self.head_q.image_mlp(map_q.mean((2, 3)))
             with torch.no_grad():
-                key = self.head_k.image_mlp(map_k.mean((2, 3)))
+                key = self.head_k.image_mlp(self.backbone_k(images).mean((2, 3)))
+            query = self.head_q.image_mlp(self.backbone_q(images).mean((2, 3)))
             loss = rivals.materialise(Inputs(query, key, self.image_slices.queue.t()))
         self.image_slices.enqueue(key)
-        return self.finish(loss)
+        return loss
 
     def dense_usual(self, images: Tensor) -> Tensor:
-        self.update_keys()
         with self.autocast():
-            map_q, map_k = self.maps(images)
-            query = self.head_q(map_q)
+            map_q, map_k, query, key = self.encode(images)
             with torch.no_grad():
-                key = self.head_k(map_k)
                 index = matching.usual((map_q, map_k))
             matched = key.dense.flatten(2).gather(2, index[:, None].expand(-1, 128, -1))
             image_loss = rivals.materialise(Inputs(query.image, key.image, self.image_slices.queue.t()))
@@ -101,14 +97,11 @@ class Trainer(nn.Module):
             dense_loss = rivals.materialise(Inputs(rows[0], rows[1], self.dense_slices.queue.t()))
         self.image_slices.enqueue(key.image)
         self.dense_slices.enqueue(key.pooled)
-        return self.finish(0.5 * image_loss + 0.5 * dense_loss)
+        return 0.5 * image_loss + 0.5 * dense_loss
 
-    def losses(self, images: Tensor) -> Tensor:
+    def dense_ours(self, images: Tensor) -> Tensor:
         with self.autocast():
-            map_q, map_k = self.maps(images)
-            query = self.head_q(map_q)
-            with torch.no_grad():
-                key = self.head_k(map_k)
+            map_q, map_k, query, key = self.encode(images)
             image_loss = self.criterion(query.image, key.image, self.image_queue)
             dense_loss = self.criterion(query.dense, key.dense, self.dense_queue, self.match(map_q, map_k))
         self.image_queue.enqueue(key.image)
@@ -116,18 +109,12 @@ class Trainer(nn.Module):
         total: Tensor = 0.5 * image_loss + 0.5 * dense_loss
         return total
 
-    def dense_ours(self, images: Tensor) -> Tensor:
-        self.update_keys()
-        return self.finish(self.losses(images))
-
     def parts(self, images: Tensor) -> dict[str, Callable[[Tensor], Any]]:
         """What the dense term adds, each alone, on the tensors of one step."""
         with torch.no_grad(), self.autocast():
-            map_q, map_k = self.maps(images)
-            query, key = self.head_q(map_q), self.head_k(map_k)
+            map_q, map_k, query, key = self.encode(images)
             found = self.match(map_q, map_k)
-        features = map_q.detach().requires_grad_()
-        dense = query.dense.detach().requires_grad_()
+        features, dense = map_q.detach().requires_grad_(), query.dense.requires_grad_()
 
         def head(_: Tensor) -> None:
             with self.autocast():
@@ -167,18 +154,13 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     trainer = Trainer(shape, device).train()
     size = (shape["batch"], 3, shape["pixels"], shape["pixels"])
     images = [torch.randn(size, device=device).to(memory_format=torch.channels_last) for _ in range(3)]
-    losses = compiled(trainer.losses)
-
-    def ours_compiled(batch: Tensor) -> Tensor:
-        trainer.update_keys()
-        return trainer.finish(losses(batch))
-
-    entries: dict[str, Callable[[Tensor], Any]] = {
+    losses = {
         BASE: trainer.moco,
         "DenseCL, the usual way": trainer.dense_usual,
         OURS: trainer.dense_ours,
-        f"{OURS}, compiled": ours_compiled,
+        f"{OURS}, compiled": compiled(trainer.dense_ours),
     }
+    entries = {name: functools.partial(trainer.step, loss) for name, loss in losses.items()}
     rows = compare(entries | trainer.parts(images[0]), images, device, seconds=arguments.seconds)
     served = {name: row["milliseconds"][1] for name, row in rows.items() if "milliseconds" in row}
     for name, own in served.items() if BASE in served else ():

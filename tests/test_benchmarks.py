@@ -115,7 +115,7 @@ def test_both_ways_of_a_dense_step_give_the_same_loss() -> None:
     trainer.dense_slices.queue.copy_(trainer.dense_queue.rows.t())
     images = torch.randn(4, 3, 32, 32)
     twin = copy.deepcopy(trainer)
-    torch.testing.assert_close(trainer.dense_ours(images), twin.dense_usual(images))
+    torch.testing.assert_close(trainer.step(trainer.dense_ours, images), twin.step(twin.dense_usual, images))
     torch.testing.assert_close(trainer.dense_queue.rows.t(), twin.dense_slices.queue)
 
 
@@ -125,7 +125,7 @@ def test_every_loss_of_a_mixed_step_is_mixed() -> None:
     mixed: list[bool] = []
     trainer.criterion.register_forward_pre_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
     images = torch.randn(4, 3, 32, 32)
-    trainer.dense_ours(images)
+    trainer.dense_ours(images).backward()
     for part in trainer.parts(images).values():
         part(images)
     assert mixed == [True] * 3
