@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -54,23 +54,15 @@ def same_view(faults: ExitStack) -> None:
     faults.callback(register_module_forward_pre_hook(before).remove)
 
 
-class Run(NamedTuple):
-    """Options of the trainer, and what is broken beyond them."""
-
-    label: str
-    options: str = ""
-    fault: Callable[[ExitStack], None] | None = None
-
-
 SHORT = "--steps 150 --lambda-warmup 50"
-RUNS = {
-    "random": Run("random queue, warm-up"),
-    "random-no-warmup": Run("random queue, no warm-up", "--lambda-warmup 0"),
-    "empty": Run("empty queue, warm-up", "--queue-init empty"),
-    "empty-no-warmup": Run("empty queue, no warm-up", "--queue-init empty --lambda-warmup 0"),
-    "enqueue-first": Run("enqueue before the loss", SHORT, enqueue_first),
-    "same-view": Run("the same view twice", SHORT, same_view),
-    "high-lr": Run("learning rate 50 times too high", f"{SHORT} --lr 1"),
+RUNS: dict[str, tuple[str, str, Callable[[ExitStack], None]]] = {  # label, options of the trainer, what is broken
+    "random": ("random queue, warm-up", "", lambda _: None),
+    "random-no-warmup": ("random queue, no warm-up", "--lambda-warmup 0", lambda _: None),
+    "empty": ("empty queue, warm-up", "--queue-init empty", lambda _: None),
+    "empty-no-warmup": ("empty queue, no warm-up", "--queue-init empty --lambda-warmup 0", lambda _: None),
+    "enqueue-first": ("enqueue before the loss", SHORT, enqueue_first),
+    "same-view": ("the same view twice", SHORT, same_view),
+    "high-lr": ("learning rate 50 times too high", f"{SHORT} --lr 1", lambda _: None),
 }
 
 
@@ -91,23 +83,22 @@ def watch(log: dict[str, list[Tensor]], module: nn.Module, inputs: Any, output: 
         log["queue_size"].append(torch.tensor(inputs[2].rows.shape[0]))
 
 
-def record(name: str, options: list[str]) -> dict[str, Any]:
+def record(name: str, more: list[str]) -> dict[str, Any]:
     """Trains one run with seed 0."""
-    run, log = RUNS[name], defaultdict[str, list[Tensor]](list)
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+    label, options, fault = RUNS[name]
+    log = defaultdict[str, list[Tensor]](list)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path]))
         stack.callback(register_module_forward_hook(functools.partial(watch, log)).remove)
-        if run.fault:
-            run.fault(stack)
+        fault(stack)
         result = Path(scratch, "result.json")
-        options = ["--seed", "0", "--out", scratch, "--json", str(result), *run.options.split(), *options]
-        importlib.import_module("pretrain").main(options)
+        fixed = ["--seed", "0", "--out", scratch, "--json", str(result)]
+        importlib.import_module("pretrain").main([*fixed, *options.split(), *more])
         found = json.loads(result.read_text())
     columns = {key: [round(x, 4) for x in torch.stack(values).tolist()] for key, values in log.items()}
     settings = {"queue_init": "random", "queue_size": columns.pop("queue_size")[0]} | found["settings"]
     facts = {key: found[key] for key in ("threads", "versions")} | {"commit": commit(), "history": columns}
-    return {"name": name, "label": run.label, "settings": settings, "matches": found["rows"]["image and dense"]} | facts
+    return {"name": name, "label": label, "settings": settings, "matches": found["rows"]["image and dense"]} | facts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
