@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import Row, compare
 from benchmarks.records import OURS, Shape, Suite
@@ -36,16 +35,6 @@ class SliceQueue(nn.Module):
         self.position[0] = (start + len(keys)) % self.queue.shape[1]
 
 
-class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the times a tensor's value is read on the host: on a GPU the host then waits for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
     sizes = [(4, 64, 16)] if arguments.toy else [(32, 65536, 128), (256, 65536, 128), (4096, 65536, 128)]
     for n, k, d in sizes:
@@ -68,12 +57,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
         "the same, queue cloned": with_clone,
     }
     inputs = [torch.randn(n, d, device=device) for _ in range(4)]
-    rows = compare(entries, inputs, device, seconds=arguments.seconds)
-    for name, row in rows.items():
-        with HostReads() as reads:  # type: ignore[no-untyped-call]
-            entries[name](inputs[0])
-        row["host_reads"] = reads.count
-    return rows
+    return compare(entries, inputs, device, seconds=arguments.seconds)
 
 
-SUITE = Suite("queue", "{n:,} keys into {k:,} x {d}", shapes, measure, {"host_reads": "host reads"})
+SUITE = Suite("queue", "{n:,} keys into {k:,} x {d}", shapes, measure, {})

@@ -79,7 +79,6 @@ def test_suite(tmp_path: Path, suite: str, cases: int, options: list[str]) -> No
         for name, row in served.items():
             errors = [row[key] for key in ("error_loss", "error_gradient", "error_score") if key in row]
             assert all(x < (1e-2 if case["shape"].get("dtype") == "bfloat16" else 1e-5) for x in errors), name
-            assert row.get("host_reads", 0) == (suite == "queue" and name != "densecl_ops")
             assert name != "MoCo-v2" or row["percent_of_moco"] == 0
     main(command)
     assert json.loads(path.read_text()) == record, "a finished case is not measured again"
@@ -131,16 +130,16 @@ def test_every_loss_of_a_mixed_step_is_mixed() -> None:
     assert mixed == [True] * 3
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.relative_to(RESULTS).as_posix())
-def test_committed_results(path: Path) -> None:
+def test_committed_results() -> None:
     """A line per case, of a clean commit, without a path of the machine."""
-    record = json.loads(path.read_text())
-    assert records.dumps(record) + "\n" == path.read_text()
-    assert not re.search(r"(/[\w.+-]+){2,}", path.read_text())
-    for one in record["runs"] if "suite" in record else [record]:
-        assert re.fullmatch("[0-9a-f]{7,40}", one.get("environment", one)["commit"])
-    if "suite" in record:
-        check(record)
+    for path in RESULTS.rglob("*.json"):
+        record = json.loads(path.read_text())
+        assert records.dumps(record) + "\n" == path.read_text(), path
+        assert not re.search(r"(/[\w.+-]+){2,}", path.read_text()), path
+        for one in record["runs"] if "suite" in record else [record]:
+            assert re.fullmatch("[0-9a-f]{7,40}", one.get("environment", one)["commit"]), path
+        if "suite" in record:
+            check(record)
 
 
 def test_commit_comes_from_the_variable_where_git_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
