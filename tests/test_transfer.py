@@ -233,7 +233,7 @@ def test_suite_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_paired_differences() -> None:
     # Mean 0.02, standard deviation 0.01, n = 3: 4.303 * 0.01 / sqrt(3).
-    assert page.paired([0.01, 0.02, 0.03]) == "+0.020 ± 0.025, 3 of 3 up"
+    assert page.paired([0.01, 0.02, 0.03]) == "+0.020 (-0.005 to +0.045), 3 of 3 up"
 
 
 @pytest.mark.parametrize("folder", ["transfer_cpu", "transfer_short_cpu"])

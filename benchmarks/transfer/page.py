@@ -64,7 +64,7 @@ def paired(values: Sequence[float]) -> str:
     """Mean, 95 % interval by Student's t, and on how many seeds it is above 0."""
     mean, up = statistics.mean(values), sum(value > 0 for value in values)
     half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.3f} ± {half:.3f}, {up} of {len(values)} up"
+    return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}), {up} of {len(values)} up"
 
 
 def each_run(folder: str) -> str:
