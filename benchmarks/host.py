@@ -124,4 +124,4 @@ def until_first_launch(rounds: int) -> Row:
     return {"milliseconds": late, "rounds": rounds, "peak_extra_mib": None, "frames": entered}
 
 
-SUITE = Suite("host", "{call}", shapes, measure, {"frames": "frames"})
+SUITE = Suite("host", "{call}", shapes, measure)

@@ -160,5 +160,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 TITLE = "N = {n:,}, K = {k:,}, D = {d}, {dtype}, {mode}, {cache}"
-COLUMNS = {"tflops": "TFLOP/s", "share_of_matmul": "of mm", "error_loss": "err loss", "error_gradient": "err grad"}
-SUITE = Suite("loss", TITLE, shapes, measure, COLUMNS, add_options)
+SUITE = Suite("loss", TITLE, shapes, measure, add_options)

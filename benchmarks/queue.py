@@ -60,4 +60,4 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     return compare(entries, inputs, device, seconds=arguments.seconds)
 
 
-SUITE = Suite("queue", "{n:,} keys into {k:,} x {d}", shapes, measure, {})
+SUITE = Suite("queue", "{n:,} keys into {k:,} x {d}", shapes, measure)

@@ -41,7 +41,6 @@ class Suite(NamedTuple):
         title: Of a case, a format of its shape's keys.
         shapes: The cases to measure, most wanted first.
         measure: One case, as a row per contestant. It finds the machine's own rates in `arguments.rates`.
-        columns: What is printed beside time and memory: key of a row, heading.
         add_options: Options beyond the shared ones.
     """
 
@@ -49,7 +48,6 @@ class Suite(NamedTuple):
     title: str
     shapes: Callable[[argparse.Namespace], Iterable[Shape]]
     measure: Callable[[Shape, argparse.Namespace], dict[str, Row]]
-    columns: dict[str, str]
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -80,7 +78,7 @@ class Suite(NamedTuple):
                 before = clocks(arguments.device)
                 rows = self.measure(shape, arguments)
                 add_ratios(rows)
-                print_rows(self.title.format(**shape), rows, self.columns)
+                print_rows(self.title.format(**shape), rows)
                 if run not in record["runs"]:
                     record["runs"].append(run)
                 case = {"run": record["runs"].index(run), "shape": shape, "clocks": [before, clocks(arguments.device)]}
@@ -148,15 +146,8 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def print_rows(title: str, rows: dict[str, Row], columns: dict[str, str]) -> None:
-    """One table: time, ratio, memory, then `columns` (key of a row: heading)."""
-    lines = []
-    for name, row in rows.items():
-        if "failed" in row:
-            lines.append([name, row["failed"]])
-            continue
-        low, middle, high = row["milliseconds"]
-        times = [f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{row.get('ratio', float('nan')):.2f}"]
-        peak = "?" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:,.1f}"
-        lines.append([name, *times, peak, *(f"{row[key]:.3g}" if key in row else "" for key in columns)])
-    print(f"\n{title}\n{table(['', 'ms', 'quartiles', 'ratio', 'peak MiB', *columns.values()], lines)}")
+def print_rows(title: str, rows: dict[str, Row]) -> None:
+    """All that was measured, a contestant per row."""
+    heads = list(dict.fromkeys(key for row in rows.values() for key in row))
+    lines = [[name, *(str(row.get(key, "")) for key in heads)] for name, row in rows.items()]
+    print(f"\n{title}\n{table(['', *heads], lines)}")

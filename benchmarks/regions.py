@@ -87,7 +87,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
 
 
-SUITE = Suite("regions", "{size}, {dtype}", shapes, measure, {"regions": "regions"}, add_options)
+SUITE = Suite("regions", "{size}, {dtype}", shapes, measure, add_options)
 add_arguments = SUITE.add_arguments
 
 

@@ -170,4 +170,4 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
 
 
 TITLE = "{backbone} encoder, batch {batch}, {pixels} px, K = {k:,}"
-SUITE = Suite("step", TITLE, shapes, measure, {"percent_of_moco": "% over MoCo-v2"})
+SUITE = Suite("step", TITLE, shapes, measure)

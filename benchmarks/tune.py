@@ -57,4 +57,4 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     return rows
 
 
-SUITE = Suite("tune", "N = {n:,}, K = {k:,}, D = {d}, {dtype}", shapes, measure, {"error_loss": "err loss"})
+SUITE = Suite("tune", "N = {n:,}, K = {k:,}, D = {d}, {dtype}", shapes, measure)
