@@ -39,10 +39,11 @@ settings.load_profile("repeatable")
 SLOW = re.compile(
     r"""test_(benchmarks|distributed|example|fuzz|torchrun|typing|kernels)\.py::(?!test_group_of_one|test_not_a_group)
     |test_compile\.py::(?!test_queue_alone.*aot|test_without_gradient|test_opcheck.*float32)
-    |test_concurrency\.py::test_first_calls_race|test_pages\.py::test_(command_runs|code_runs\[docs/distributed)
+    |test_concurrency\.py::test_first_calls_race|test_pages\.py::test_code_runs\[docs/distributed
+    |test_recipes\.py::test_command_runs
     |test_parallel\.py::test_parallel_regions
     |test_loss_memory\.py::test_memory_of|test_loss_numerics\.py::test_(low_precision|mixtures|autocast\[)
-    |test_recipe_\w+\.py::test_two_ranks|test_step\.py::test_memory
+    |test_step\.py::test_memory
     |test_transfer\.py::test_(suite|arms|probe)|test_triton\.py::(?!test_split_and_shift|test_loss\[\w+-exclude)""",
     re.VERBOSE,
 )

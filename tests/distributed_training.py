@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import oracle
 import torch
@@ -71,29 +70,7 @@ def batches(name: str, world: int) -> Iterator[tuple[tuple[Tensor, Tensor], list
         yield (first, second), sizes
 
 
-def train(name: str, rank: int, world: int, wrap: Callable[[Trainer], nn.Module]) -> dict[str, Any]:
-    """What this rank saw: its loss and the averaged gradients of every step, and the state at the end."""
-    trainer = new_trainer(name, rank)
-    wrapped = wrap(trainer)
-    optimizer = torch.optim.SGD(trainer.head.parameters(), RATE)
-    losses, grads = [], []
-    for views, sizes in batches(name, world):
-        loss = wrapped(*(view.split(sizes)[rank] for view in views))
-        optimizer.zero_grad()
-        loss.backward()
-        grads.append({key: whole(p.grad).clone() for key, p in trainer.head.named_parameters()})
-        optimizer.step()
-        losses.append(loss.detach())
-    state = {key: whole(value).clone() for key, value in trainer.state_dict().items()}
-    return {"losses": torch.stack(losses), "grads": grads, "state": state}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """FSDP shards tensors."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def textbook(query: Tensor, key: Tensor, index: Tensor | None, negatives: Tensor, own: Tensor | None) -> Tensor:
+def rows_of_loss(query: Tensor, key: Tensor, index: Tensor | None, negatives: Tensor, own: Tensor | None) -> Tensor:
     """The loss of every row, with all logits in memory."""
     q, k = F.normalize(query.flatten(2), dim=1), F.normalize(key.flatten(2), dim=1)
     if index is not None:
@@ -105,38 +82,32 @@ def textbook(query: Tensor, key: Tensor, index: Tensor | None, negatives: Tensor
     return torch.cat([positive[..., None], logits], 2).logsumexp(2) - positive
 
 
-def one_process(name: str, world: int) -> dict[str, Any]:
-    """`train` on the concatenated batch: heads from the library, loss from the textbook, queues from the oracle."""
+def textbook(name: str, world: int) -> Iterator[tuple[Tensor, nn.Module, dict[str, oracle.Queue]]]:
+    """One process on the whole batch, after every step: loss from the formula, the head, and deques as queues."""
     style, _, reduction = RUNS[name]
-    trainer = new_trainer(name, 0)
-    queues = {}
+    trainer, queues = new_trainer(name, 0), {}
     if style == "momentum":
-        named = {"image": trainer.image_queue, "dense": trainer.dense_queue}
+        named = {"image_queue": trainer.image_queue, "dense_queue": trainer.dense_queue}
         queues = {key: oracle.Queue(13, queue.rows.numpy().copy()) for key, queue in named.items()}
-    losses, grads = [], []
     for (view_q, view_k), _ in batches(name, world):
         query, key = trainer.head(view_q), (trainer.head if style == "SimCLR" else trainer.key_head)(view_k)
         index = torch.einsum("bci,bcj->bij", view_q.flatten(2), F.normalize(view_k.flatten(2), dim=1)).argmax(2)
         own = None if queues else torch.arange(len(view_q))
         if queues:
-            image_rows, dense_rows = (torch.from_numpy(queues[key].rows()) for key in ("image", "dense"))
+            image_rows, dense_rows = (torch.from_numpy(queue.rows()) for queue in queues.values())
         else:
             image_rows, dense_rows = F.normalize(key.image, dim=1), F.normalize(key.pooled, dim=1)
         terms = [
-            textbook(query.image[:, :, None], key.image[:, :, None], None, image_rows, own),
-            textbook(query.dense, key.dense, index, dense_rows, own),
+            rows_of_loss(query.image[:, :, None], key.image[:, :, None], None, image_rows, own),
+            rows_of_loss(query.dense, key.dense, index, dense_rows, own),
         ]
         # DistributedDataParallel divides sums over the ranks by their number.
         loss = sum(term.mean() if reduction == "mean" else term.sum() / world for term in terms)
         trainer.zero_grad()
         loss.backward()
-        grads.append({name: p.grad.clone() for name, p in trainer.head.named_parameters()})
         with torch.no_grad():
             for parameter in trainer.head.parameters():
                 parameter -= RATE * parameter.grad
-        if queues:
-            queues["image"].enqueue(key.image.detach().numpy())
-            queues["dense"].enqueue(key.pooled.detach().numpy())
-        losses.append(loss.detach())
-    state = {f"head.{key}": value for key, value in trainer.head.state_dict().items()}
-    return {"losses": torch.stack(losses), "grads": grads, "state": state, "queues": queues}
+        for queue, keys in zip(queues.values(), (key.image, key.pooled), strict=False):
+            queue.enqueue(keys.numpy())
+        yield loss.detach(), trainer.head, queues

@@ -1,4 +1,7 @@
-"""One rank of test_distributed.py: python distributed_worker.py RANK WORLD DIRECTORY."""
+"""One rank of test_distributed.py: python distributed_worker.py RANK WORLD DIRECTORY runs every case below in turn.
+
+A case compares what this rank sees with one process on the concatenated batch of all: a deque, or the textbook's loss.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,19 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import distributed_training as training
+import numpy as np
+import oracle
+import recipes
 import torch
 import torch.distributed as dist
+from helpers import EPS, numpy64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,112 +48,203 @@ def keys_of(name: str, step: int, rank: int, dtype: torch.dtype = torch.float64)
     return torch.randn(sizes[rank % 2], DIM, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def all_keys(name: str, step: int, ranks: Iterable[int]) -> np.ndarray:
+    return np.concatenate([keys_of(name, step, rank).numpy() for rank in ranks])
+
+
 def new_queue(rank: int, init: str = "random", dtype: torch.dtype = torch.float64, **options: Any) -> MomentumQueue:
     """Another random start on every rank."""
     torch.manual_seed(7 + rank)
     return MomentumQueue(SIZE, DIM, init=init, dtype=dtype, **options)
 
 
-def enqueue_rounds(queue: MomentumQueue, name: str, rank: int, steps: range) -> dict[str, Tensor]:
-    for step in steps:
-        queue.enqueue(keys_of(name, step, rank))
-    return {key: value.clone() for key, value in queue.state_dict().items()}
+def new_deque(rank: int = 0, init: str = "random", dtype: torch.dtype = torch.float64) -> oracle.Queue:
+    """Random rows become those of a group's first rank."""
+    start = new_queue(rank, init, dtype)
+    return oracle.Queue(SIZE, numpy64(start.rows[: int(start.count)]))
 
 
-def run_rounds(name: str, rank: int, dtype: torch.dtype, init: str) -> list[dict[str, Tensor]]:
-    """The state after every enqueue."""
-    queue = new_queue(rank, init, dtype)
-    return [enqueue_rounds(queue, name, rank, range(step, step + 1)) for step in range(len(ROUNDS[name]))]
+def check(queue: MomentumQueue, model: oracle.Queue, eps: float = 1e-14, alone: bool = False) -> None:
+    """The rows of the deque, and unless `alone` to the bit those of all ranks."""
+    assert (int(queue.position), int(queue.count)) == (model.position, model.count)
+    np.testing.assert_allclose(numpy64(queue.rows[: model.count]), model.rows(), rtol=0, atol=eps)
+    if alone:
+        return
+    states = [None] * dist.get_world_size(queue.process_group)
+    dist.all_gather_object(states, queue.state_dict(), group=queue.process_group)
+    for state in states:
+        torch.testing.assert_close(state, states[0], rtol=0, atol=0)
 
 
-def error_of(function: Callable[[], object]) -> str:
-    """The error's type and text; the ranks are on their own if one of them got none."""
+def check_rounds(
+    queue: MomentumQueue,
+    model: oracle.Queue,
+    ranks: range,
+    name: str = "uneven",
+    steps: Iterable[int] | None = None,
+    eps: float = 1e-14,
+) -> None:
+    """After every enqueue."""
+    for step in range(len(ROUNDS[name])) if steps is None else steps:
+        queue.enqueue(keys_of(name, step, dist.get_rank()))
+        model.enqueue(all_keys(name, step, ranks))
+        check(queue, model, eps)
+
+
+def refused(function: Callable[[], object], message: str) -> None:
+    """The ranks are on their own if one of them gets no error."""
     began = time.perf_counter()
     try:
         function()
     except (TypeError, ValueError, RuntimeError) as error:
+        seen = f"{type(error).__name__}: {error}"
+        assert all(part in seen for part in message.split(" ... ")), seen
         assert time.perf_counter() - began < 20, "waited for the time limit of the process group"
-        return f"{type(error).__name__}: {error}"
-    return "no error"
+    else:
+        raise AssertionError(f"no error, expected {message}")
 
 
-def resumed(rank: int, loads: bool) -> dict[str, Tensor]:
-    """An interrupted run, and another that goes on with its checkpoint on the ranks that load it."""
-    queue = new_queue(rank)
-    state = enqueue_rounds(queue, "uneven", rank, range(CUT))
-    queue = new_queue(rank)
-    if loads:
-        queue.load_state_dict(state)
-    return enqueue_rounds(queue, "uneven", rank, range(CUT, 4))
+Case = Callable[[int, int], None]
+CASES: dict[str, Case] = {}  # name -> function of rank and world; every rank runs them in this order
 
 
-def loaded_in_mid_run(rank: int) -> dict[str, Tensor]:
-    """Rank 0 goes back to the first steps' state, when all queues are equal already."""
-    queue = new_queue(rank)
-    state = enqueue_rounds(queue, "uneven", rank, range(CUT))
-    queue.enqueue(torch.ones(rank, DIM))
-    if rank == 0:
-        queue.load_state_dict(state)
-    return enqueue_rounds(queue, "uneven", rank, range(CUT, 4))
+def case(function: Case) -> Case:
+    CASES[function.__name__] = function
+    return function
 
 
-def under_a_default_device(rank: int) -> dict[str, Tensor]:
-    queue, keys = new_queue(rank), [keys_of("uneven", step, rank) for step in range(4)]
-    with torch.device("meta"):
-        for batch in keys:
-            queue.enqueue(batch)
-    return queue.state_dict()
+# ---- the queue -----------------------------------------------------------------------------------------------------
 
 
-def copied(rank: int) -> dict[str, Any]:
-    """Deep copies share the process group and nothing else."""
+@case
+def enqueue(rank: int, world: int) -> None:
+    for name in ROUNDS:
+        for dtype, eps in EPS.items():
+            for init in ("random", "empty"):
+                check_rounds(new_queue(rank, init, dtype), new_deque(0, init, dtype), range(world), name, eps=eps)
+
+
+@case
+def keys_of_different_dtype(rank: int, world: int) -> None:
+    """Rows travel in the dtype of the queue."""
+    queue, model = new_queue(rank, "empty"), new_deque(0, "empty")
+    queue.enqueue(keys_of("even", 0, rank, torch.float64 if rank else torch.float32))
+    model.enqueue(all_keys("even", 0, range(world)))
+    check(queue, model, 1e-6)
+
+
+@case
+def without_gathering(rank: int, world: int) -> None:
+    queue, model = new_queue(rank, "empty", gather_distributed=False), new_deque(0, "empty")
+    keys = keys_of("uneven", 0, rank)
+    queue.enqueue(keys)
+    model.enqueue(keys.numpy())
+    check(queue, model, alone=True)
+    negatives, own = in_batch_negatives(keys, gather_distributed=False)
+    np.testing.assert_allclose(negatives.numpy(), oracle.unit(keys.numpy(), 1)[0], atol=1e-14)
+    assert own.tolist() == list(range(len(keys)))
+
+
+@case
+def resume(rank: int, world: int) -> None:
+    """Whether every rank loads the checkpoint or the first alone, at the start or when all queues are equal already."""
+    for loads, keys in ((True, None), (rank == 0, None), (rank == 0, torch.ones(rank, DIM))):
+        queue, model = new_queue(rank), new_deque()
+        check_rounds(queue, model, range(world), steps=range(CUT))
+        state = copy.deepcopy(queue.state_dict())
+        if keys is None:
+            queue = new_queue(rank)
+        else:
+            queue.enqueue(keys)
+        if loads:
+            queue.load_state_dict(state)
+        check_rounds(queue, model, range(world), steps=range(CUT, 4))
+
+
+@case
+def default_device(rank: int, world: int) -> None:
+    """torch.set_default_device moves nothing of what is said over the host."""
+    queue, model = new_queue(rank), new_deque()
+    for step in range(4):
+        keys = keys_of("uneven", step, rank)
+        with torch.device("meta"):
+            queue.enqueue(keys)
+        model.enqueue(all_keys("uneven", step, range(world)))
+    check(queue, model)
+
+
+@case
+def deep_copies(rank: int, world: int) -> None:
+    """Share the process group and nothing else."""
     group = dist.new_group()
+    queue, model = new_queue(rank, process_group=group), new_deque()
+    check_rounds(queue, model, range(world), steps=range(CUT))
+    first, twin = copy.deepcopy(queue.state_dict()), copy.deepcopy(nn.Sequential(queue))[0]
+    check_rounds(twin, model, range(world), steps=range(CUT, 4))
+    torch.testing.assert_close(queue.state_dict(), first, rtol=0, atol=0)
+    assert twin.process_group is queue.process_group is group
+    refused(lambda: pickle.dumps(queue), "TypeError: process_group: got a process group, which cannot")
+    assert pickle.loads(pickle.dumps(new_queue(rank))).process_group is None
+
+
+@case
+def groups_of_two(rank: int, world: int) -> None:
+    """Ranks 0 and 1, and 2 and 3, with keys and random starts of their own; each pair calls at its own time."""
+    pairs = [range(first, first + 2) for first in range(0, world, 2)]
+    groups = [dist.new_group(list(pair)) for pair in pairs]
+    pair, group = pairs[rank // 2], groups[rank // 2]
     queue = new_queue(rank, process_group=group)
-    first = enqueue_rounds(queue, "uneven", rank, range(CUT))
-    twin = copy.deepcopy(nn.Sequential(queue))[0]
-    return {
-        "twin": enqueue_rounds(twin, "uneven", rank, range(CUT, 4)),
-        "untouched": all(torch.equal(value, first[key]) for key, value in queue.state_dict().items()),
-        "shared": twin.process_group is queue.process_group is group,
-        "pickled": error_of(lambda: pickle.dumps(queue)),
-        "default": pickle.loads(pickle.dumps(new_queue(rank))).process_group is None,
-    }
+    check_rounds(queue, new_deque(pair[0]), pair, list(ROUNDS)[rank // 2])
+    negatives, own = in_batch_negatives(keys_of("uneven", 0, rank), process_group=group)
+    np.testing.assert_allclose(negatives.numpy(), oracle.unit(all_keys("uneven", 0, pair), 1)[0], atol=1e-14)
+    assert own.tolist() == [[0], [1, 2, 3]][rank % 2]
+    for other in groups if world == 4 else ():
+        if other is not group:
+            outside = "ValueError: process_group: got a group that this process is not"
+            refused(lambda other=other: new_queue(rank, process_group=other), outside)
+            refused(lambda other=other: in_batch_negatives(torch.ones(2, DIM), process_group=other), outside)
+    # A group for GPUs alone, as NCCL's are, needs a host group besides, which its own ranks have to make by themselves.
+    device_only = dist.new_group([0, 1], backend="cuda:gloo")
+    if rank < 2:
+        queue = new_queue(rank, process_group=device_only)
+        refused(
+            lambda: queue.enqueue(torch.ones(1, DIM)), "ValueError: keys: got a tensor on cpu, expected one on cuda"
+        )
 
 
-def weight_of(rank: int, rows: int) -> Tensor:
-    return torch.randn(rows, DIM, generator=torch.Generator().manual_seed(500 + rank), dtype=torch.float64)
+# ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
-def batch_gradient(rank: int, world: int) -> dict[str, Tensor]:
-    """Every rank asks something else of all rows, and gives autograd the same gradient for another tensor."""
-    keys = keys_of("uneven", 0, rank).requires_grad_()
-    other = torch.zeros(sum(len(keys_of("uneven", 0, r)) for r in range(world)), DIM).double().requires_grad_()
-    doubled = 2 * other  # made before the negatives, so that its gradient is computed after theirs
-    negatives, _ = in_batch_negatives(keys)
-    ((negatives + doubled) * weight_of(rank, len(negatives))).sum().backward()
-    return {"keys": keys.grad, "other": other.grad}
-
-
-def bad_keys(queue: MomentumQueue, rank: int) -> dict[str, str]:
-    """Rank 1 alone makes a mistake."""
-    bad = {
-        "dim": torch.ones(2, DIM + 1),
-        "shape": torch.ones(2, DIM, 1),
-        "integer": torch.ones(2, DIM).long(),
-        "list": [[0.0] * DIM],
-    }
-    good = torch.ones(2, DIM)
-    errors = {key: error_of(lambda keys=keys: queue.enqueue(keys if rank == 1 else good)) for key, keys in bad.items()}
-    errors["queue size"] = error_of(lambda: MomentumQueue(SIZE + 3 * (rank == 1), DIM).enqueue(good))
-    dim = DIM + (rank == 1)
-    errors["queue dim"] = error_of(lambda: MomentumQueue(SIZE, dim).enqueue(torch.ones(2, dim)))
-    dtype = torch.bfloat16 if rank == 1 else torch.float32
-    errors["queue dtype"] = error_of(lambda: MomentumQueue(SIZE, DIM, dtype=dtype).enqueue(good))
-    errors["batch dim"] = error_of(lambda: in_batch_negatives(torch.ones(2, dim)))
-    errors["batch dtype"] = error_of(lambda: in_batch_negatives(good.to(dtype)))
-    errors["batch shape"] = error_of(lambda: in_batch_negatives(good[0] if rank == 1 else good))
-    errors["batch gradient"] = error_of(lambda: in_batch_negatives(good.clone().requires_grad_(rank == 1)))
-    return errors
+@case
+def mistakes(rank: int, world: int) -> None:
+    """What rank 1 alone does wrong, and what ranks disagree about, raises on all; caught, it spoils nothing."""
+    queue, wrong, good = new_queue(rank), rank == 1, torch.ones(2, DIM)
+    dim, dtype = DIM + wrong, torch.bfloat16 if wrong else torch.float32
+    bad = [
+        (torch.ones(2, DIM + 1), "ValueError: keys: got shape (2, 5), expected (n, 4)"),
+        (torch.ones(2, DIM, 1), "ValueError: keys: got shape (2, 4, 1), expected (n, 4)"),
+        (torch.ones(2, DIM).long(), "TypeError: keys: got dtype torch.int64"),
+        ([[0.0] * DIM], "TypeError: keys: got list, expected a torch.Tensor"),
+    ]
+    calls = [(lambda keys=keys: queue.enqueue(keys if wrong else good), message) for keys, message in bad]
+    calls += [(lambda: in_batch_negatives(good[0] if wrong else good), "ValueError: keys: got shape (4,), expected")]
+    for call, message in calls:
+        refused(call, message if wrong else "ValueError: keys: got an error on rank 1 of")
+    dtypes = "float32 on rank 0 ... bfloat16 on rank 1"
+    for call, message in (
+        (lambda: MomentumQueue(SIZE + 3 * wrong, DIM).enqueue(good), "size 11 on rank 0 ... size 14 on rank 1"),
+        (lambda: MomentumQueue(SIZE, dim).enqueue(torch.ones(2, dim)), "dim 4 on rank 0 ... dim 5 on rank 1"),
+        (lambda: MomentumQueue(SIZE, DIM, dtype=dtype).enqueue(good), dtypes),
+        (lambda: in_batch_negatives(torch.ones(2, dim)), "dim 4 on rank 0 ... dim 5 on rank 1"),
+        (lambda: in_batch_negatives(good.to(dtype)), dtypes),
+        (
+            lambda: in_batch_negatives(good.clone().requires_grad_(wrong)),
+            "requires_grad 0 on rank 0 ... requires_grad 1 on rank 1",
+        ),
+    ):
+        refused(call, f"ValueError: keys: got ... {message} ... expected")
+    check_rounds(queue, new_deque(), range(world))
+    check_rounds(new_queue(rank, "empty"), new_deque(0, "empty"), range(world))
 
 
 class InForward(nn.Module):
@@ -159,125 +259,199 @@ class InForward(nn.Module):
         return self.scale * keys.sum()
 
 
-def under_join(rank: int) -> dict[str, Any]:
-    """DistributedDataParallel.join(): this rank takes the batches of "uneven" from the `rank % 2`-th on."""
+@case
+def under_join(rank: int, world: int) -> None:
+    """DistributedDataParallel.join() with unequal numbers of batches: a rank that has run out would never answer."""
 
     def run(store: Callable[[Tensor], object], **options: bool) -> None:
         parallel = DistributedDataParallel(InForward(store), broadcast_buffers=False)
         with parallel.join(**options):
-            for step in range(rank % 2, len(ROUNDS["uneven"])):
+            for step in range(rank % 2, 4):
                 parallel(keys_of("uneven", step, rank)).backward()
 
-    local, gathering = new_queue(rank, "empty", gather_distributed=False), new_queue(rank, "empty")
+    local, model = new_queue(rank, "empty", gather_distributed=False), new_deque(0, "empty")
     run(local.enqueue)
-    return {
-        "local": local.state_dict(),
-        "queue": error_of(lambda: run(new_queue(rank).enqueue)),
-        "batch": error_of(lambda: run(in_batch_negatives)),
-        "throws": error_of(lambda: run(gathering.enqueue, throw_on_early_termination=True)),
-        "gathered": gathering.state_dict(),
-    }
+    for step in range(rank % 2, 4):
+        model.enqueue(keys_of("uneven", step, rank).numpy())
+    check(local, model, alone=True)
+    for store in (new_queue(rank).enqueue, in_batch_negatives):
+        refused(lambda store=store: run(store), "ValueError: keys: got a gather inside DistributedDataParallel.")
+    # Told to throw, torch raises on all ranks before the first enqueue that one of them would miss.
+    queue, model = new_queue(rank, "empty"), new_deque(0, "empty")
+    refused(lambda: run(queue.enqueue, throw_on_early_termination=True), "exhausted")
+    for step in range(3):
+        model.enqueue(np.concatenate([keys_of("uneven", step + r % 2, r).numpy() for r in range(world)]))
+    check(queue, model)
 
 
-def pairs(rank: int, world: int) -> dict[str, Any]:
-    """Ranks 0 and 1 have a queue of their own, and so have 2 and 3; each pair calls at its own time."""
-    groups = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
-    mine, others = groups[rank // 2], groups[1 - rank // 2] if world == 4 else None
-    name = list(ROUNDS)[rank // 2]
-    queue = new_queue(rank, process_group=mine)
-    results: dict[str, Any] = {"state": enqueue_rounds(queue, name, rank, range(len(ROUNDS[name])))}
-    results["batch"] = in_batch_negatives(keys_of("uneven", 0, rank), process_group=mine)
-    if others is not None:
-        results["outside"] = error_of(lambda: new_queue(rank, process_group=others))
-        results["outside, batch"] = error_of(lambda: in_batch_negatives(torch.ones(2, DIM), process_group=others))
-    # A group for GPUs alone, as NCCL's are, needs a host group besides, which its own ranks have to make by themselves.
-    device_only = dist.new_group([0, 1], backend="cuda:gloo")
-    if rank < 2:
-        results["device"] = error_of(lambda: new_queue(rank, process_group=device_only).enqueue(torch.ones(1, DIM)))
-    return results
+# ---- whole steps ---------------------------------------------------------------------------------------------------
 
 
-def compiled(trainer: training.Trainer) -> nn.Module:
-    return torch.compile(DistributedDataParallel(trainer), backend="aot_eager")
+@case
+def in_batch_gradient(rank: int, world: int) -> None:
+    """What all ranks ask of this rank's rows, through the norm; and what this rank asks of anything else alone."""
+    ranks = range(world)
+    sizes = [len(keys_of("uneven", 0, r)) for r in ranks]
+    generators = [torch.Generator().manual_seed(500 + r) for r in ranks]
+    asked = [torch.randn(sum(sizes), DIM, generator=generator, dtype=torch.float64) for generator in generators]
+    keys, other = keys_of("uneven", 0, rank).requires_grad_(), torch.zeros_like(asked[0]).requires_grad_()
+    doubled = 2 * other  # made before the negatives, so that its gradient is computed after theirs
+    ((in_batch_negatives(keys)[0] + doubled) * asked[rank]).sum().backward()
+    assert torch.equal(other.grad, 2 * asked[rank])
+    rows, inverse = oracle.unit(keys.detach().numpy(), 1)
+    total = sum(asked).split(sizes)[rank].numpy()
+    expected = (total - (total * rows).sum(1, keepdims=True) * rows) * inverse
+    np.testing.assert_allclose(keys.grad.numpy(), expected, atol=1e-14)
 
 
-def compiled_inside(trainer: training.Trainer) -> nn.Module:
-    return DistributedDataParallel(torch.compile(trainer, backend="aot_eager"))
+def check_training(
+    name: str, rank: int, world: int, wrap: Callable[[training.Trainer], nn.Module] = DistributedDataParallel
+) -> None:
+    """Loss over the ranks, gradients, weights and queues of every step, from ranks that start from other seeds."""
+    trainer = training.new_trainer(name, rank)
+    wrapped = wrap(trainer)
+    optimizer = torch.optim.SGD(trainer.head.parameters(), training.RATE)
+    steps = zip(training.batches(name, world), training.textbook(name, world), strict=True)
+    for (views, sizes), (expected, head, queues) in steps:
+        loss = wrapped(*(view.split(sizes)[rank] for view in views))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        over_ranks = loss.detach() / world
+        dist.all_reduce(over_ranks)
+        torch.testing.assert_close(over_ranks, expected, rtol=0, atol=1e-12)
+        for seen, wish in zip(trainer.head.parameters(), head.parameters(), strict=True):
+            for part, whole in ((seen.grad, wish.grad), (seen.detach(), wish.detach())):
+                part = part.full_tensor() if hasattr(part, "full_tensor") else part  # FSDP's
+                torch.testing.assert_close(part, whole, rtol=0, atol=1e-12)
+        for key, model in queues.items():
+            check(getattr(trainer, key), model, 1e-12)
 
 
-def sharded(trainer: training.Trainer) -> nn.Module:
+@case
+def steps_of_ddp(rank: int, world: int) -> None:
+    """With its defaults, buffer broadcast included."""
+    for name in training.RUNS:
+        check_training(name, rank, world)
+
+
+@case
+def compiled_steps(rank: int, world: int) -> None:
+    """Around and inside DistributedDataParallel. The compiler does not trace collectives: it would warn."""
+    compiled = partial(torch.compile, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as caught:
+        if world == 2:
+            check_training("momentum", rank, world, lambda x: compiled(DistributedDataParallel(x)))
+            check_training("momentum", rank, world, lambda x: DistributedDataParallel(compiled(x)))
+            check_training("SimCLR", rank, world, lambda x: compiled(DistributedDataParallel(x)))
+    assert [str(one.message) for one in caught] == []
+
+
+@case
+def sharded_steps(rank: int, world: int) -> None:
     """FSDP2, which unlike DistributedDataParallel leaves it to the trainer to start alike on every rank."""
     from torch.distributed.fsdp import fully_shard
 
-    trainer.load_state_dict(training.new_trainer("momentum", 0).state_dict())
-    for module in (trainer.head, trainer.key_head, trainer):
-        fully_shard(module)
-    return trainer
+    def sharded(trainer: training.Trainer) -> nn.Module:
+        trainer.load_state_dict(training.new_trainer("momentum", 0).state_dict())
+        for module in (trainer.head, trainer.key_head, trainer):
+            fully_shard(module)
+        return trainer
 
-
-def join(rank: int, world: int, rendezvous: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=rendezvous.as_uri(),
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
-
-
-def main(rank: int, world: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    early = new_queue(rank)
-    early.enqueue(torch.ones(2, DIM))  # no process group yet
-    join(rank, world, directory / "first")
-    results: dict[str, Any] = {
-        name: {
-            (str(dtype), init): run_rounds(name, rank, dtype, init)
-            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-            for init in ("random", "empty")
-        }
-        for name in ROUNDS
-    }
-    local = new_queue(rank, "empty", gather_distributed=False)
-    results["local"] = enqueue_rounds(local, "uneven", rank, range(1))
-    results["local batch"] = in_batch_negatives(keys_of("uneven", 0, rank), gather_distributed=False)
-    mixed = new_queue(rank, "empty")
-    mixed.enqueue(keys_of("even", 0, rank, torch.float64 if rank else torch.float32))
-    results["mixed keys"] = mixed.state_dict()
-    results["gradient"] = batch_gradient(rank, world)
-    refused = new_queue(rank)
-    results["errors"] = bad_keys(refused, rank)
-    results["queue after errors"] = enqueue_rounds(refused, "uneven", rank, range(4))
-    results["after errors"] = run_rounds("uneven", rank, torch.float64, "empty")[-1]
-    results["resumed"] = {name: resumed(rank, loads) for name, loads in (("all", True), ("rank 0", rank == 0))}
-    results["loaded"] = loaded_in_mid_run(rank)
-    results["default device"] = under_a_default_device(rank)
-    results["copied"] = copied(rank)
-    results["pairs"] = pairs(rank, world)
-    results["under join"] = under_join(rank)
-    for name in training.RUNS:
-        results[name] = training.train(name, rank, world, DistributedDataParallel)
     if world == 2:
-        with warnings.catch_warnings(record=True) as caught:
-            results["wrapped"] = {
-                "compiled": training.train("momentum", rank, world, compiled),
-                "compiled inside": training.train("momentum", rank, world, compiled_inside),
-                "compiled SimCLR": training.train("SimCLR", rank, world, compiled),
-            }
-        results["compiler warnings"] = [str(one.message) for one in caught]
-        results["wrapped"]["sharded"] = training.train("momentum", rank, world, sharded)
+        check_training("momentum", rank, world, sharded)
+
+
+# ---- recipes -------------------------------------------------------------------------------------------------------
+
+BATCH = 6  # over all ranks
+RECIPES = {"moco": (recipes.dense_moco, (24, 16), 2), "byol_pytorch": (recipes.dense_byol, (64, 64), 1)}
+# Recipe -> the model before its first step, and what one process without a group sees at every step.
+ALONE: dict[str, tuple[Any, list[Any]]] = {}
+
+
+def recipe_steps(name: str, model: Any, wrapped: nn.Module, share: slice) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    """Losses, ranks, gradients and state of three steps, with fixed batch statistics: those of ranks would differ."""
+    model.eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(3):
+        torch.manual_seed(step)
+        images = [view[share] for view in recipes.views(BATCH, *RECIPES[name][1])][: RECIPES[name][2]]
+        image_loss, dense_loss, *ranks = wrapped(*images)
+        optimizer.zero_grad()
+        (0.3 * image_loss + 0.7 * dense_loss).backward()
+        optimizer.step()
+        if name == "byol_pytorch":
+            model.update_moving_average()
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        state |= {f"{key}.grad": p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        yield torch.stack([image_loss, dense_loss]).detach(), torch.cat(ranks or [torch.zeros(len(images[0]))]), state
+
+
+@case
+def steps_of_recipes(rank: int, world: int) -> None:
+    """DistributedDataParallel refuses, at the second step, a trained parameter without a gradient."""
+    share = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+    for name, (model, alone) in ALONE.items():
+        mistaken = copy.deepcopy(model)
+        steps = recipe_steps(name, model, DistributedDataParallel(model), share)
+        for (losses, ranks, state), (losses_alone, ranks_alone, state_alone) in zip(steps, alone, strict=True):
+            dist.all_reduce(losses)
+            torch.testing.assert_close(losses / 2, losses_alone, rtol=1e-9, atol=0)
+            assert torch.equal(ranks, ranks_alone[share])
+            torch.testing.assert_close(state, state_alone, rtol=0, atol=1e-9)
+        if name == "moco":  # left as they were shuffled, all keys are off: so they were shuffled, and that was undone
+            mistaken._batch_unshuffle_ddp = lambda x, idx_unshuffle: x
+            losses, _, _ = next(recipe_steps(name, mistaken, DistributedDataParallel(mistaken), share))
+            dist.all_reduce(losses)
+            assert ((losses / 2 - alone[0][0]).abs() > 1e-5).all(), losses / 2 - alone[0][0]
+
+
+# ---- a second process group ----------------------------------------------------------------------------------------
+
+EARLY: list[MomentumQueue] = []  # a queue that was used before the first process group
+
+
+@case
+def rows_from_before_the_process_group(rank: int, world: int) -> None:
+    """And from between the first and the second: those of rank 0 stay. A group that was destroyed serves no more."""
+    (early,), model = EARLY, new_deque()
     early.enqueue(torch.ones(0, DIM))
     stale = new_queue(rank, process_group=dist.new_group())
+    destroyed = "ValueError: process_group: got a group that has been destroyed"
     dist.destroy_process_group()
-    results["stale"] = error_of(lambda: stale.enqueue(torch.ones(2, DIM)))
+    refused(lambda: stale.enqueue(torch.ones(2, DIM)), destroyed)
     early.enqueue(torch.ones(1 + rank, DIM))  # ranks part again
-    join(rank, world, directory / "second")
-    results["stale again"] = error_of(lambda: stale.enqueue(torch.ones(2, DIM)))
-    results["early"] = enqueue_rounds(early, "uneven", rank, range(4))
-    torch.save(results, directory / f"{rank}.pt")
+    join(rank, world, "second")
+    refused(lambda: stale.enqueue(torch.ones(2, DIM)), destroyed)
+    model.enqueue(np.ones((2 + 1, DIM)))
+    check_rounds(early, model, range(world))
+
+
+def join(rank: int, world: int, name: str) -> None:
+    where, limit = (Path(sys.argv[3]) / name).as_uri(), datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=limit)
+
+
+def main(rank: int, world: int) -> None:
+    torch.set_num_threads(1)
+    EARLY.append(new_queue(rank))
+    EARLY[0].enqueue(torch.ones(2, DIM))  # no process group yet
+    with recipes.hosts():
+        for name in RECIPES if world == 2 else ():
+            if name == "moco" or find_spec(name) is not None:
+                torch.manual_seed(0)
+                model = RECIPES[name][0]()
+                alone = copy.deepcopy(model)
+                ALONE[name] = model, list(recipe_steps(name, alone, alone, slice(None)))
+    join(rank, world, "first")
+    for name, function in CASES.items():
+        print(f"rank {rank}: {name}", file=sys.stderr)
+        function(rank, world)
+    torch.save(list(CASES), Path(sys.argv[3]) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

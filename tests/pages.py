@@ -21,8 +21,3 @@ def blocks(page: Path, language: str = "python") -> list[str]:
 
 def block_with(word: str, page: str) -> str:
     return next(block for block in blocks(DOCS / page) if word in block)
-
-
-def added_lines(page: str) -> list[str]:
-    lines = [line for diff in blocks(DOCS / page, "diff") for line in diff.splitlines()]
-    return [line[1:] for line in lines if line.startswith("+")]

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import oracle
-import pytest
+import standins
 import torch
 from helpers import assert_close, numpy64
+from pages import EXAMPLES
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-STANDINS = Path(__file__).parent / "standins"
 TOLERANCE = 1e-9
-
-
-@contextmanager
-def imported(**modules: Any) -> Iterator[None]:
-    """Modules that can be imported inside; `__` means a dot. What they import stays, for it can register only once."""
-    names = {name.replace("__", "."): module for name, module in modules.items()}
-    sys.modules.update(names)
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
 
 
 class Unused(ModuleType):
@@ -44,27 +31,38 @@ class Unused(ModuleType):
         return nn.Identity
 
 
-def torchvision() -> dict[str, ModuleType]:
-    """What lightly and byol-pytorch import of it and the recipes do not use, where there is no torchvision."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return {}
-    found = {name: Unused(name) for name in ("torchvision", "torchvision__ops", "torchvision__transforms")}
-    found["torchvision"].ops = found["torchvision__ops"]
-    found["torchvision"].transforms = found["torchvision__transforms"]
+def stand_ins() -> dict[str, ModuleType]:
+    """For hosts that are not installed, and for what lightly and byol-pytorch import and the recipes do not use."""
+    found = {"solo": standins, "solo.methods": standins, "solo.methods.mocov2plus": standins}
+    if find_spec("moco") is None:  # a clone on PYTHONPATH
+        found |= {"moco": standins, "moco.builder": standins}
+    if find_spec("torchvision") is None:
+        found |= {name: Unused(name) for name in ("torchvision", "torchvision.ops", "torchvision.transforms")}
+        found["torchvision"].ops = found["torchvision.ops"]
+        found["torchvision"].transforms = found["torchvision.transforms"]
+    if find_spec("accelerate") is None or find_spec("beartype") is None:
+        found["byol_pytorch.trainer"] = Unused("byol_pytorch.trainer")
     return found
 
 
-def load(path: Path, **modules: ModuleType) -> ModuleType:
-    """A file as a module of its own; `modules` can be imported by it."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+@contextmanager
+def hosts() -> Iterator[None]:
+    """All hosts can be imported inside. What they import stays, for it can register only once."""
+    added = stand_ins()
+    sys.modules.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del sys.modules[name]
+
+
+def example(name: str) -> ModuleType:
+    """A file of docs/examples as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    with imported(**modules):
-        spec.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
-
-
-def example(name: str, **modules: ModuleType) -> ModuleType:
-    return load(EXAMPLES / f"{name}.py", **modules)
 
 
 def views(batch: int = 4, height: int = 32, width: int = 32) -> tuple[Tensor, Tensor]:
@@ -178,9 +176,7 @@ def check_moco_step(
         check_maps(seen, network.maps(view))
 
     weights = parameters_of(online.head), parameters_of(momentum.head)
-    query, key = (with_image_of(w, maps, grid) for w, maps in zip(weights, (maps_q, maps_k), strict=True))
-    image = info_nce(query.image, key.image, queues[0])
-    dense = info_nce(query.dense, key.dense, queues[1], index=oracle.match(query.grid, key.grid).index)
+    query, key, image, dense = moco_terms(weights, (maps_q, maps_k), queues, grid)
     assert_close(image_loss, image.loss, tolerance, "image term")
     assert_close(dense_loss, dense.loss, tolerance, "dense term")
     for ranks in rank:
@@ -199,9 +195,25 @@ def check_moco_step(
     return maps_q[0].shape
 
 
-def with_image_of(params: oracle.Params, maps: list[np.ndarray], grid: tuple[int, int] | None) -> oracle.HeadResult:
-    first, last = (oracle.head(params, features, grid) for features in (maps[0], maps[-1]))
-    return first._replace(image=last.image, mean=last.mean)
+def moco_terms(
+    weights: tuple[oracle.Params, oracle.Params],
+    maps: tuple[list[np.ndarray], list[np.ndarray]],
+    queues: tuple[oracle.Queue, oracle.Queue],
+    grid: tuple[int, int] | None = None,
+) -> tuple[oracle.HeadResult, oracle.HeadResult, oracle.LossResult, oracle.LossResult]:
+    """Query, key, image term and dense term from the weights of both heads and what they were called on."""
+    heads = []
+    for params, inputs in zip(weights, maps, strict=True):
+        first, last = (oracle.head(params, features, grid) for features in (inputs[0], inputs[-1]))
+        heads.append(first._replace(image=last.image, mean=last.mean))
+    query, key = heads
+    image = info_nce(query.image, key.image, queues[0])
+    return (
+        query,
+        key,
+        image,
+        info_nce(query.dense, key.dense, queues[1], index=oracle.match(query.grid, key.grid).index),
+    )
 
 
 def perceptron(module: nn.Module, x: np.ndarray) -> np.ndarray:
@@ -241,12 +253,27 @@ def byol_terms(
     return cosine.sum(1).mean(), (2 - 2 * (oracle.unit(query, 1)[0] * oracle.unit(matched, 1)[0]).sum(1)).mean()
 
 
-PRINTED = r"(image|byol)(_loss)? -?\d+\.\d+, dense(_loss)? \d+\.\d+"  # by every example
+# ---- models that run on two ranks, too -------------------------------------------------------------------------------
 
 
-def check_main(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """The two steps that main() takes on random images."""
-    recipe.main(["--steps", "2"])
-    for step, line in enumerate(capsys.readouterr().out.splitlines()):
-        assert re.match(f"step {step}: {PRINTED}", line), line
-    assert step == 1
+def dense_moco() -> Any:
+    """Over a clone of facebookresearch/moco on PYTHONPATH, or over the stand-in of it."""
+    model = example("with_moco").DenseMoCo(standins.TinyResNet, dim=5, K=13, m=0.9, T=0.2).double()
+    disturb(model.encoder_k)
+    return model
+
+
+def dense_byol() -> Any:
+    """To be made before the process group: in one the package wants GPUs."""
+    from byol_pytorch import BYOL
+
+    recipe = example("with_byol_pytorch")
+    options = {"augment_fn": nn.Identity(), "augment_fn2": partial(torch.flip, dims=[3]), "projection_hidden_size": 32}
+    options |= {"hidden_layer": "avgpool", "moving_average_decay": 0.9}
+    learner = BYOL(recipe.TinyResNet(), 64, **options)
+    model = recipe.DenseBYOL(learner, in_channels=64, hidden_channels=16, out_channels=8)
+    disturb(learner.target_encoder, model.target_head)
+    for module in model.modules():  # the learner has seen a batch in float32, whose rounding goes with the threads
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.reset_running_stats()
+    return model.double()

@@ -1,28 +1,27 @@
 """One rule for README.md and every page under docs/: what it shows is so.
 
-Links and paths lead somewhere; code parses, and runs or stands in a tested example; a diff is that of the example;
-tables, pictures and figures are those of the committed records.
+Links and paths lead somewhere; code parses, and runs or is a tested example's; tables and pictures are those of the
+committed records; the API reference is complete.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
+import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pages import EXAMPLES, PAGES, RECIPES, ROOT, blocks, name_of
-from recipes import PRINTED
+from pages import DOCS, EXAMPLES, PAGES, RECIPES, ROOT, blocks, name_of
 from torch import Tensor, nn
 
 from benchmarks import render
@@ -132,12 +131,6 @@ def test_code_runs(name: str, tmp_path: Path) -> None:
 
 # ---- recipes --------------------------------------------------------------------------------------------------------
 
-FILES = sorted([*EXAMPLES.glob("with_*.py"), *EXAMPLES.glob("*_loop.py")])
-COMMANDS = [
-    command.split()
-    for page in RECIPES
-    for command in re.findall(r"^ +python docs/examples/(.*?)(?: *#.*)?$", page.read_text(), re.MULTILINE)
-]
 # Lines of a host's own script, made of names that the tests of the recipe call.
 HOST_LINES = {
     "from with_moco import DenseMoCo",
@@ -147,34 +140,7 @@ HOST_LINES = {
     "from with_solo_learn import DenseMoCoV2Plus",
     'METHODS["mocov2plus"] = DenseMoCoV2Plus',
 }
-RUN_BY_RECIPE_TESTS = ("moco_head_state", "batch_unshuffle")  # blocks that test_recipe_lightly.py runs
-
-
-def imported(file: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(file.read_text())))
-    names = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
-    names += [node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)]
-    return {name.split(".")[0] for name in names}
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_recipe_can_be_copied_alone(file: Path) -> None:
-    assert not imported(file) & {"", *(other.stem for other in EXAMPLES.glob("*.py"))}
-    assert [page for page in RECIPES if f"(../examples/{file.name})" in page.read_text()]
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_command_runs(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    name, *arguments = command
-    file = EXAMPLES / name
-    needed = imported(file)
-    needed |= {"torchvision"} if needed & {"lightly", "byol_pytorch"} else set()  # without it they cannot be imported
-    missing = [module for module in needed - {"densecl_ops"} if find_spec(module) is None]
-    if missing:
-        pytest.skip(f"no {missing}")
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(file), run_name="__main__")
-    assert re.search(PRINTED, capsys.readouterr().out)
+RUN_BY_RECIPE_TESTS = ("moco_head_state", "batch_unshuffle")  # blocks that test_recipes.py runs
 
 
 def code_lines(text: str) -> list[str]:
@@ -182,46 +148,20 @@ def code_lines(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def sources(page: Path) -> list[list[str]]:
-    """Lines of the recipe's files."""
-    names = dict.fromkeys(re.findall(r"\(\.\./examples/(\w+\.py)\)", page.read_text()))
-    return [code_lines((EXAMPLES / name).read_text()) for name in names]
-
-
-def in_order(lines: list[str], source: list[str]) -> bool:
-    rest = iter(source)
-    return all(line in rest for line in lines)
-
-
 @each_recipe
 def test_shown_code_is_the_recipes(page: Path) -> None:
-    texts = ["\n".join(source) for source in sources(page)]
-    assert texts
+    """Blocks as a whole; of diffs the added lines."""
+    names = dict.fromkeys(re.findall(r"\(\.\./examples/(\w+\.py)\)", page.read_text()))
+    sources = [code_lines((EXAMPLES / name).read_text()) for name in names]
     for block in blocks(page):
         if not any(word in block for word in RUN_BY_RECIPE_TESTS):
-            assert any("\n".join(code_lines(block)) in text for text in texts), block
+            assert any("\n".join(code_lines(block)) in "\n".join(source) for source in sources), block
+    for diff in blocks(page, "diff"):
+        added = code_lines("\n".join(line[1:] for line in diff.splitlines() if line.startswith("+")))
+        assert any(set(added) <= HOST_LINES | set(source) for source in sources), diff
 
 
-@each_recipe
-def test_diff_is_the_recipes(page: Path) -> None:
-    """Added lines and what stays between them are the file's, in its order; removed ones are not in it.
-
-    In a diff of the host's own script, which we do not have, the lines that stay are the host's.
-    """
-    diffs = blocks(page, "diff")
-    assert diffs
-    for diff in diffs:
-        lines = {sign: [line[1:] for line in diff.splitlines() if line[:1] in sign] for sign in ("+", "-", "+ ")}
-        added, removed, kept = ([x for x in code_lines("\n".join(lines[s])) if x not in HOST_LINES] for s in lines)
-        own = not set(code_lines("\n".join(lines["+"]))) & HOST_LINES
-        shown = kept if own else added
-        source = next((source for source in sources(page) if in_order(shown, source)), None)
-        assert source is not None, diff
-        assert [line for line in removed if line in source] == []
-        assert lines["+"]
-
-
-# ---- tables, pictures --------------------------------------------------------------------------------------
+# ---- tables, pictures ------------------------------------------------------------------------------------------------
 
 
 @each_page
@@ -241,11 +181,28 @@ def test_plots_are_those_of_the_records() -> None:
         assert picture.info["Source"] == digest(source), "run `python -m benchmarks render`"
 
 
-def test_figures_of_the_readme_are_those_of_the_records() -> None:
-    """Its prose rounds no better than its table."""
-    text = (ROOT / "README.md").read_text()
-    claim = re.search(r"takes \[(\S+) MiB instead of (\S+) MiB\]\([^)]+\) .*, and (\S+) of the time", text)
-    assert claim is not None
-    rows = {row.split(" | ")[0]: row.split(" | ") for row in render.cost("cpu").splitlines() if row[:1] == "|"}
-    ours, materialised = rows["| **densecl_ops**"], rows["| materialised, as MoCo and DenseCL write it"]
-    assert claim.groups() == (ours[2].split()[0], materialised[2].split()[0], ours[1])
+# ---- the site --------------------------------------------------------------------------------------------------------
+
+
+def test_api_reference_names_everything_public_once() -> None:
+    names = ("functional", "interop", "metrics", "visualize")
+    modules = ("densecl_ops", *(f"densecl_ops.{name}" for name in names))
+    documented = []
+    for page in (DOCS / "api").glob("*.md"):
+        (module,) = re.findall(r"currentmodule:: (.+)", page.read_text())
+        documented += [f"{module}.{name}" for name in re.findall(r"auto(?:class|function):: (\w+)", page.read_text())]
+    public = {f"{name}.{thing}" for name in modules for thing in importlib.import_module(name).__all__}
+    assert sorted(documented) == sorted(public - set(modules))
+
+
+@pytest.mark.slow
+def test_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training raises the share of matches that agree with the place."""
+    for module in ("kornia", "matplotlib", "skimage"):
+        pytest.importorskip(module)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    space: dict[str, float] = {}
+    for cell in json.loads((DOCS / "notebook.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+    assert space["after"] > 1.2 * space["before"]

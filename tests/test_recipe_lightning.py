@@ -48,9 +48,7 @@ def test_first_step(recipe: ModuleType, checkpointed: bool) -> None:
         trainer.fit(model, loader_of(recipe))
     for seen, network, view in zip((maps_q, maps_k), networks, next(iter(loader_of(recipe))), strict=True):
         recipes.check_maps(seen, (network(view.double()),))
-    query, key = oracle.head(weights[0], maps_q[0]), oracle.head(weights[1], maps_k[0])
-    image = recipes.info_nce(query.image, key.image, queues[0])
-    dense = recipes.info_nce(query.dense, key.dense, queues[1], index=oracle.match(query.grid, key.grid).index)
+    query, key, image, dense = recipes.moco_terms(weights, (maps_q, maps_k), queues)
     # float32 views of the metrics; the queues are float64
     assert_close(trainer.callback_metrics["image_loss"], image.loss, 1e-6, "image term")
     assert_close(trainer.callback_metrics["dense_loss"], dense.loss, 1e-6, "dense term")
@@ -122,3 +120,9 @@ def test_resumes_bit_for_bit(recipe: ModuleType, tmp_path: Path, precision: str)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
     assert int(whole["dense_queue.position"]) == 16 % 10
     assert not torch.equal(whole["dense_queue.rows"], rows)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_command_runs(recipe: ModuleType, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.main(["--steps", "1", "--precision", precision])
+    assert "dense_loss" in capsys.readouterr().out

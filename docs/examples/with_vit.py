@@ -51,7 +51,7 @@ class Encoder(nn.Module):
         features = tokens[:, 1:].transpose(1, 2)  # (B, C, P), a view: head and matching read it in place
         projection = self.head(features)
         if self.use_class_token:
-            projection = projection._replace(image=self.head(tokens[:, 0]).image)
+            projection = projection._replace(image=self.head(tokens[:, :1].transpose(1, 2)).image)
         return features, projection
 
 

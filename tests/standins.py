@@ -1,0 +1,116 @@
+"""Stands for hosts of recipes that are not on PyPI, written here from their names, hooks and order of operations.
+
+facebookresearch/moco: what only MoCo's own forward uses (queue, CUDA shuffle) is left out, for DenseMoCo must not come
+to depend on it. solo-learn 1.0.6: the trainer does nothing; images go in channels_last, and the momentum networks move
+at the end of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TinyResNet(nn.Sequential):
+    """A torchvision ResNet's names; ranks can only agree with one process without batch norm."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 4, 4)
+        self.bn1 = nn.Identity()
+        self.relu = nn.ReLU(inplace=True)
+        self.layer4 = nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.Tanh())
+        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(8, num_classes)
+
+
+class MoCo(nn.Module):
+    def __init__(self, base_encoder: Callable[..., nn.Module], dim: int, K: int, m: float, T: float) -> None:  # noqa: N803
+        super().__init__()
+        self.K, self.m, self.T = K, m, T
+        self.encoder_q, self.encoder_k = base_encoder(num_classes=dim), base_encoder(num_classes=dim)
+        for theirs, ours in self._pairs():
+            theirs.requires_grad = False
+            theirs.data.copy_(ours.data)
+        self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def _pairs(self) -> zip:
+        return zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+
+    @torch.no_grad()
+    def _momentum_update_key_encoder(self) -> None:
+        for theirs, ours in self._pairs():
+            theirs.mul_(self.m).add_(ours * (1 - self.m))
+
+    @torch.no_grad()
+    def _batch_unshuffle_ddp(self, x: Tensor, idx_unshuffle: Tensor) -> Tensor:
+        every = concat_all_gather(x)
+        return every[idx_unshuffle.view(len(every) // len(x), -1)[dist.get_rank()]]
+
+
+@torch.no_grad()
+def concat_all_gather(tensor: Tensor) -> Tensor:
+    parts = [torch.ones_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+class MoCoV2Plus(nn.Module):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        settings = cfg.method_kwargs
+        self.features_dim, self.tau = 8, 0.9
+        self.temperature, self.queue_size = settings.temperature, settings.queue_size
+        self.backbone, self.momentum_backbone = TinyResNet(1), TinyResNet(1)
+        self.backbone.fc = self.momentum_backbone.fc = nn.Identity()
+        layers = (self.features_dim, settings.proj_hidden_dim, settings.proj_output_dim)
+        self.projector, self.momentum_projector = (
+            nn.Sequential(nn.Linear(*layers[:2]), nn.ReLU(), nn.Linear(*layers[1:])) for _ in range(2)
+        )
+        for theirs, ours in MoCoV2Plus.momentum_pairs.fget(self):
+            ours.load_state_dict(theirs.state_dict())
+            ours.requires_grad_(False)
+        self.classifier = nn.Linear(self.features_dim, 10)
+        self.register_buffer("queue", F.normalize(torch.randn(2, layers[2], self.queue_size), dim=1))
+        self.trainer, self.last_step, self.logged = SimpleNamespace(global_step=0), 0, {}
+
+    def log(self, name: str, value: Any, **_: Any) -> None:
+        self.logged[name] = value
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        return [{"params": part.parameters()} for part in (self.backbone, self.classifier, self.projector)]
+
+    @property
+    def momentum_pairs(self) -> list[tuple[Any, Any]]:
+        return [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        _, crops, targets = batch
+        crops = [x.to(memory_format=torch.channels_last) for x in crops]
+        feats = [self.backbone(x) for x in crops][:2]  # multicrop: small crops go through the online backbone alone
+        queries = [F.normalize(self.projector(x), dim=1) for x in feats]
+        with torch.no_grad():
+            keys = [F.normalize(self.momentum_projector(self.momentum_backbone(x)), dim=1) for x in crops[:2]]
+        loss = sum(F.cross_entropy(self.classifier(x.detach()), targets) for x in feats) / 2
+        for query, key, queue in zip(queries, keys[::-1], self.queue.flip(0), strict=True):
+            logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue], 1) / self.temperature
+            loss = loss + 0.5 * F.cross_entropy(logits, torch.zeros_like(targets))
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Of every LightningModule."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Sequence[Any], batch_idx: int) -> None:
+        if self.trainer.global_step > self.last_step:
+            for online, momentum in self.momentum_pairs:
+                for theirs, ours in zip(online.parameters(), momentum.parameters(), strict=True):
+                    ours.data = self.tau * ours.data + (1 - self.tau) * theirs.data
+        self.last_step = self.trainer.global_step
