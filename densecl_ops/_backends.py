@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from densecl_ops import _triton
-from densecl_ops._checks import is_traced, require_choice
+from densecl_ops._checks import require_choice
+from densecl_ops._tracing import is_traced
 from densecl_ops._types import BackendName
 
 BACKENDS = get_args(BackendName)

@@ -10,40 +10,55 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
-from einops import einsum, reduce
 from torch import Tensor
 
-from densecl_ops._numerics import accumulation_dtype, no_autocast
+from densecl_ops._numerics import accumulation_dtype
+
+T = TypeVar("T")
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LOWEST_TEMPERATURE = 1e-18  # 1/t^2, a factor of the gradient to t, leaves float32 below 5e-20, the logits below 1e-38
 
 
-Fields = tuple[torch.Size, torch.dtype, torch.device]  # of a Look
+def once(check: Callable[..., T]) -> Callable[..., T]:
+    """The check, made once for each kind of its tensors. It may look at everything but values.
+
+    A training loop makes the same few calls again and again. They pass the same checks, which take 25 us.
+    """
+    passed: dict[Any, T] = {}
+
+    def checked(*arguments: Any) -> T:
+        kind = tuple(
+            [
+                (x.shape, x.dtype, x.device, x.layout) if isinstance(x, Tensor) and not x.is_nested else x
+                for x in arguments
+            ]
+        )
+        try:
+            found = passed.get(kind)
+        except TypeError:  # an argument has the wrong type and no hash: the check says which
+            return check(*arguments)
+        if found is None:
+            if len(passed) >= 256:
+                passed.clear()
+            found = passed[kind] = check(*arguments)
+        return found
+
+    return checked
 
 
-class Look(NamedTuple):
-    """What the host knows of a tensor without its values, for the checks of a whole call: one look at each tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+@functools.cache  # once per process
+def warn_once(message: str, stacklevel: int) -> None:
+    warnings.warn(message, stacklevel=stacklevel)
 
 
-def look(name: str, value: object) -> Fields:
-    """The fields of a Look. A bare tuple: it is made for each tensor of each call, a Look for the first of a kind."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
-        require_tensor(name, value)  # says what it is
-    return value.shape, value.dtype, value.device  # type: ignore[attr-defined]
-
-
-def shape_of(tensor: Tensor | Look) -> str:
+def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
@@ -61,128 +76,37 @@ def require_tensor(name: str, value: object) -> Tensor:
 
 
 def require_float(name: str, value: object) -> Tensor:
-    tensor = require_tensor(name, value)
-    require_float_dtype(name, tensor)
-    return tensor
-
-
-def require_float_dtype(name: str, tensor: Tensor | Look) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float16, bfloat16, float32 or float64")
+    return _require_dtype(name, value, FLOAT_DTYPES, "float16, bfloat16, float32 or float64")
 
 
 def require_real(name: str, value: object) -> Tensor:
-    tensor = require_tensor(name, value)
-    if tensor.dtype not in FLOAT_DTYPES + INTEGER_DTYPES:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a float or integer dtype")
-    return tensor
+    return _require_dtype(name, value, FLOAT_DTYPES + INTEGER_DTYPES, "a float or integer dtype")
 
 
 def require_integer(name: str, value: object) -> Tensor:
+    return _require_dtype(name, value, INTEGER_DTYPES, "an integer dtype such as int64")
+
+
+def _require_dtype(name: str, value: object, dtypes: tuple[torch.dtype, ...], expected: str) -> Tensor:
     tensor = require_tensor(name, value)
-    require_integer_dtype(name, tensor)
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {expected}")
     return tensor
 
 
-def require_integer_dtype(name: str, tensor: Tensor | Look) -> None:
-    if tensor.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected an integer dtype such as int64")
-
-
-def require_shape(name: str, tensor: Tensor | Look, shape: tuple[int, ...]) -> None:
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: got shape {shape_of(tensor)}, expected {shape}")
 
 
-def require_same_device(name: str, tensor: Tensor | Look, reference_name: str, reference: Tensor | Look) -> None:
+def require_same_device(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
     if tensor.device != reference.device:
         raise ValueError(
             f"{name}: got a tensor on {tensor.device}, expected {reference.device}, where {reference_name} is"
         )
 
 
-def require_map(name: str, x: Tensor | Look) -> tuple[int, int, int]:
-    """(B, C, P) of a (B, C, H, W) map, a (B, C, P) sequence or a (B, C) vector."""
-    require_float_dtype(name, x)
-    if len(x.shape) not in (2, 3, 4):
-        raise ValueError(f"{name}: got shape {shape_of(x)}, expected (B, C, H, W), (B, C, P) or (B, C)")
-    images, channels, *grid = x.shape
-    positions = math.prod(grid)
-    if images * channels * positions == 0:
-        raise ValueError(f"{name}: got an empty tensor of shape {shape_of(x)}, expected every size above 0")
-    return images, channels, positions
-
-
-def flatten(x: Tensor) -> Tensor:
-    """The (B, C, P) form of what `require_map` takes.
-
-    A view wherever the strides allow one: channels_last maps and transposed token sequences are not copied.
-    """
-    if x.ndim == 3:
-        return x
-    return x.unsqueeze(2) if x.ndim == 2 else x.flatten(2)
-
-
-def flatten_map(name: str, value: object) -> Tensor:
-    """Both of them."""
-    tensor = require_tensor(name, value)
-    require_map(name, tensor)
-    return flatten(tensor)
-
-
-def require_poolable(name: str, features: Tensor | Look) -> None:
-    if len(features.shape) != 4:
-        raise ValueError(
-            f"{name}: got shape {shape_of(features)}, expected a (B, C, H, W) map, "
-            "the only form that grid_size can pool"
-        )
-
-
-def pool_to_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling of a (B, C, H, W) map; one that already has the grid passes unchanged.
-
-    A mean over equal cells, or else two small matrix products. torch's own form has no deterministic backward on CUDA.
-    """
-    height, width = features.shape[2:]
-    if (height, width) == grid:
-        return features
-    if height % grid[0] == 0 and width % grid[1] == 0:
-        return reduce(features, "b c (h y) (w x) -> b c h w", "mean", h=grid[0], w=grid[1])
-    with no_autocast(features):
-        exact = features.to(accumulation_dtype(features))
-        down, across = _pooling_matrix(grid[0], height, exact), _pooling_matrix(grid[1], width, exact)
-        return einsum(down, exact, across, "h y, b c y x, w x -> b c h w").to(features.dtype)
-
-
-def _pooling_matrix(cells: int, size: int, like: Tensor) -> Tensor:
-    """(cells, size): cell i is the mean from floor(i size / cells) to ceil((i + 1) size / cells), as in torch."""
-    cell = torch.arange(cells, device=like.device)[:, None]
-    position = torch.arange(size, device=like.device)
-    inside = (position >= cell * size // cells) & (position < ((cell + 1) * size + cells - 1) // cells)
-    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
-
-
-def require_paired_maps(query_name: str, query: Tensor | Look, key_name: str, key: Tensor | Look) -> None:
-    """Two maps of the same images: equal batch, equal channels, one device. Grids may differ."""
-    if query.shape[:2] != key.shape[:2]:
-        raise ValueError(
-            f"{key_name}: got {key.shape[0]} images of {key.shape[1]} channels, "
-            f"expected {query.shape[0]} of {query.shape[1]} as in {query_name}"
-        )
-    require_same_device(key_name, key, query_name, query)
-    require_values(query_name, query)
-
-
-def transposed(x: Tensor | Look, channels: int) -> str | None:
-    """How to bring x, whose last dimension has so many channels, into the order of the contract; None if it has not."""
-    if len(x.shape) not in (3, 4) or x.shape[-1] != channels or x.shape[1] == channels:
-        return None
-    if len(x.shape) == 3:
-        return "(B, P, C) tokens: pass .transpose(1, 2)"
-    return "a (B, H, W, C) map: pass .permute(0, 3, 1, 2)"
-
-
-def require_values(name: str, tensor: Tensor | Look) -> None:
+def require_values(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: got a tensor on meta, expected a device that holds values")
 
@@ -238,13 +162,8 @@ def require_temperature(name: str, value: object) -> float:
     if number < LOWEST_TEMPERATURE:
         raise ValueError(f"{name}: got {number}, expected at least {LOWEST_TEMPERATURE}")
     if number > 1 and not torch.compiler.is_compiling():
-        _warn_of_high(name)
+        warn_once(f"{name}: got one above 1, which hardly tells negatives apart; was 1 / t meant for t?", 4)
     return number
-
-
-@functools.cache  # once per process
-def _warn_of_high(name: str) -> None:
-    warnings.warn(f"{name}: got one above 1, which hardly tells negatives apart; was 1 / t meant for t?", stacklevel=4)
 
 
 def require_cosine(name: str, value: object) -> float:
@@ -271,55 +190,20 @@ def require_grid_size(name: str, value: object) -> tuple[int, int] | None:
     return side, side
 
 
-def is_traced(tensor: Tensor) -> bool:
-    """Whether a call on this tensor is run by something else than its values alone: a compiler, torch.func, a dispatch
-    mode (fake tensors, make_fx, FlopCounterMode), or the tensor itself, a fake one.
-
-    One question for a whole call. torch tells compilers alone in public: until it has a word for the others, the
-    lengths of two stacks do.
-    """
-    return (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.get_interpreter_stack() is not None
-        or (type(tensor) is not Tensor and hasattr(tensor, "fake_mode"))
-    )
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as FSDP2 makes them; asked without importing torch.distributed.tensor."""
-    return hasattr(tensor, "full_tensor")
-
-
-def wants_grad(tensor: Tensor) -> bool:
-    """Whether to compute its gradient. Inside torch.func, whose vmap hides who asks for one, always."""
-    if tensor.requires_grad or torch.compiler.is_compiling():
-        return tensor.requires_grad
-    return torch._C._functorch.get_interpreter_stack() is not None
-
-
-def host_may_look(tensor: Tensor) -> bool:
-    """Whether reading values waits for no device and, under torch.compile, breaks no graph."""
-    return tensor.device.type == "cpu" and not is_traced(tensor)
-
-
-def outside_inference(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Tensors that autograd may save: one made under inference_mode is copied once that mode is left."""
-    if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled():
-        return tensors
-    for tensor in tensors:
-        if tensor is not None and tensor.is_inference():
-            return tuple(x.clone() if x is not None and x.is_inference() else x for x in tensors)
-    return tensors
-
-
-def require_index(
-    name: str, index: Tensor | Look, shape: tuple[int, ...], reference_name: str, reference: Tensor | Look
-) -> None:
+def require_index(name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor) -> Tensor:
     """An integer tensor of the given shape on the device of the reference."""
-    require_integer_dtype(name, index)
+    index = require_integer(name, value)
     require_shape(name, index, shape)
     require_same_device(name, index, reference_name, reference)
+    return index
+
+
+def require_mask(name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor) -> Tensor:
+    """A bool tensor of the given shape on the device of the reference."""
+    mask = _require_dtype(name, value, (torch.bool,), "torch.bool")
+    require_shape(name, mask, shape)
+    require_same_device(name, mask, reference_name, reference)
+    return mask
 
 
 def require_range(name: str, index: Tensor, size: int) -> None:
@@ -333,21 +217,3 @@ def require_range(name: str, index: Tensor, size: int) -> None:
     if first < 0 or last >= size:
         hint = "; a position without a match is one that `valid` leaves out" if first == -1 else ""
         raise ValueError(f"{name}: got values from {first} to {last}, expected them within 0 to {size - 1}{hint}")
-
-
-def require_mask(
-    name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor | Look
-) -> Tensor:
-    """A bool tensor of the given shape on the device of the reference."""
-    mask = require_tensor(name, value)
-    require_mask_like(name, mask, shape, reference_name, reference)
-    return mask
-
-
-def require_mask_like(
-    name: str, mask: Tensor | Look, shape: tuple[int, ...], reference_name: str, reference: Tensor | Look
-) -> None:
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: got dtype {mask.dtype}, expected torch.bool")
-    require_shape(name, mask, shape)
-    require_same_device(name, mask, reference_name, reference)

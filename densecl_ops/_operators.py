@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from densecl_ops._checks import is_traced
+from densecl_ops._tracing import is_traced
 
 Body = TypeVar("Body", bound=Callable[..., Any])
 

@@ -7,8 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from densecl_ops import _checks
-from densecl_ops._checks import Look
+from densecl_ops import _checks, _maps
 from densecl_ops._types import Correspondence, Grids, Reduction
 
 REDUCTIONS = get_args(Reduction)
@@ -27,34 +26,35 @@ def parts(match: Correspondence | Tensor | None) -> tuple[Tensor | None, Tensor 
 
 
 def require_pairs(
-    query: Tensor | Look,
-    key: Tensor | Look,
-    index: Tensor | Look | None,
-    valid: Tensor | Look | None,
-    weight: Tensor | Look | None,
+    query: Tensor,
+    key: Tensor,
+    index: Tensor | None,
+    valid: Tensor | None,
+    weight: Tensor | None,
     index_name: str,
-    grids: Grids | None = None,
+    grids: Grids | None,
 ) -> None:
     """Two maps of the same images, and what belongs to the query positions: shapes, dtypes and devices, no values."""
-    batch, _, positions = _checks.require_map("query", query)
-    *_, key_positions = _checks.require_map("key", key)
-    _checks.require_paired_maps("query", query, "key", key)
+    batch, _, positions = _maps.require_map("query", query)
+    *_, key_positions = _maps.require_map("key", key)
+    _maps.require_paired_maps("query", query, "key", key)
     rows = (batch, positions)
+    both_maps = query.ndim == key.ndim == 4
     if index is None:
-        grids_differ = len(query.shape) == len(key.shape) == 4 and query.shape[2:] != key.shape[2:]
-        if grids_differ or positions != key_positions:
+        if positions != key_positions or (both_maps and query.shape[2:] != key.shape[2:]):
             raise ValueError(
                 f"key: got shape {_checks.shape_of(key)} beside a query of {_checks.shape_of(query)}, "
                 "expected the same grid, since correspondence is None"
             )
     else:
-        if len(index.shape) == 2 and index.shape[1] != positions:
+        _checks.require_tensor(index_name, index)
+        if index.ndim == 2 and index.shape[1] != positions:
             raise ValueError(
                 f"{index_name}: got shape {_checks.shape_of(index)}, expected {rows}, one for each position of query; "
                 "give matching and head the same grid_size"
             )
         _checks.require_index(index_name, index, rows, "query", query)
-    if grids is not None and len(query.shape) == len(key.shape) == 4:
+    if grids is not None and both_maps:
         expected = (query.shape[2:], key.shape[2:])
         if grids != expected:
             (h, w), (i, j) = grids
@@ -63,10 +63,10 @@ def require_pairs(
                 f"{tuple(expected[1])}, the grids of query and key; give matching and head the same grid_size"
             )
     if valid is not None:
-        _checks.require_mask_like("correspondence.valid", valid, rows, "query", query)
+        _checks.require_mask("correspondence.valid", valid, rows, "query", query)
     if weight is not None:
-        if weight.dtype != torch.bool:
-            _checks.require_float_dtype("weight", weight)
+        if _checks.require_tensor("weight", weight).dtype != torch.bool:
+            _checks.require_float("weight", weight)
         _checks.require_shape("weight", weight, rows)
         _checks.require_same_device("weight", weight, "query", query)
 

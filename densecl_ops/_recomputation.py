@@ -1,7 +1,8 @@
 """A loss that is computed again (activation checkpointing) must meet the negatives that it met the first time.
 
 torch recomputes in two ways. The non-reentrant one keeps the autograd nodes of the first computation and hands them
-what the second one saves: `guard` compares the two. The reentrant one is an autograd.Function, which computes first in
+what the second one saves: a node keeps the version of the negatives and saves it, and backward() compares the two. The
+reentrant one is an autograd.Function, which computes first in
 its forward(), under no_grad, and again in its backward(): `note` leaves the version of the negatives with the ctx of
 such a Function. Losses outside of one, as in validation and in hooks, do not matter.
 """
@@ -24,24 +25,43 @@ _MESSAGE = (
 
 def guard(loss: Tensor, negatives: Tensor) -> Tensor:
     """The loss, whose backward raises if it was recomputed after the negatives had been written in place."""
-    if not loss.requires_grad or not _is_saved_by_hooks() or negatives.is_inference():
+    version = version_of(negatives)
+    if version is None or not loss.requires_grad:
         return loss
-    guarded: Tensor = _Guard.apply(loss, negatives._version)  # type: ignore[no-untyped-call]
+    guarded: Tensor = _Guard.apply(loss, version)  # type: ignore[no-untyped-call]
     return guarded
+
+
+def version_of(negatives: Tensor) -> int | None:
+    """What a node keeps; None where it cannot be told."""
+    return None if negatives.is_inference() else negatives._version
+
+
+def saved(version: int | None) -> Tensor | None:
+    """What the node saves: it stays that of the first computation in the node, and becomes that of the last here."""
+    return None if version is None else torch.scalar_tensor(version, dtype=torch.int64, device="cpu")
+
+
+def compare(version: int | None, saved: Tensor | None) -> None:
+    """To be called in backward().
+
+    Raises:
+        RuntimeError: The negatives were written between the first computation and the last.
+    """
+    if saved is not None and int(saved) != version:
+        raise RuntimeError(_MESSAGE)
 
 
 class _Guard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, version: int) -> Tensor:
-        ctx.version = version  # stays that of the first computation; the saved tensor becomes that of the last
-        ctx.save_for_backward(torch.tensor(version, device="cpu"))
+        ctx.version = version
+        ctx.save_for_backward(saved(version))
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (version,) = ctx.saved_tensors
-        if int(version) != ctx.version:
-            raise RuntimeError(_MESSAGE)
+        compare(ctx.version, *ctx.saved_tensors)
         return grad, None
 
 
@@ -102,8 +122,3 @@ def note_compiled(negatives: Tensor) -> None:
 def in_backward() -> bool:
     """Whether a backward pass calls. It has a number; torch has no public question for it."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def _is_saved_by_hooks() -> bool:
-    """Whether torch.autograd.graph.saved_tensors_hooks are on, as in a checkpoint; torch tells in private only."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

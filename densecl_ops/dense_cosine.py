@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from densecl_ops import _checks, _pairs
+from densecl_ops import _checks, _maps, _pairs, _tracing
 from densecl_ops._numerics import accumulation_dtype, no_autocast, normalize
 from densecl_ops._types import Correspondence, Reduction
 
@@ -32,7 +32,7 @@ def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tens
         >>> gather_matches(key, dense_correspondence(features_q, features_k)).shape
         torch.Size([4, 128, 49])
     """
-    k = _checks.flatten_map("key", key)
+    k = _maps.flatten_map("key", key)
     index, _, name = _pairs.parts(correspondence)
     if index is None:
         raise TypeError("correspondence: got None, expected a Correspondence or an integer tensor")
@@ -43,7 +43,7 @@ def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tens
 
 
 def _require_range(name: str, index: Tensor, key: Tensor) -> None:
-    if _checks.host_may_look(index):
+    if _tracing.host_may_look(index):
         _checks.require_range(name, index, key.shape[2])
 
 
@@ -108,8 +108,8 @@ def dense_cosine(
         if value is not None:
             _checks.require_tensor(argument, value)
     _pairs.require_pairs(query, key, index, valid, weight, name, getattr(correspondence, "grids", None))
-    query, key, index, valid, weight = _checks.outside_inference(query, key, index, valid, weight)
-    q, k = _checks.flatten(query), _checks.flatten(key)
+    query, key, index, valid, weight = _tracing.outside_inference(query, key, index, valid, weight)
+    q, k = _maps.flatten(query), _maps.flatten(key)
     if index is not None:
         _require_range(name, index, k)
     dtype = accumulation_dtype(q, k)

@@ -10,7 +10,7 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from densecl_ops import _checks
+from densecl_ops import _checks, _maps
 from densecl_ops._types import Projection
 
 
@@ -90,9 +90,9 @@ class DenseProjectionHead(nn.Module):
             Projection(image (B, D), dense (B, D, S, S), pooled (B, D)); `dense` is (B, D, P) or (B, D) for tokens or
             vectors. `pooled` is the spatial mean of the un-normalised dense map.
         """
-        flat = _checks.flatten_map("features", features)
+        flat = _maps.flatten_map("features", features)
         if flat.shape[1] != self.in_channels:
-            way = _checks.transposed(features, self.in_channels)
+            way = _maps.transposed(features, self.in_channels)
             raise ValueError(
                 f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
                 + (f"; it looks like {way}" if way else "")
@@ -106,8 +106,8 @@ class DenseProjectionHead(nn.Module):
             )
         grid = features
         if self.grid_size is not None:
-            _checks.require_poolable("features", features)
-            grid = _checks.pool_to_grid(features, self.grid_size)
+            _maps.require_poolable("features", features)
+            grid = _maps.pool_to_grid(features, self.grid_size)
         image = self.image_mlp(reduce(flat, "b c p -> b c", "mean"))
         dense = self.dense_mlp(grid if grid.ndim == 4 else flat[:, :, :, None])
         pooled = reduce(dense, "b d h w -> b d", "mean")

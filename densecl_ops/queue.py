@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from densecl_ops import _checks, _distributed
+from densecl_ops import _checks, _distributed, _tracing
 from densecl_ops._numerics import accumulation_dtype, normalize_keys
 from densecl_ops._recomputation import in_backward
 from densecl_ops._types import Init
@@ -141,7 +141,7 @@ class MomentumQueue(nn.Module):
                 in a replica that nn.DataParallel made.
         """
         rows, position, count = self.rows, self.position, self.count
-        traced = _checks.is_traced(rows)
+        traced = _tracing.is_traced(rows)
         if not traced and in_backward():
             raise RuntimeError(
                 "enqueue: got a call inside backward(), where activation checkpointing runs again what it wraps, so "
@@ -222,7 +222,7 @@ class MomentumQueue(nn.Module):
             error_msgs += mismatches
             return
         rows, position, count = (state_dict[prefix + name] for name in buffers)
-        if not rows.is_meta and not _checks.is_traced(rows):
+        if not rows.is_meta and not _tracing.is_traced(rows):
             end, existing = int(position), int(count)
             if not 0 <= existing <= self.size or end != (existing if existing < self.size else end % self.size):
                 error_msgs.append(

@@ -30,7 +30,6 @@ from densecl_ops.functional import (
     in_batch_negatives,
     location_correspondence,
 )
-from densecl_ops.info_nce import function
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
 LONG, META = torch.int64, torch.device("meta")
@@ -244,8 +243,7 @@ def test_triton_that_cannot_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_likely_mistakes_are_warned_of_once(call: Callable[[], Any], advice: str) -> None:
-    for warned in (_checks._warn_of_high, function._warn_of_key_gradient, function._warn_of_empty):
-        warned.cache_clear()
+    _checks.warn_once.cache_clear()
     with pytest.warns(UserWarning, match=advice) as seen:
         call(), call()
     assert len(seen) == 1

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from densecl_ops import DenseCorrespondence, DenseProjectionHead, Projection, _checks
+from densecl_ops import DenseCorrespondence, DenseProjectionHead, Projection, _maps
 from densecl_ops.functional import location_correspondence
 
 
@@ -158,7 +158,7 @@ def test_backward_hooks_and_determinism(grid_size: object) -> None:
 def test_pooling_rounds_once(dtype: torch.dtype, grid: tuple[int, int]) -> None:
     features = torch.randn(2, 3, 6, 6, dtype=dtype)
     with torch.autocast("cpu", dtype):
-        seen = _checks.pool_to_grid(features, grid)
+        seen = _maps.pool_to_grid(features, grid)
     assert seen.dtype == dtype
     truth = oracle.adaptive_pool(numpy64(features), grid)
     assert np.abs(numpy64(seen) - truth).max() <= np.abs(truth).max() * torch.finfo(dtype).eps

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from helpers import FUSED, check, make_case
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from densecl_ops import DenseInfoNCELoss, MomentumQueue, _backends
+from densecl_ops import DenseInfoNCELoss, MomentumQueue, _backends, _checks
 from densecl_ops.functional import dense_info_nce
-from densecl_ops.info_nce import function
 
 
 def test_temperature_can_be_set_where_it_is_constant() -> None:
@@ -96,14 +95,14 @@ def halved(queue: MomentumQueue) -> MomentumQueue:
     ],
 )
 def test_rows_of_other_lengths_are_told_once(negatives: Any, cause: str) -> None:
-    function._warn_of_length.cache_clear()
+    _checks.warn_once.cache_clear()
     with pytest.warns(UserWarning, match=f"negatives: got rows that are not of length 1.*{cause}") as seen:
         assert len([dense_info_nce(*torch.randn(2, 3, 16), negatives) for _ in range(3)]) == 3
     assert len(seen) == 1
 
 
 def test_unit_rows_in_any_form_are_not_told() -> None:
-    function._warn_of_length.cache_clear()
+    _checks.warn_once.cache_clear()
     pair, queue = torch.randn(2, 3, 16), MomentumQueue(200, 16)
     empty = MomentumQueue(200, 16, init="empty")
     empty.rows.fill_(5)  # rows past the count may hold anything

@@ -41,11 +41,11 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", minversion="3.6")
 
-from densecl_ops import _backends, _triton, selftest  # noqa: E402
+from densecl_ops import _backends, _checks, _triton, selftest  # noqa: E402
 from densecl_ops.correspondence import triton_launch as fused_matching  # noqa: E402
 from densecl_ops.functional import dense_correspondence, dense_info_nce  # noqa: E402
-from densecl_ops.info_nce import function, triton_plan  # noqa: E402
 from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
+from densecl_ops.info_nce import triton_plan  # noqa: E402
 from densecl_ops.info_nce.problem import Problem  # noqa: E402
 
 FLOAT32 = 2e-6  # relative error norm; at most 4e-7 over 12 seeds
@@ -192,7 +192,7 @@ def test_rows_that_are_not_declared_to_be_unit_rows_may_be_long() -> None:
     case = case_of(count=20)
     case.negatives *= 100
     queue = SimpleNamespace(rows=case.negatives, count=torch.tensor(20))
-    function._warn_of_length.cache_clear()  # it warns once a process
+    _checks.warn_once.cache_clear()  # it warns once a process
     with pytest.warns(UserWarning, match="not of length 1"):
         loss = helpers.info_nce("triton", case.query, case.key, queue, case.index)
     assert_close(loss, expected(case).loss, FLOAT32)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from densecl_ops import _checks
+from densecl_ops import _checks, _tracing
 
 # In pixels of an image. A crop or a flip leans by 1e-5 at most, the rounding of what kornia draws in float32; a
 # rotation by a thousandth of a degree leans by 4e-3 over 224 pixels.
@@ -56,11 +56,11 @@ def boxes_from_torchvision(params: Any, image_size: ImageSize = None) -> Tensor:
     rows = rows.unsqueeze(0) if rows.ndim == 1 else rows
     if rows.ndim != 2 or rows.shape[1] != 4 or rows.shape[0] == 0:
         raise ValueError(f"params: got shape {_checks.shape_of(rows)}, expected (B, 4): top, left, height, width")
-    if _checks.host_may_look(rows) and not bool((rows[:, 2:] > 0).all()):
+    if _tracing.host_may_look(rows) and not bool((rows[:, 2:] > 0).all()):
         raise ValueError("params: got a height or width of 0 or less, expected (top, left, height, width)")
     top, left, height, width = widened(rows).unbind(1)
     boxes = torch.stack([left, top, left + width, top + height], 1).float()
-    if image_size is not None and _checks.host_may_look(boxes):
+    if image_size is not None and _tracing.host_may_look(boxes):
         size = _image_sizes(image_size, len(boxes)).flip(1)
         outside = ((boxes < -1) | (boxes > size.repeat(1, 2) + 1)).any(1)
         if outside.any():

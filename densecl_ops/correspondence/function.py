@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from densecl_ops import _backends, _checks
-from densecl_ops._checks import Fields, Look
+from densecl_ops import _backends, _checks, _maps
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._operators import operator
+from densecl_ops._tracing import is_traced
 from densecl_ops._types import BackendName, Correspondence, with_grids
 from densecl_ops.correspondence import eager
 
@@ -70,9 +69,7 @@ def dense_correspondence(
     mutual = _checks.require_bool("mutual", mutual)
     if min_score is not None:
         min_score = _checks.require_cosine("min_score", min_score)
-    look = _checks.look
-    seen = look("query_features", query_features), look("key_features", key_features)
-    dtype = (_check if _checks.is_traced(query_features) else _check_once)(*seen, grid)
+    dtype = (_check if is_traced(query_features) else _check_once)(query_features, key_features, grid)
     query, key = _pooled(query_features, grid), _pooled(key_features, grid)
     chosen = _backends.choose(backend, query, dtype)
     with torch.no_grad():
@@ -88,22 +85,21 @@ def dense_correspondence(
     return match
 
 
-def _check(query: Fields, key: Fields, grid: tuple[int, int] | None) -> torch.dtype:
+def _check(query: Tensor, key: Tensor, grid: tuple[int, int] | None) -> torch.dtype:
     """Checks shapes, dtypes and devices; returns the accumulation dtype."""
-    looks = {"query_features": Look(*query), "key_features": Look(*key)}
-    for name, features in looks.items():
-        _checks.require_map(name, features)
+    for name, features in (("query_features", query), ("key_features", key)):
+        _maps.require_map(name, features)
         if grid is not None:
-            _checks.require_poolable(name, features)
-    _checks.require_paired_maps("query_features", looks["query_features"], "key_features", looks["key_features"])
-    return accumulation_dtype(*looks.values())
+            _maps.require_poolable(name, features)
+    _maps.require_paired_maps("query_features", query, "key_features", key)
+    return accumulation_dtype(query, key)
 
 
-_check_once = functools.lru_cache(maxsize=256)(_check)  # as in the loss
+_check_once = _checks.once(_check)
 
 
 def _pooled(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    return _checks.flatten(features if grid is None else _checks.pool_to_grid(features, grid))
+    return _maps.flatten(features if grid is None else _maps.pool_to_grid(features, grid))
 
 
 class Backend(Protocol):

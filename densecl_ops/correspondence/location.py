@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densecl_ops import _checks
+from densecl_ops import _checks, _tracing
 from densecl_ops._types import Correspondence, with_grids
 from densecl_ops.correspondence.boxes import widened
 
@@ -97,7 +97,7 @@ def _as_boxes(name: str, value: object) -> Tensor:
 
 
 def _require_extent(name: str, boxes: Tensor) -> None:
-    if not _checks.host_may_look(boxes):
+    if not _tracing.host_may_look(boxes):
         return
     sides = boxes[:, 2:] - boxes[:, :2]
     wrong = ~(sides.isfinite() & (sides != 0)).all(1)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from densecl_ops._numerics import inverse_norm
-from densecl_ops.info_nce.problem import Problem, Result, gather_matches, rows_of, unit_vectors
+from densecl_ops._numerics import norm
+from densecl_ops.info_nce.problem import Problem, Result, gather_matches, rows_of
 
 MOST_LOGITS = 2**15  # 128 KiB in float32: 8 queries by 4,096 negatives
 
@@ -28,17 +28,18 @@ def serves(problem: Problem, want_rank: bool) -> bool:
 
 def forward(problem: Problem, want_grad: bool) -> Result:
     """As in Backend, without a rank; the formulas are those of blockwise.py."""
-    query, query_inverse = unit_vectors(problem.query, problem.dtype)
-    key = rows_of(problem.key, problem.dtype)  # raw: its norms are factors of what follows
-    key_inverse, scale = inverse_norm(key, dim=2), problem.inverse_temperature
+    query, key = rows_of(problem.query, problem.dtype), rows_of(problem.key, problem.dtype)
+    query_norm, key_norm = norm(query, 2), norm(key, 2)
     if problem.matches is not None:
-        key, key_inverse = gather_matches(key, problem.matches), gather_matches(key_inverse, problem.matches)
-    positive = ((query * key).sum(2, keepdim=True) * (key_inverse * scale)).squeeze(2)
-    negatives = problem.negatives
+        key, key_norm = gather_matches(key, problem.matches), gather_matches(key_norm, problem.matches)
+    scale, negatives = problem.inverse_temperature, problem.negatives
     if problem.existing is not None:
         negatives = negatives[: int(problem.existing)]
 
-    logits = torch.mm((query * scale).flatten(0, 1), negatives.t())
+    unit = query / query_norm
+    scaled = unit * scale
+    positive = torch.linalg.vecdot(scaled, key) / key_norm.squeeze(2)  # the key raw: its norm divides what follows
+    logits = torch.mm(scaled.flatten(0, 1), negatives.t())
     if logits.shape[1] == 0:
         log_share, log_sum_exp = logits, torch.full_like(positive, float("-inf"))
     else:
@@ -49,7 +50,7 @@ def forward(problem: Problem, want_grad: bool) -> Result:
     pull, rank = margin.sigmoid(), loss.new_empty(0, dtype=torch.int64)
     if not want_grad:
         return Result(loss, rank, log_sum_exp, pull, loss.new_empty(0), loss.new_empty(0))
-    grad = torch.mm(log_share.exp_(), negatives).view_as(query).addcmul_(key, key_inverse, value=-1)
-    along = (grad * query).sum(2, keepdim=True)
-    grad.addcmul_(query, along, value=-1).mul_(query_inverse * (pull * scale)[:, :, None])
-    return Result(loss, rank, log_sum_exp, pull, grad, along.squeeze(2) * pull)
+    grad = torch.mm(log_share.exp_(), negatives).view_as(unit).addcdiv_(key, key_norm, value=-1)
+    along = torch.linalg.vecdot(grad, unit)
+    grad.addcmul_(unit, along.unsqueeze(2), value=-1).mul_((pull * scale).unsqueeze(2) / query_norm)
+    return Result(loss, rank, log_sum_exp, pull, grad, along * pull)

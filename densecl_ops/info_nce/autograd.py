@@ -15,10 +15,12 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from densecl_ops import _backends, _checks
+from densecl_ops import _backends
 from densecl_ops._operators import operator
-from densecl_ops._recomputation import note_compiled
-from densecl_ops.info_nce.problem import Problem, Result
+from densecl_ops._recomputation import compare, note_compiled, version_of
+from densecl_ops._recomputation import saved as saved_version
+from densecl_ops._tracing import inside_func
+from densecl_ops.info_nce.problem import SCHEMA, Problem, Result
 
 
 def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> tuple[Tensor, Tensor]:
@@ -28,20 +30,18 @@ def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> t
         problem: What to compute.
         want_rank: Whether to count the rank.
         backend: A fused one.
-        traced: As `_checks.is_traced` says of the call.
+        traced: As `_tracing.is_traced` says of the call.
     """
-    # A level is below 0 in neither a dual_level nor a jvp; unpack_dual, which is public, takes ten times as long.
-    compiling = traced and torch.compiler.is_dynamo_compiling()
-    if not compiling and forward_ad._current_level >= 0 and _has_tangent(problem):
+    if not (traced and torch.compiler.is_dynamo_compiling()) and _has_tangent(problem, traced):
         raise RuntimeError(
             f"dense_info_nce: the {backend!r} backend has no forward-mode derivative (jvp); use backend='eager'"
         )
-    want_query = _checks.wants_grad(problem.query)
-    want_scale = problem.learned_scale is not None and _checks.wants_grad(problem.learned_scale)
-    wanted = want_query or want_scale or _checks.wants_grad(problem.key) or _checks.wants_grad(problem.negatives)
-    if torch.is_grad_enabled() and wanted:
-        apply = _InfoNCE.apply if traced else _apply
-        loss, rank, *_ = apply(*problem, want_query or want_scale, want_rank, backend)  # type: ignore[no-untyped-call]
+    learned = problem.learned_scale
+    want_query = problem.query.requires_grad or (learned is not None and learned.requires_grad)
+    want_query = want_query or (traced and inside_func())
+    if torch.is_grad_enabled() and (want_query or problem.key.requires_grad or problem.negatives.requires_grad):
+        apply, version = (_InfoNCE.apply, None) if traced else (_apply, version_of(problem.negatives))
+        loss, rank, *_ = apply(*problem, want_query, want_rank, backend, version)  # type: ignore[no-untyped-call]
     else:
         loss, rank, *_ = _forward(*problem, False, want_rank, backend)
     return loss, rank
@@ -57,30 +57,34 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return _forward(*arguments)
+        return _forward(*arguments[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, negatives, scale, learned_scale, matches, exclude, existing, *precision, _, _, backend = inputs
-        _, rank, log_sum_exp, pull, grad_query, grad_scale = output
-        ctx.mark_non_differentiable(rank, log_sum_exp, pull, grad_query, grad_scale)
+        query, key, negatives, scale, learned_scale, matches, exclude, existing, *rest = inputs
+        *ctx.numbers, _, _, ctx.backend, ctx.version = rest
+        ctx.scale, ctx.query_dtype = scale, query.dtype
+        _, rank, *saved = output
+        ctx.mark_non_differentiable(rank, *saved)
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
         views = (query, key, matches) if needs_key or needs_negatives else (None,) * 3
         queue = (negatives, exclude, existing) if needs_negatives else (None,) * 3
-        ctx.save_for_backward(log_sum_exp, pull, grad_query, grad_scale, learned_scale, *views, *queue)
-        ctx.scale, ctx.precision, ctx.query_dtype, ctx.backend = scale, precision, query.dtype, backend
+        ctx.save_for_backward(saved_version(ctx.version), *saved, learned_scale, *views, *queue)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if _wants_a_graph():
-            raise RuntimeError(
-                f"dense_info_nce: the {ctx.backend!r} backend can be differentiated once only, got create_graph=True; "
-                "use backend='eager' for second derivatives"
-            )
+        version, *saved = ctx.saved_tensors
+        if not torch.compiler.is_compiling():
+            compare(ctx.version, version)
+            if _wants_a_graph():
+                raise RuntimeError(
+                    f"dense_info_nce: the {ctx.backend!r} backend can be differentiated once only, got "
+                    "create_graph=True; use backend='eager' for second derivatives"
+                )
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            return _gradients(ctx, grad_loss)
+            return _gradients(ctx, grad_loss, *saved)
 
 
 # What Function.apply calls in the end. Before, it binds the arguments to the signature of forward() and unwraps dead
@@ -88,8 +92,7 @@ class _InfoNCE(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _InfoNCE).apply
 
 
-def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
+def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     log_sum_exp, pull, grad_query, grad_scale, learned_scale, query, key, matches, negatives, exclude, existing = saved
     needs_query, needs_key, needs_negatives, _, needs_scale, *not_differentiable = ctx.needs_input_grad
     row_weight = _weigh(grad_loss, pull) if needs_key or needs_negatives else None
@@ -101,7 +104,7 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad = _grad_key(query, key, matches, row_weight * scale, grad_loss.dtype, ctx.backend)
         to_key = grad.transpose(1, 2).to(key.dtype)
     if needs_negatives:
-        problem = (query, key, negatives, ctx.scale, learned_scale, matches, exclude, existing, *ctx.precision)
+        problem = (query, key, negatives, ctx.scale, learned_scale, matches, exclude, existing, *ctx.numbers)
         grad = _grad_negatives(*problem, log_sum_exp, row_weight, ctx.backend)
         to_negatives = grad.to(negatives.dtype)
     if needs_scale:
@@ -109,15 +112,15 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
 
 
-def _has_tangent(problem: Problem) -> bool:
-    duals = [forward_ad.unpack_dual(x) for x in problem if isinstance(x, Tensor)]  # type: ignore[no-untyped-call]
-    return TransformType.Jvp in _transforms() or any(dual.tangent is not None for dual in duals)
+def _has_tangent(problem: Problem, traced: bool) -> bool:
+    for x in (problem.query, problem.key, problem.negatives, problem.learned_scale):
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            return True
+    return traced and TransformType.Jvp in _transforms()
 
 
 def _wants_a_graph() -> bool:
     """Whether backward is to be differentiated in turn: create_graph=True, or one torch.func gradient in another."""
-    if torch.compiler.is_compiling():
-        return False
     transforms = _transforms()
     return transforms.count(TransformType.Grad) > 1 if transforms else torch.is_grad_enabled()
 
@@ -138,12 +141,6 @@ def _weigh(grad: Tensor, row: Tensor) -> Tensor:
 def _call(backend: str, function: str, query: Tensor, dtype: torch.dtype, *arguments: Any) -> Any:
     kind = (dtype, f"D = {query.shape[1]}")  # what the kernels are compiled for
     return _backends.call(backend, "info_nce", function, kind, query.device, *arguments)
-
-
-_PROBLEM = (
-    "Tensor query, Tensor key, Tensor negatives, float? scale, Tensor? learned_scale, Tensor? matches, "
-    "Tensor? exclude, Tensor? existing, bool unit_negatives, ScalarType dtype, ScalarType matmul_dtype"
-)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -170,8 +167,7 @@ def _flops_forward(query: Tensor, key: Tensor, negatives: Tensor, *rest: Any) ->
 
 @operator(
     "info_nce",
-    f"({_PROBLEM}, bool want_grad, bool want_rank, str backend)"
-    " -> (Tensor loss, Tensor rank, Tensor log_sum_exp, Tensor pull, Tensor grad_query, Tensor grad_scale)",
+    f"({SCHEMA}, bool want_grad, bool want_rank, str backend) -> (Tensor {', Tensor '.join(Result._fields)})",
     _fake_forward,
     flops=_flops_forward,
     when_traced=lambda query, key, negatives, *_: note_compiled(negatives),
@@ -194,7 +190,7 @@ def _flops_grad_negatives(query: Tensor, key: Tensor, negatives: Tensor, *_: Any
 
 @operator(
     "info_nce_grad_negatives",
-    f"({_PROBLEM}, Tensor log_sum_exp, Tensor row_weight, str backend) -> Tensor",
+    f"({SCHEMA}, Tensor log_sum_exp, Tensor row_weight, str backend) -> Tensor",
     _fake_grad_negatives,
     flops=_flops_grad_negatives,
 )

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from densecl_ops._checks import wants_grad
 from densecl_ops._operators import operator
 from densecl_ops._recomputation import note_compiled
+from densecl_ops._tracing import inside_func
 from densecl_ops.info_nce.problem import TIE_WIDTH, Problem, as_negatives, gather_matches, unit_vectors
 
 
@@ -26,7 +26,9 @@ def row_loss(problem: Problem, want_rank: bool) -> tuple[Tensor, Tensor]:
     """Returns loss (B, P_q) and rank (B, P_q) int64, (0,) if not wanted."""
     query, _ = unit_vectors(problem.query, problem.dtype)
     key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.matches)
-    negatives = problem.negatives if wants_grad(problem.negatives) else _snapshot(problem.negatives)
+    negatives = problem.negatives
+    if not negatives.requires_grad and not inside_func():
+        negatives = _snapshot(negatives)
 
     positive = einsum(query, key, "b p d, b p d -> b p")
     negative = einsum(query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype), "b p d, k d -> b p k")

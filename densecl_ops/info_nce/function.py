@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 import weakref
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from densecl_ops import _backends, _checks, _pairs
-from densecl_ops._checks import Fields, Look
+from densecl_ops import _backends, _checks, _maps, _pairs
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._recomputation import guard, note
+from densecl_ops._tracing import is_traced, outside_inference
 from densecl_ops._types import BackendName, Correspondence, Grids, NegativeQueue, Reduction
 from densecl_ops.info_nce import autograd, eager
 from densecl_ops.info_nce.problem import Problem
@@ -139,36 +137,27 @@ def dense_info_nce(
         (torch.float32, torch.Size([4, 49]), torch.Size([4, 128, 7, 7]))
     """
     _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
-    if not isinstance(return_rank, bool):
-        return_rank = _checks.require_bool("return_rank", return_rank)
+    return_rank = _checks.require_bool("return_rank", return_rank)
     rows, count, unit_rows = _negatives(negatives)
     index, valid, name = _pairs.parts(correspondence)
-    look = _checks.look
-    seen = Seen(
-        query=look("query", query),
-        key=look("key", key),
-        negatives=look("negatives", rows),
-        existing=None if count is None else look("negatives.count", count),
-        matches=None if index is None else look(name, index),
-        valid=None if valid is None else look("correspondence.valid", valid),
-        exclude=None if exclude is None else look("exclude", exclude),
-        weight=None if weight is None else look("weight", weight),
-        index_name=name,
-        grids=getattr(correspondence, "grids", None) if valid is not None else None,
-    )
-    traced = _checks.is_traced(query)
-    dtype, matmul_dtype = (_check if traced else _check_once)(seen)
-    if unit_rows and key.requires_grad and not traced:
-        _warn_of_key_gradient()
-    if not traced and query.device.type == "cpu":  # where looking at values waits for no device
-        _check_values(rows, count, unit_rows, index, key, exclude, name)
+    grids = None if valid is None else getattr(correspondence, "grids", None)
+    traced = is_traced(query)
+    check = _check if traced else _check_once
+    dtype, matmul_dtype = check(query, key, rows, count, index, valid, exclude, weight, name, grids)
+    if not traced:
+        if unit_rows and key.requires_grad:
+            _checks.warn_once(_KEY_GRADIENT, 3)
+        if query.device.type == "cpu":  # where looking at values waits for no device
+            existing = _existing(rows, count, unit_rows, index, key, exclude, name)
+            count = None if existing == rows.shape[0] else count
+        note(rows)
     scale, learned_scale = _scales(temperature, query, dtype, traced)
     if dtype != torch.float64 and torch.is_autocast_enabled(query.device.type):
         matmul_dtype = torch.get_autocast_dtype(query.device.type)
-    query, key, index, exclude, weight, valid = _checks.outside_inference(query, key, index, exclude, weight, valid)
+    query, key, index, exclude, weight, valid = outside_inference(query, key, index, exclude, weight, valid)
     problem = Problem(
-        query=_checks.flatten(query),
-        key=_checks.flatten(key),
+        query=_maps.flatten(query),
+        key=_maps.flatten(key),
         negatives=rows,
         scale=scale,
         learned_scale=learned_scale,
@@ -180,17 +169,13 @@ def dense_info_nce(
         matmul_dtype=matmul_dtype,
     )
     chosen = _backends.choose(backend, query, dtype, query.shape[1])
-    if not traced:
-        note(rows)
     if chosen == "eager":
         with no_autocast(query):
             loss, rank = eager.row_loss(problem, return_rank)
+        loss = loss if traced else guard(loss, rows)
     else:
         loss, rank = autograd.row_loss(problem, return_rank, chosen, traced)
-    row_weight = None if weight is None and valid is None else _pairs.row_weight(weight, valid, dtype)
-    loss = _pairs.reduce(loss, row_weight, reduction)
-    if not traced:
-        loss = guard(loss, rows)
+    loss = _pairs.reduce(loss, _pairs.row_weight(weight, valid, dtype), reduction)
     return (loss, rank) if return_rank else loss
 
 
@@ -204,32 +189,26 @@ def _negatives(negatives: Tensor | NegativeQueue) -> tuple[Tensor, Tensor | None
     return rows, count, getattr(negatives, "unit_rows", False) is True
 
 
-class Seen(NamedTuple):
-    """What the host knows of a call without values, by argument. It decides whether the call can be served at all."""
-
-    query: Fields
-    key: Fields
-    negatives: Fields
-    existing: Fields | None
-    matches: Fields | None
-    valid: Fields | None
-    exclude: Fields | None
-    weight: Fields | None
-    index_name: str
-    grids: Grids | None
-
-
-def _check(seen: Seen) -> tuple[torch.dtype, torch.dtype]:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    count: Tensor | None,
+    index: Tensor | None,
+    valid: Tensor | None,
+    exclude: Tensor | None,
+    weight: Tensor | None,
+    index_name: str,
+    grids: Grids | None,
+) -> tuple[torch.dtype, torch.dtype]:
     """Checks shapes, dtypes and devices; returns the dtypes of the loss and of the products with the negatives."""
-    query, key, negatives = Look(*seen.query), Look(*seen.key), Look(*seen.negatives)
-    matches, valid, weight = (None if x is None else Look(*x) for x in (seen.matches, seen.valid, seen.weight))
-    _pairs.require_pairs(query, key, matches, valid, weight, seen.index_name, seen.grids)
+    _pairs.require_pairs(query, key, index, valid, weight, index_name, grids)
     batch, channels = query.shape[:2]
-    _checks.require_float_dtype("negatives", negatives)
-    if len(negatives.shape) != 2 or negatives.shape[1] != channels or negatives.shape[0] == 0:
+    _checks.require_float("negatives", negatives)
+    if negatives.ndim != 2 or negatives.shape[1] != channels or negatives.shape[0] == 0:
         hint = ""
-        if len(negatives.shape) == 2:
-            way = _checks.transposed(query, negatives.shape[1])
+        if negatives.ndim == 2:
+            way = _maps.transposed(query, negatives.shape[1])
             if way is not None:
                 hint = f"; query, {_checks.shape_of(query)}, looks like {way}"
             elif negatives.shape[0] == channels:
@@ -239,19 +218,18 @@ def _check(seen: Seen) -> tuple[torch.dtype, torch.dtype]:
             f"{channels} being the channels of query{hint}"
         )
     _checks.require_same_device("negatives", negatives, "query", query)
-    if seen.existing is not None:
-        _checks.require_index("negatives.count", Look(*seen.existing), (), "query", query)
-    if seen.exclude is not None:
-        _checks.require_index("exclude", Look(*seen.exclude), (batch,), "query", query)
+    if count is not None:
+        _checks.require_index("negatives.count", count, (), "query", query)
+    if exclude is not None:
+        _checks.require_index("exclude", exclude, (batch,), "query", query)
     dtype = accumulation_dtype(query, key, negatives)
     return dtype, dtype if dtype == torch.float64 else torch.promote_types(query.dtype, negatives.dtype)
 
 
-# A training loop makes the same few calls again and again. They pass the same checks, which take 25 us.
-_check_once = functools.lru_cache(maxsize=256)(_check)
+_check_once = _checks.once(_check)
 
 
-def _check_values(
+def _existing(
     rows: Tensor,
     count: Tensor | None,
     unit_rows: bool,
@@ -259,7 +237,8 @@ def _check_values(
     key: Tensor,
     exclude: Tensor | None,
     index_name: str,
-) -> None:
+) -> int:
+    """Checks values, where looking at them waits for no device; returns how many negatives exist."""
     existing = size = rows.shape[0]
     if count is not None:
         existing = int(count)
@@ -273,6 +252,7 @@ def _check_values(
     if exclude is not None:
         _checks.require_range("exclude", exclude, size)
     _warn_of_lengths(rows, existing, unit_rows)
+    return existing
 
 
 def _warn_of_lengths(rows: Tensor, existing: int, unit_rows: bool) -> None:
@@ -281,63 +261,41 @@ def _warn_of_lengths(rows: Tensor, existing: int, unit_rows: bool) -> None:
     known = _looked_at.get(key)
     if known is not None and known[0]() is rows and version - known[1] < (64 if unit_rows else 1):
         if existing == 0 and unit_rows and version == known[1]:
-            _warn_of_empty()
+            _checks.warn_once(_EMPTY, 5)
         return
-    _looked_at[key] = weakref.ref(rows, functools.partial(_forget, key)), version
+    _looked_at[key] = weakref.ref(rows, lambda _: _looked_at.pop(key, None)), version
     if _checks.find_length(rows[: existing : max(1, existing // 64)]) is not None:
-        _warn_of_length(unit_rows)
-
-
-def _forget(key: int, dead: object) -> None:
-    _looked_at.pop(key, None)
+        _checks.warn_once(_AVERAGED if unit_rows else _NOT_NORMALISED, 5)
 
 
 _looked_at: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-
-@functools.cache  # once per process
-def _warn_of_empty() -> None:
-    warnings.warn(
-        "negatives: got an empty queue again, beside which every loss is 0; call enqueue(keys) after each loss",
-        stacklevel=5,
-    )
-
-
-@functools.cache  # once per process
-def _warn_of_key_gradient() -> None:
-    warnings.warn(
-        "key: got a tensor that requires grad beside a queue, whose rows come from a network that learns by its moving "
-        "average alone; compute the key under torch.no_grad()",
-        stacklevel=3,
-    )
-
-
-@functools.cache  # once per process
-def _warn_of_length(is_queue: bool) -> None:
-    way = (
-        "averaging of buffers spoils a queue: leave it out (ema-pytorch: ignore_startswith_names; AveragedModel and "
-        "EMAWeightAveraging: use_buffers=False)"
-        if is_queue
-        else "normalise them (torch.nn.functional.normalize(rows, dim=1)) unless that is meant"
-    )
-    warnings.warn(f"negatives: got rows that are not of length 1, which are used as they are; {way}", stacklevel=5)
+_KEY_GRADIENT = (
+    "key: got a tensor that requires grad beside a queue, whose rows come from a network that learns by its moving "
+    "average alone; compute the key under torch.no_grad()"
+)
+_EMPTY = "negatives: got an empty queue again, beside which every loss is 0; call enqueue(keys) after each loss"
+_LENGTHS = "negatives: got rows that are not of length 1, which are used as they are; "
+_NOT_NORMALISED = _LENGTHS + "normalise them (torch.nn.functional.normalize(rows, dim=1)) unless that is meant"
+_AVERAGED = _LENGTHS + (
+    "averaging of buffers spoils a queue: leave it out (ema-pytorch: ignore_startswith_names; AveragedModel and "
+    "EMAWeightAveraging: use_buffers=False)"
+)
 
 
 def _scales(
     temperature: float | Tensor, query: Tensor, dtype: torch.dtype, traced: bool
 ) -> tuple[float | None, Tensor | None]:
     """1 / t, as a number or as a tensor."""
-    if isinstance(temperature, Tensor):
-        _checks.require_float("temperature", temperature)
-        if temperature.ndim != 0:
-            raise ValueError(
-                f"temperature: got shape {_checks.shape_of(temperature)}, expected a number or a 0-d tensor"
-            )
-        _checks.require_same_device("temperature", temperature, "query", query)
-        if not traced and temperature.device.type == "cpu":
-            try:
-                _checks.require_temperature("temperature", float(temperature.detach()))
-            except ValueError as error:
-                raise ValueError(f"{error}; a logit_scale that was not initialised needs reset_parameters()") from None
-        return None, temperature.to(dtype).reciprocal()
-    return 1.0 / _checks.require_temperature("temperature", temperature), None
+    if not isinstance(temperature, Tensor):
+        return 1.0 / _checks.require_temperature("temperature", temperature), None
+    _checks.require_float("temperature", temperature)
+    if temperature.ndim != 0:
+        raise ValueError(f"temperature: got shape {_checks.shape_of(temperature)}, expected a number or a 0-d tensor")
+    _checks.require_same_device("temperature", temperature, "query", query)
+    if not traced and temperature.device.type == "cpu":
+        try:
+            _checks.require_temperature("temperature", float(temperature.detach()))
+        except ValueError as error:
+            raise ValueError(f"{error}; a logit_scale that was not initialised needs reset_parameters()") from None
+    return None, temperature.to(dtype).reciprocal()

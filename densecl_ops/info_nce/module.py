@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from densecl_ops import _backends, _checks, _pairs
+from densecl_ops import _backends, _checks, _pairs, _tracing
 from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce.function import dense_info_nce
 
@@ -80,7 +80,7 @@ class DenseInfoNCELoss(nn.Module):
         """
         if self.logit_scale is None:
             return self._start
-        if _checks.is_sharded(self.logit_scale):
+        if _tracing.is_sharded(self.logit_scale):
             raise RuntimeError(
                 "temperature: got a logit_scale in shards, expected a whole one; call the loss inside the forward() of "
                 "the module that fully_shard was given, and read logit_scale.full_tensor() on every rank"
@@ -166,6 +166,6 @@ class DenseInfoNCELoss(nn.Module):
     def extra_repr(self) -> str:
         learned = "" if self.logit_scale is None else ", learnable_temperature=True"
         scale = self.logit_scale
-        known = scale is None or (not (scale.is_meta or _checks.is_sharded(scale)) and not _checks.is_traced(scale))
+        known = scale is None or (not (scale.is_meta or _tracing.is_sharded(scale)) and not _tracing.is_traced(scale))
         shown = f"{float(torch.as_tensor(self.temperature).detach()):.4g}" if known else "?"
         return f"temperature={shown}, reduction={self.reduction!r}{learned}, backend={self.backend!r}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ TIE_WIDTH = {torch.float32: 2.0**-18, torch.float64: 2.0**-46}
 class Problem(NamedTuple):
     """One dense InfoNCE problem: B images, P_q query and P_k key positions, D channels, K negatives.
 
-    The fields are the arguments of the operator, in the order of its schema.
+    The fields are the arguments of the operators, whose schema is made of them. New numbers go to the end.
 
     Attributes:
         query: (B, D, P_q) raw projections, any strides.
@@ -53,6 +53,10 @@ class Problem(NamedTuple):
         scale = self.scale if self.learned_scale is None else self.learned_scale
         assert scale is not None
         return scale
+
+
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", float | None: "float?", bool: "bool", torch.dtype: "ScalarType"}
+SCHEMA = ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in get_type_hints(Problem).items())
 
 
 class Result(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from densecl_ops import _checks
+from densecl_ops import _checks, _tracing
 from densecl_ops.head import DenseProjectionHead
 from densecl_ops.interop.formats import ALL_PARTS, plain_names, strip_wrappers, without_wrappers
 from densecl_ops.queue import MomentumQueue
@@ -206,12 +206,12 @@ def _load(module: nn.Module, state: State) -> None:
 
 
 def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if _checks.is_sharded(value) else value  # type: ignore[attr-defined]
+    return value.full_tensor() if _tracing.is_sharded(value) else value  # type: ignore[attr-defined]
 
 
 def _placed(value: Tensor, own: Tensor) -> Tensor:
     """As a module holds it: in the shards of FSDP2 where its own tensor is."""
-    if not _checks.is_sharded(own):
+    if not _tracing.is_sharded(own):
         return value
     from torch.distributed.tensor import distribute_tensor
 

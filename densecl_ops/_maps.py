@@ -1,0 +1,93 @@
+"""(B, C, H, W) maps and what is accepted in their place: checks, the one form that the backends see, pooling."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import einsum, reduce
+from torch import Tensor
+
+from densecl_ops._checks import require_float, require_same_device, require_tensor, require_values, shape_of
+from densecl_ops._numerics import accumulation_dtype, no_autocast
+
+
+def require_map(name: str, value: object) -> tuple[int, int, int]:
+    """(B, C, P) of a (B, C, H, W) map, a (B, C, P) sequence or a (B, C) vector."""
+    x = require_float(name, value)
+    if x.ndim not in (2, 3, 4):
+        raise ValueError(f"{name}: got shape {shape_of(x)}, expected (B, C, H, W), (B, C, P) or (B, C)")
+    images, channels, *grid = x.shape
+    positions = math.prod(grid)
+    if images * channels * positions == 0:
+        raise ValueError(f"{name}: got an empty tensor of shape {shape_of(x)}, expected every size above 0")
+    return images, channels, positions
+
+
+def require_paired_maps(query_name: str, query: Tensor, key_name: str, key: Tensor) -> None:
+    """Two maps of the same images: equal batch, equal channels, one device. Grids may differ."""
+    if query.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"{key_name}: got {key.shape[0]} images of {key.shape[1]} channels, "
+            f"expected {query.shape[0]} of {query.shape[1]} as in {query_name}"
+        )
+    require_same_device(key_name, key, query_name, query)
+    require_values(query_name, query)
+
+
+def flatten(x: Tensor) -> Tensor:
+    """The (B, C, P) form of what `require_map` takes.
+
+    A view wherever the strides allow one: channels_last maps and transposed token sequences are not copied.
+    """
+    if x.ndim == 3:
+        return x
+    return x.unsqueeze(2) if x.ndim == 2 else x.flatten(2)
+
+
+def flatten_map(name: str, value: object) -> Tensor:
+    """Both of them."""
+    tensor = require_tensor(name, value)
+    require_map(name, tensor)
+    return flatten(tensor)
+
+
+def transposed(x: Tensor, channels: int) -> str | None:
+    """How to bring x, whose last dimension has so many channels, into the order of the contract; None if it has not."""
+    if x.ndim not in (3, 4) or x.shape[-1] != channels or x.shape[1] == channels:
+        return None
+    if x.ndim == 3:
+        return "(B, P, C) tokens: pass .transpose(1, 2)"
+    return "a (B, H, W, C) map: pass .permute(0, 3, 1, 2)"
+
+
+def require_poolable(name: str, features: Tensor) -> None:
+    if features.ndim != 4:
+        raise ValueError(
+            f"{name}: got shape {shape_of(features)}, expected a (B, C, H, W) map, "
+            "the only form that grid_size can pool"
+        )
+
+
+def pool_to_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling of a (B, C, H, W) map; one that already has the grid passes unchanged.
+
+    A mean over equal cells, or else two small matrix products. torch's own form has no deterministic backward on CUDA.
+    """
+    height, width = features.shape[2:]
+    if (height, width) == grid:
+        return features
+    if height % grid[0] == 0 and width % grid[1] == 0:
+        return reduce(features, "b c (h y) (w x) -> b c h w", "mean", h=grid[0], w=grid[1])
+    with no_autocast(features):
+        exact = features.to(accumulation_dtype(features))
+        down, across = _pooling_matrix(grid[0], height, exact), _pooling_matrix(grid[1], width, exact)
+        return einsum(down, exact, across, "h y, b c y x, w x -> b c h w").to(features.dtype)
+
+
+def _pooling_matrix(cells: int, size: int, like: Tensor) -> Tensor:
+    """(cells, size): cell i is the mean from floor(i size / cells) to ceil((i + 1) size / cells), as in torch."""
+    cell = torch.arange(cells, device=like.device)[:, None]
+    position = torch.arange(size, device=like.device)
+    inside = (position >= cell * size // cells) & (position < ((cell + 1) * size + cells - 1) // cells)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
