@@ -39,8 +39,8 @@ def contestants(call: str) -> dict[str, Callable[[], Any]]:
         keys = torch.randn(8, 128)
         return {OURS: lambda: ours.enqueue(keys), "slice, host pointer": lambda: usual.enqueue(keys)}
     if call.startswith("matching"):
-        match, maps = DenseCorrespondence(), torch.randn(2, 2, 64, 3, 3)
-        return {OURS: lambda: match(*maps), "bmm, scale, argmax": lambda: scaled((maps[0], maps[1]))}
+        match, maps = DenseCorrespondence(), (torch.randn(2, 64, 3, 3), torch.randn(2, 64, 3, 3))
+        return {OURS: lambda: match(*maps), "bmm, scale, argmax": lambda: scaled(maps)}
     train = "backward" in call
     query, key = torch.randn(8, 128, requires_grad=train), torch.randn(8, 128)
     inputs = rivals.Inputs(query, key, usual.queue.t())

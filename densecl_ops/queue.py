@@ -115,7 +115,6 @@ class MomentumQueue(nn.Module):
     def dim(self) -> int:
         return self.rows.shape[1]
 
-    @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Normalises keys and writes them over the oldest rows.
 
@@ -186,6 +185,7 @@ class MomentumQueue(nn.Module):
             raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (n, {rows.shape[1]}){hint}")
         _checks.require_same_device("keys", keys, "the queue", rows)
         _checks.require_values("keys", keys)
+        keys = keys.detach() if keys.requires_grad else keys  # no_grad() takes longer
         return normalize_keys(keys, rows.dtype).nan_to_num_(0.0)  # a row that is not finite is all NaN
 
     def _unit_keys_of_all_ranks(self, keys: Tensor, group: dist.ProcessGroup) -> Tensor:

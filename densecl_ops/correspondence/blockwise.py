@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densecl_ops._numerics import accumulation_dtype, inverse_norm, inverse_root
+from densecl_ops._numerics import accumulation_dtype, inverse_root
 from densecl_ops._parallel import for_blocks
 from densecl_ops._processor import matmul, processor
+from densecl_ops.correspondence import at_once
 
 TILE_SCORES = 2**24  # 64 MiB: few enough launches, still small beside the features
 # On a CPU a thread takes some images at a time: their features, 2 MiB in float32, and a strip of scores stay in its
 # cache between the squares, the product, the scaling and the argmax.
 TILE_SCORES_CPU, TILE_FEATURES = 2**19, 2**19
-# Features and scores that are matched in a dozen operations, by whose number small calls are bound.
-SMALL = 2**14
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,12 +23,11 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     run over images first and over query positions when one image alone is too large; a tile always sees every
     key position, so only the other direction of a mutual search has anything to merge.
     """
+    if at_once.serves(query, key, mutual):
+        return at_once.match(query, key)
     images, channels, queries = query.shape
     keys, on_cpu = key.shape[2], query.device.type == "cpu"
     features = channels * (queries + keys)
-    small = images * (features + queries * keys) <= SMALL
-    if small and not mutual and on_cpu and query.dtype == key.dtype == torch.float32:
-        return _match_at_once(query, key)
     dtype = accumulation_dtype(query, key)
     by_onednn = on_cpu and dtype == torch.float32 and processor().onednn
     budget = TILE_SCORES_CPU if on_cpu else TILE_SCORES
@@ -81,11 +79,3 @@ def _inverse_norm(x: Tensor) -> Tensor:
     if x.stride(1) == 1:
         return inverse_root(torch.linalg.vector_norm(x, dim=1, keepdim=True).square())
     return inverse_root(torch.mul(x, x).sum(1, keepdim=True))
-
-
-def _match_at_once(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    inverse = inverse_norm(torch.cat([query, key], 2), 1)
-    products = torch.bmm(query.transpose(1, 2), key).mul_(inverse[:, :, query.shape[2] :])
-    score, index = products.max(2)
-    score.mul_(inverse[:, 0, : query.shape[2]])
-    return index, score, torch.ones_like(index, dtype=torch.bool)

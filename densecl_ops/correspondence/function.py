@@ -70,15 +70,14 @@ def dense_correspondence(
     if min_score is not None:
         min_score = _checks.require_cosine("min_score", min_score)
     dtype = (_check if is_traced(query_features) else _check_once)(query_features, key_features, grid)
-    query, key = _pooled(query_features, grid), _pooled(key_features, grid)
+    query, key = _prepare(query_features, grid), _prepare(key_features, grid)
     chosen = _backends.choose(backend, query, dtype)
-    with torch.no_grad():
-        if chosen == "eager":  # left open to compilers, which fuse it
-            with no_autocast(query):
-                index, score, agreed = eager.match(query, key, mutual)
-        else:
-            index, score, agreed = _match(query, key, mutual, chosen)
-        valid = agreed if min_score is None else agreed & ~(score < min_score)
+    if chosen == "eager":  # left open to compilers, which fuse it
+        with no_autocast(query):
+            index, score, agreed = eager.match(query, key, mutual)
+    else:
+        index, score, agreed = _match(query, key, mutual, chosen)
+    valid = agreed if min_score is None else agreed & ~(score < min_score)
     match = Correspondence(index, score, valid)
     if query_features.ndim == key_features.ndim == 4:
         match = with_grids(match, (grid, grid) if grid else (query_features.shape[2:], key_features.shape[2:]))
@@ -98,7 +97,9 @@ def _check(query: Tensor, key: Tensor, grid: tuple[int, int] | None) -> torch.dt
 _check_once = _checks.once(_check)
 
 
-def _pooled(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
+def _prepare(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """As backends take them: pooled, (B, C, P), and without a gradient (torch.no_grad() takes twice as long)."""
+    features = features.detach() if features.requires_grad else features
     return _maps.flatten(features if grid is None else _maps.pool_to_grid(features, grid))
 
 

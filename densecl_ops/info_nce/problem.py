@@ -113,7 +113,7 @@ class Backend(Protocol):
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, D, P) raw -> (B, P, D), contiguous; `x` itself where that is what it holds."""
-    return x.transpose(1, 2).to(dtype).contiguous()
+    return x.mT.to(dtype).contiguous()
 
 
 def unit_vectors(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
