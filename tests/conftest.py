@@ -42,7 +42,7 @@ SLOW = re.compile(
     |test_concurrency\.py::test_first_calls_race|test_pages\.py::test_code_runs\[docs/distributed
     |test_recipes\.py::test_command_runs
     |test_parallel\.py::test_parallel_regions
-    |test_loss_memory\.py::test_memory_of|test_loss_numerics\.py::test_(low_precision|mixtures|autocast\[)
+    |test_loss_memory\.py::test_memory_of|test_loss_numerics\.py::test_low_precision
     |test_step\.py::test_memory
     |test_transfer\.py::test_(suite|arms|probe)|test_triton\.py::(?!test_split_and_shift|test_loss\[\w+-exclude)""",
     re.VERBOSE,

@@ -126,10 +126,6 @@ def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "", f
     assert off <= tolerance, f"{what}: relative error {off:.3g} above {tolerance:.3g}"
 
 
-def units(rng: np.random.Generator, rows: int, channels: int) -> np.ndarray:
-    return oracle.unit(rng.standard_normal((rows, channels)), 1)[0]
-
-
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """The same (B, C, H, W) values with other strides, as a leaf. "tokens" is (B, C, P) seen through (B, P, C)."""
     batch, channels, height, width = x.shape
@@ -183,7 +179,7 @@ def make_case(
     return Case(
         query=torch.tensor(rng.standard_normal((batch, channels, *query_grid)), dtype=dtype),
         key=torch.tensor(rng.standard_normal((batch, channels, *key_grid)), dtype=dtype),
-        negatives=torch.tensor(units(rng, negatives, channels), dtype=dtype),
+        negatives=torch.tensor(oracle.unit(rng.standard_normal((negatives, channels)), 1)[0], dtype=dtype),
         index=torch.tensor(rng.integers(0, keys, (batch, positions))),
         upstream=torch.tensor(rng.standard_normal((batch, positions)), dtype=dtype),
         **options,
@@ -256,7 +252,7 @@ def expected(case: Case, autocast: torch.dtype | None = None) -> oracle.LossResu
         flat64(case.key),
         numpy64(case.negatives),
         array(case.index),
-        temperature=case.temperature,
+        temperature=float(case.temperature),
         reduction=case.reduction,
         weight=None if case.weight is None else numpy64(case.weight),
         valid=array(case.valid),
@@ -312,12 +308,15 @@ def check(
     wanted: tuple[str, ...] = GRADIENTS,
     rank: bool = True,
 ) -> None:
-    """The loss, the rank and every wanted gradient of a call against the oracle.
+    """The loss, the rank and every wanted gradient of a call, which leaves its inputs alone, against the oracle.
 
     Losses and gradients can be 1e-80 where the terms they are differences of are 1 / t: below a hundredth of those
     terms, errors are measured against that hundredth. test_loss_numerics.py asks for more where more is due.
     """
+    inputs = [x for x in vars(case).values() if isinstance(x, Tensor)]
+    before = [x.clone() for x in inputs]
     truth, seen = expected(case), run(backend, case, wanted, rank)
+    torch.testing.assert_close(inputs, before, rtol=0, atol=0, equal_nan=True)
     norms = np.concatenate([np.linalg.norm(flat64(x), axis=1).ravel() for x in (case.query, case.key)])
     shortest = norms[norms > 0].min(initial=1.0)  # a zero vector has no gradient
     floor = 1e-2 / case.temperature
@@ -337,6 +336,8 @@ def check(
             given = getattr(case, name)
             assert actual.shape == given.shape
             assert actual.dtype == given.dtype
+        if name == "negatives" and case.count is not None:
+            assert not actual[case.count :].any()
         if name == "weight":  # a row of weight 0 is left out, and whether its weight has a slope is not defined
             used = (case.weight != 0).numpy()
             actual, wish = numpy64(actual)[used], wish[used]

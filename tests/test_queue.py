@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from densecl_ops import DenseInfoNCELoss, MomentumQueue
+from densecl_ops import MomentumQueue
 from densecl_ops.functional import dense_info_nce
 
 DTYPES = st.sampled_from(list(EPS))
@@ -46,11 +46,7 @@ def reloaded(queue: MomentumQueue) -> MomentumQueue:
     return other
 
 
-def pickled(queue: MomentumQueue) -> MomentumQueue:
-    return pickle.loads(pickle.dumps(queue))
-
-
-@pytest.mark.parametrize("duplicate", [reloaded, pickled, copy.deepcopy])
+@pytest.mark.parametrize("duplicate", [reloaded, lambda queue: pickle.loads(pickle.dumps(queue)), copy.deepcopy])
 @given(
     queue=st.builds(
         MomentumQueue, st.integers(1, 9), st.integers(1, 5), init=st.sampled_from(["random", "empty"]), dtype=DTYPES
@@ -104,22 +100,12 @@ def test_random_rows_are_uniform_on_the_sphere() -> None:
     assert not torch.equal(first, MomentumQueue(10, 3).rows)
 
 
-@pytest.mark.parametrize("default", list(EPS))
 @pytest.mark.parametrize("dtype", [None, *EPS])
-def test_random_rows_are_unit_in_any_dtype(dtype: torch.dtype | None, default: torch.dtype) -> None:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        rows = MomentumQueue(50, 8, dtype=dtype).rows
-    finally:
-        torch.set_default_dtype(before)
-    assert rows.dtype == (dtype or default)
-    np.testing.assert_allclose(np.linalg.norm(numpy64(rows), axis=1), 1, atol=4 * max(EPS[rows.dtype], 1e-7))
-
-
-def inferred(keys: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return keys * 1
+def test_random_rows_are_unit_in_any_dtype(dtype: torch.dtype | None, defaults: None) -> None:
+    queue = MomentumQueue(50, 8, dtype=dtype)
+    assert queue.rows.dtype == (dtype or torch.get_default_dtype())
+    if not queue.rows.is_meta:
+        np.testing.assert_allclose(np.linalg.norm(numpy64(queue.rows), axis=1), 1, atol=4 * EPS[queue.rows.dtype])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +116,7 @@ def inferred(keys: Tensor) -> Tensor:
         (lambda x: x.repeat_interleave(2, 0)[::2], nullcontext),
         (lambda x: x[:1].expand(5, -1), nullcontext),
         (lambda x: x.requires_grad_(), nullcontext),
-        (inferred, nullcontext),
+        (torch.inference_mode()(lambda x: x * 1), nullcontext),
         (lambda x: x, torch.inference_mode),
         (lambda x: x.float(), lambda: torch.autocast("cpu", torch.bfloat16)),
         (lambda x: x.float(), lambda: torch.autocast("cpu", torch.float16)),
@@ -174,25 +160,6 @@ def test_extreme_keys(key: list[float], dtype: torch.dtype, row: list[float]) ->
     queue.enqueue(torch.tensor([[0.8, 0.6], key, [-4.0, 3.0]], dtype=dtype))
     np.testing.assert_allclose(queue.rows[:3].numpy(), [[0.8, 0.6], row, [-0.8, 0.6]], atol=1e-3)
     assert int(queue.count) == 3
-
-
-def test_one_overflow_costs_one_step() -> None:
-    """What GradScaler is there for. Keys are stored at every step, also at those that it skips."""
-    torch.manual_seed(0)
-    queue, net = MomentumQueue(32, 16), torch.nn.Linear(16, 16)
-    optimizer, scaler = torch.optim.SGD(net.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    for step in range(20):
-        x = torch.randn(4, 16)
-        query, key = net(x), net(x + 0.1).detach()
-        if step == 5:
-            query, key = query * float("inf"), (key * 1e9).half()
-        optimizer.zero_grad()
-        scaler.scale(DenseInfoNCELoss()(query, key.float(), queue)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        queue.enqueue(key)
-    assert scaler.get_scale() == 2.0**15
-    assert net.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("init", ["random", "empty"])

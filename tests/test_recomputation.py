@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from densecl_ops import DenseInfoNCELoss, MomentumQueue
 
 Wrap = Callable[..., Tensor]
-
-
 non_reentrant, reentrant = (partial(checkpoint, use_reentrant=reentrant) for reentrant in (False, True))
 
 
@@ -111,90 +109,79 @@ def test_keys_never_enter_twice(wrap: Wrap) -> None:
     assert int(queue.position) == 2
 
 
-def log(loss: Any, queue: MomentumQueue) -> None:
-    with torch.no_grad():
-        loss()
+class Model:
+    """A loss of one query beside a queue, and what a trainer may do with it beside its step."""
+
+    def __init__(self) -> None:
+        self.query, self.key = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16)
+        self.queue, self.criterion = MomentumQueue(8, 16), DenseInfoNCELoss()
+
+    def loss(self, query: Tensor | None = None) -> Tensor:
+        return self.criterion(self.query if query is None else query, self.key, self.queue)
+
+    def nothing(self) -> None:
+        pass
+
+    def log(self, mode: Any = torch.no_grad) -> None:
+        with mode():
+            self.loss()
+
+    def log_and_enqueue(self, mode: Any = torch.no_grad) -> None:
+        self.log(mode)
+        self.queue.enqueue(self.key)
+
+    def infer_and_enqueue(self) -> None:
+        self.log_and_enqueue(torch.inference_mode)
+
+    def train_and_enqueue(self) -> None:
+        self.loss().backward()
+        self.queue.enqueue(self.key)
+
+    def checkpoint_another(self) -> None:
+        reentrant(self.loss, torch.randn(2, 16, requires_grad=True))
 
 
-def log_then_enqueue(loss: Any, queue: MomentumQueue) -> None:
-    log(loss, queue)
-    queue.enqueue(torch.randn(3, 16))
-
-
-def log_in_inference_mode_then_enqueue(loss: Any, queue: MomentumQueue) -> None:
-    with torch.inference_mode():
-        loss()
-    queue.enqueue(torch.randn(3, 16))
-
-
-def train_without_a_checkpoint_then_enqueue(loss: Any, queue: MomentumQueue) -> None:
-    loss().backward()
-    queue.enqueue(torch.randn(3, 16))
-
-
-def nothing(loss: Any, queue: MomentumQueue) -> None:
-    pass
-
-
-@pytest.mark.parametrize("before", [nothing, log, log_then_enqueue, log_in_inference_mode_then_enqueue])
-@pytest.mark.parametrize("between", [nothing, log])
-@pytest.mark.parametrize("after", [log_then_enqueue, train_without_a_checkpoint_then_enqueue])
+@pytest.mark.parametrize("before", [Model.nothing, Model.log, Model.log_and_enqueue, Model.infer_and_enqueue])
+@pytest.mark.parametrize("between", [Model.nothing, Model.log])
+@pytest.mark.parametrize("after", [Model.log_and_enqueue, Model.train_and_enqueue])
 @pytest.mark.parametrize("losses", [1, 2])
 @pytest.mark.parametrize("wrap", [reentrant, non_reentrant])
 def test_other_losses_are_no_first_halves(wrap: Wrap, losses: int, before: Any, between: Any, after: Any) -> None:
     """Validation, logging and other training, before, within and after a step whose keys enter after backward()."""
-    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
-
-    def loss(q: Tensor = query) -> Tensor:
-        return DenseInfoNCELoss()(q, key, queue)
-
+    model = Model()
     for _ in range(3):
-        before(loss, queue)
-        totals = [wrap(loss, query) for _ in range(losses)]
-        between(loss, queue)
+        before(model)
+        totals = [wrap(model.loss, model.query) for _ in range(losses)]
+        between(model)
         for total in totals:  # gradient accumulation: each has a backward pass of its own
             total.backward()
-        after(loss, queue)
+        after(model)
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("wrap", [directly, reentrant])
-def test_a_backward_hook_may_log_a_loss(wrap: Wrap, grad: bool) -> None:
-    """In MoCo's own order, where the queue is no more what a validation before saw."""
-    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
-    criterion = DenseInfoNCELoss()
-    logged = []
-
-    def hook(_: Tensor) -> None:
-        with torch.set_grad_enabled(grad):
-            logged.append(criterion(query, key, queue))
-
-    query.register_hook(hook)
-    with torch.no_grad():
-        criterion(query, key, queue)
-    for _ in range(2):
-        loss = criterion(wrap(torch.tanh, query), key, queue)
-        queue.enqueue(key)
-        loss.backward()
-    assert len(logged) == 2
-
-
-@pytest.mark.parametrize("before", [log, log_then_enqueue])
-@pytest.mark.parametrize(
-    "between", [nothing, log, lambda loss, _: reentrant(loss, torch.randn(2, 16, requires_grad=True))]
-)
+@pytest.mark.parametrize("before", [Model.log, Model.log_and_enqueue])
+@pytest.mark.parametrize("between", [Model.nothing, Model.log, Model.checkpoint_another])
 def test_a_fault_beside_other_losses_raises(before: Any, between: Any) -> None:
-    query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
-
-    def loss(q: Tensor = query) -> Tensor:
-        return DenseInfoNCELoss()(q, key, queue)
-
-    before(loss, queue)
-    total = reentrant(loss, query)
-    queue.enqueue(key)
-    between(loss, queue)
+    model = Model()
+    before(model)
+    total = reentrant(model.loss, model.query)
+    model.queue.enqueue(model.key)
+    between(model)
     with pytest.raises(RuntimeError, match="call enqueue after backward"):
         total.backward()
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("wrap", [directly, reentrant])
+def test_a_backward_hook_may_log_a_loss(wrap: Wrap, grad: Any) -> None:
+    """In MoCo's own order, where the queue is no more what a validation before saw."""
+    model, logged = Model(), []
+    model.query.register_hook(lambda _: logged.append(model.log(grad)))
+    model.log()
+    for _ in range(2):
+        loss = model.loss(wrap(torch.tanh, model.query))
+        model.queue.enqueue(model.key)
+        loss.backward()
+    assert len(logged) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
