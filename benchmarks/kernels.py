@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 from benchmarks import tune
-from benchmarks.records import table, write
+from benchmarks.records import RESULTS, table, write
 
 TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
     "sm_80": (108, 166_912),
@@ -64,12 +64,24 @@ class Compiled(NamedTuple):
     registers: int = 0
     spills: int = 0
     shared: int = 0
+    instructions: int = 0
     matrix: str = ""
     copies: str = ""
     serialised: bool = False
     racing: bool = False
     narrow: bool = False
     error: str = ""
+
+
+# Kernel, dtype, channels, variant: what `--record` keeps, to compare versions of Triton by.
+RECORDED = (
+    ("attend_kernel", "bfloat16", 128, "no shift"),
+    ("attend_kernel", "bfloat16", 128, "running max, rank, exclude"),
+    ("attend_kernel", "float32", 128, "no shift"),
+    ("grad_negatives_kernel", "bfloat16", 128, "exclude"),
+    ("match_kernel", "bfloat16", 2048, "7x7 mutual"),
+    ("match_kernel", "bfloat16", 2048, "14x14"),
+)
 
 
 class StandIn:
@@ -201,6 +213,7 @@ def _read_nvidia(target: str, compiled: Any) -> dict[str, Any]:
     return {
         "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
         "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "instructions": assembly.count(";"),
         "matrix": found[0] if found else "none",
         "copies": "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly),
         "serialised": "C751" in report,
@@ -213,7 +226,8 @@ def _read_amd(target: str, compiled: Any) -> dict[str, Any]:
     fields = {key: int(value) for key, value in re.findall(r"\.([sv]gpr\w*count):\s+(\d+)", assembly)}
     spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
     matrix = "mfma" if "v_mfma" in assembly else "none"
-    return {"registers": fields["vgpr_count"], "spills": spills, "matrix": matrix}
+    instructions = len(re.findall(r"^\t[a-z]+_\w+", assembly, re.M))
+    return {"registers": fields["vgpr_count"], "spills": spills, "instructions": instructions, "matrix": matrix}
 
 
 def _problem(case: Case) -> Any:
@@ -327,16 +341,24 @@ def cases(targets: list[str]) -> Iterator[Case]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--record", action="store_true", help="keep some of them, to compare versions of Triton by")
 
 
 def main(arguments: argparse.Namespace) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        rows = list(pool.map(compile_case, cases(arguments.target)))
-    heads = (*Case._fields, "tiles", "registers", "spills", "shared", "matrix", "copies", "")
+        wanted = [case for case in cases(arguments.target) if case[1:] in RECORDED or not arguments.record]
+        rows = list(pool.map(compile_case, wanted))
+    heads = (*Case._fields, "tiles", "registers", "spills", "shared", "instructions", "matrix", "copies", "")
     lines = []
     for row in rows:
         marks = " SERIALISED" * row.serialised + " RACE" * row.racing + " NARROW" * row.narrow
-        lines.append([str(x) for x in (*row.case, *row[1:7], row.error or marks.strip())])
+        lines.append([str(x) for x in (*row.case, *row[1:8], row.error or marks.strip())])
     print(table(heads, lines))
     if arguments.json:
         write(arguments.json, [{**row._asdict(), "case": row.case._asdict()} for row in rows])
+    if arguments.record:
+        import triton
+
+        kept = ("registers", "spills", "shared", "instructions")
+        record = [{**row.case._asdict(), **{name: getattr(row, name) for name in kept}} for row in rows]
+        write(RESULTS / "kernels" / f"triton_{triton.__version__}.json", record)

@@ -207,6 +207,19 @@ def curves(folder: str, last: int = 20) -> str:
     return table(heads, lines)
 
 
+def versions(folder: str) -> str:
+    """What each version of Triton makes of the same kernels."""
+    records = {path.stem.removeprefix("triton_"): json.loads(path.read_text()) for path in (RESULTS / folder).iterdir()}
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for version in sorted(records):
+        for row in records[version]:
+            kernel = f"{row['kernel'].removesuffix('_kernel')}, {row['dtype']}, {row['variant']}"
+            spilled = f" ({row['spills']} spilled)" if row["spills"] else ""
+            cell = f"{row['registers']}{spilled}, {row['shared'] / 1024:.0f} KiB, {row['instructions']:,}"
+            lines.setdefault((row["target"], kernel), []).append(cell)
+    return table(["target", "kernel", *sorted(records)], ([*key, *cells] for key, cells in lines.items()))
+
+
 KINDS: dict[str, Callable[[str], str]] = {
     "cost": cost,
     "loss": loss,
@@ -214,6 +227,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "others": others,
     "demo": demo,
     "curves": curves,
+    "versions": versions,
     **transfer.KINDS,
 }
 MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
