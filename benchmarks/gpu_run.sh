@@ -7,8 +7,8 @@
 # The next stage runs even if one fails. What comes back is FOLDER.tar.gz, renewed after every stage. Variables:
 #   PYTHON    the interpreter: with torch for this GPU, triton, einops, numpy, pytest, pytest-timeout and hypothesis
 #   COMMIT    what is measured, where there is no .git: COMMIT=$(git describe --always --dirty --exclude='*')
-#   OPTIONS   of the benchmarks, and PATIENCE, a factor on every limit: for a rehearsal on a slow machine without a GPU,
-#             TRITON_INTERPRET=1 OPTIONS="--toy --device cpu --seconds 0.01" PATIENCE=10
+#   OPTIONS   of the benchmarks, and PATIENCE, a factor on every limit: for a rehearsal on a slow machine without a GPU
+#             (then `tune` fails), OPTIONS="--toy --device cpu --seconds 0.01" PATIENCE=10
 set -uo pipefail
 if (($# != 2)) || [[ ! $2 =~ ^(first|second)$ ]]; then
     sed -n '2,/^set/s/^# \?//p' "$0"

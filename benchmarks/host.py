@@ -4,7 +4,6 @@ the kernels wait for it."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from benchmarks.matching import scaled
 from benchmarks.measure import Row, compare, quartiles, significant
 from benchmarks.queue import SliceQueue
 from benchmarks.records import OURS, Shape, Suite
-from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, MomentumQueue
+from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, MomentumQueue, _backends, _triton
 
 CALLS = (
     "loss, forward and backward, 8 x 128 and 64 negatives",
@@ -114,7 +113,8 @@ def until_first_launch(rounds: int) -> Row:
             times.append(1e3 * (reached.args[0] - began))
 
     with (
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
+        mock.patch.object(_backends, "KERNEL_DEVICES", ("cpu",)),
+        mock.patch.object(_triton, "describe", return_value=_triton.Device("sm_90", 132)),
         mock.patch("densecl_ops.info_nce.triton_launch.kernels", kernels),
     ):
         for _ in range(rounds):

@@ -21,7 +21,8 @@ from densecl_ops._types import BackendName
 BACKENDS = get_args(BackendName)
 HAS_TRITON = find_spec("triton") is not None  # looked up here, imported at need: that costs half a second
 WIDEST = 512
-OLDEST_TRITON = (3, 6)  # the oldest that ran the kernels right; in 3.2 the interpreter corrupts memory
+OLDEST_TRITON = (3, 6)  # the oldest that the kernels were compiled with
+KERNEL_DEVICES = ("cuda",)  # ROCm devices, too; tests add "cpu", where they execute what was compiled
 
 
 def triton_version() -> tuple[int, int] | None:
@@ -65,16 +66,15 @@ def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0
 
 def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str | None:
     """Why the kernels cannot serve a call, or None. The arguments are those of `choose`."""
-    device_type = tensor.device.type
+    if tensor.device.type not in KERNEL_DEVICES:
+        return f"it runs on CUDA and ROCm devices, not on {tensor.device.type}"
     version = triton_version()
     if version is None:
         return "the triton package is not installed (pip install 'densecl-ops[triton]')"
     if version < OLDEST_TRITON:
         return "it needs triton {}.{}, and {}.{} is installed".format(*OLDEST_TRITON, *version)
-    if device_type != "cuda" and not (device_type == "cpu" and _triton.interpreting()):
-        return f"it runs on CUDA and ROCm devices (on the CPU only with TRITON_INTERPRET=1), not on {device_type}"
     # Code being traced cannot ask the device: there the launchers refuse it, with the same words.
-    if device_type == "cuda" and not is_traced(tensor):
+    if not is_traced(tensor):
         architecture = _triton.describe(tensor.device).architecture
         if architecture not in _triton.FAMILIES:
             return _triton.unknown(architecture)

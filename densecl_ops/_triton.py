@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,6 @@ FAMILIES = {
     "gfx90a": "mfma",
     "gfx942": "mfma",
     "gfx950": "mfma",
-    "interpreter": "interpreter",
 }
 
 # Whether a * b + c becomes one instruction: so by default up to Triton 3.9, which warns, and not from 3.10 on.
@@ -33,7 +30,7 @@ class Device(NamedTuple):
     """A compilation target.
 
     Attributes:
-        architecture: "sm_80", "gfx942", ...; "interpreter" for Triton's interpreter on the CPU.
+        architecture: "sm_80", "gfx942", ...
         multiprocessors: How many programs can run side by side, at one per multiprocessor.
     """
 
@@ -41,15 +38,8 @@ class Device(NamedTuple):
     multiprocessors: int
 
 
-def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter; read as Triton does, at the time its kernels are defined."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
 @functools.cache
 def describe(device: torch.device) -> Device:
-    if device.type == "cpu":
-        return Device("interpreter", 4)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Device(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
@@ -68,13 +58,7 @@ def family(architecture: str) -> str:
 
 
 def unknown(architecture: str) -> str:
-    known = ", ".join(name for name in FAMILIES if name != "interpreter")
-    return f"its kernels were never compiled for {architecture}, only for {known}"
-
-
-def launching_on(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    return f"its kernels were never compiled for {architecture}, only for {', '.join(FAMILIES)}"
 
 
 def strides(prefix: str, stride: tuple[int, ...], dims: str) -> dict[str, int]:

@@ -63,8 +63,10 @@ def check(record: dict) -> None:
         ("host", 5, []),
     ],
 )
-def test_suite(tmp_path: Path, suite: str, cases: int, options: list[str]) -> None:
-    pytest.importorskip("triton" if suite in ("tune", "host") else "torch")  # in the interpreter
+def test_suite(request: pytest.FixtureRequest, tmp_path: Path, suite: str, cases: int, options: list[str]) -> None:
+    pytest.importorskip("triton" if suite in ("tune", "host") else "torch")
+    if suite == "tune":
+        request.getfixturevalue("gpu")
     command = [suite, "--toy", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", *options]
     main(command)
     (path,) = tmp_path.glob("*.json")

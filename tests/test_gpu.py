@@ -6,7 +6,6 @@ Numbers are the business of test_triton.py and tests/ptx, which `make execute` r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -126,37 +125,42 @@ class Step:
     """One DenseCL step on the device, with everything a captured graph needs to stay where it is."""
 
     def __init__(self) -> None:
+        torch.manual_seed(0)
         self.head = DenseProjectionHead(256, 256, 64).cuda()
         self.queues = MomentumQueue(4096, 64).cuda(), MomentumQueue(4096, 64, init="empty").cuda()
         self.match, self.criterion = DenseCorrespondence(mutual=True), DenseInfoNCELoss()
         self.maps = torch.randn(2, 16, 256, 7, 7, device="cuda")
+        self.start = [{name: x.clone() for name, x in queue.state_dict().items()} for queue in self.queues]
 
-    def __call__(self) -> Tensor:
+    def restart(self) -> None:
+        for queue, state in zip(self.queues, self.start, strict=True):
+            queue.load_state_dict(state)
+
+    def forward(self) -> Tensor:
         query = self.head(self.maps[0])
         with torch.no_grad():
             key = self.head(self.maps[1])
         image, rank = self.criterion(query.image, key.image, self.queues[0], return_rank=True)
         dense = self.criterion(query.dense, key.dense, self.queues[1], self.match(*self.maps))
-        self.head.zero_grad(set_to_none=False)
-        loss = 0.5 * image + 0.5 * dense + 0 * rank.sum()
-        loss.backward()
         self.queues[0].enqueue(key.image)
         self.queues[1].enqueue(key.pooled)
+        return 0.5 * image + 0.5 * dense + 0 * rank.sum()
+
+    def __call__(self) -> Tensor:
+        self.head.zero_grad(set_to_none=False)
+        loss = self.forward()
+        loss.backward()
         return loss.detach()
-
-
-def without_synchronisation(run: Callable[[], Tensor]) -> Tensor:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        return run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_no_synchronisation_in_a_step() -> None:
     step = Step()
     step()  # compiles kernels
-    without_synchronisation(step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
@@ -168,7 +172,6 @@ def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("exact_convolutions")
 def test_cuda_graph_equals_eager_steps() -> None:
-    torch.manual_seed(0)
     step = Step()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -176,45 +179,27 @@ def test_cuda_graph_equals_eager_steps() -> None:
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    start = [{name: x.clone() for name, x in queue.state_dict().items()} for queue in step.queues]
-
-    def restart() -> None:
-        for queue, state in zip(step.queues, start, strict=True):
-            queue.load_state_dict(state)
-
+    step.restart()
     eager = [step().item() for _ in range(4)]
-    restart()
+    step.restart()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = step()
-    restart()
+    step.restart()
     replayed = []
     for _ in range(4):
         graph.replay()
         replayed.append(loss.item())
     assert replayed == eager
-    assert int(step.queues[1].count) == 16 * 7
+    assert int(step.queues[1].count) == 16 * 4
 
 
 @pytest.mark.usefixtures("exact_convolutions")
 def test_compiled_step_has_no_graph_break() -> None:
-    torch.manual_seed(0)
-    maps = torch.randn(2, 16, 256, 7, 7, device="cuda")
-    head, criterion, match = DenseProjectionHead(256, 256, 64).cuda(), DenseInfoNCELoss(), DenseCorrespondence()
-    queue = MomentumQueue(4096, 64).cuda()
-
-    def forward() -> Tensor:
-        query = head(maps[0])
-        with torch.no_grad():
-            key = head(maps[1])
-        loss = criterion(query.dense, key.dense, queue, match(*maps))
-        queue.enqueue(key.pooled)
-        return loss
-
-    state = {name: x.clone() for name, x in queue.state_dict().items()}
-    eager = forward()
-    queue.load_state_dict(state)
-    torch.testing.assert_close(torch.compile(forward, fullgraph=True)(), eager)
+    step = Step()
+    eager = step.forward()
+    step.restart()
+    torch.testing.assert_close(torch.compile(step.forward, fullgraph=True)(), eager)
 
 
 @pytest.mark.parametrize("negatives", [4096, 65536, 1_048_576])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from helpers import assert_close, expected, make_case
 from torch import Tensor
 
 from densecl_ops import selftest
-from densecl_ops.info_nce import blockwise
+from densecl_ops.correspondence import blockwise as matching
+from densecl_ops.info_nce import blockwise as loss
 
 all_cases = selftest.cases
 
@@ -21,10 +23,10 @@ all_cases = selftest.cases
 def test_the_exact_loss_is_the_oracles() -> None:
     case = make_case(exclude=torch.tensor([3, 0, -1]), count=14, temperature=0.1)
     query, negatives = case.query.requires_grad_(), SimpleNamespace(rows=case.negatives, count=torch.tensor(14))
-    loss, margin = selftest.exact_loss(query, case.key, negatives, case.index, 0.1, case.exclude)
-    loss.mean().backward()
+    value, margin = selftest.exact_loss(query, case.key, negatives, case.index, 0.1, case.exclude)
+    value.mean().backward()
     truth = expected(case)
-    assert_close(loss.mean(), truth.loss, 1e-12)
+    assert_close(value.mean(), truth.loss, 1e-12)
     assert_close(query.grad, truth.query, 1e-12)
     assert_close(margin.clamp(min=-9), np.maximum(truth.margin, -9), 1e-12)
 
@@ -44,28 +46,32 @@ def test_passes_here(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 @pytest.mark.parametrize(
-    ("field", "message"),
+    ("module", "field", "message"),
     [
-        ("loss", "twice the error"),
-        ("rank", "wrong rank"),
-        ("grad_query", "twice the error"),
-        ("noise", "repeats differ"),
-        ("no field", "AttributeError: 'Result' object has no attribute 'no field'"),
+        (loss, "loss", "twice the error"),
+        (loss, "rank", "wrong rank"),
+        (loss, "grad_query", "twice the error"),
+        (loss, "noise", "repeats differ"),
+        (loss, "no field", "AttributeError: 'Result' object has no attribute 'no field'"),
+        (matching, 0, "wrong match"),
+        (matching, 1, "wrong match"),
+        (matching, 2, "wrong mutual pairs"),
     ],
 )
-def test_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, field: str, message: str) -> None:
-    right = blockwise.forward
+def test_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, module: Any, field: Any, message: str) -> None:
+    name = "forward" if module is loss else "match"
+    right = getattr(module, name)
 
     def wrong(*arguments: object) -> tuple[Tensor, ...]:
         result = right(*arguments)
         if field == "noise":
             return result._replace(loss=result.loss * (1 + 1e-6 * torch.rand(1)))
-        broken = getattr(result, field).clone()
-        broken.view(-1)[:3] += 30
-        return result._replace(**{field: broken})
+        broken = (result[field] if module is matching else getattr(result, field)).view(-1)
+        broken[:3] = ~broken[:3] if broken.dtype == torch.bool else 30
+        return result
 
-    monkeypatch.setattr(blockwise, "forward", wrong)
-    case = next(case for case in all_cases(False, 32) if "rank" in case.options)
+    monkeypatch.setattr(module, name, wrong)
+    case = next(case for case in all_cases(False, 32) if ("rank" if module is loss else "mutual") in case.options)
     assert message in selftest.check(case, "blockwise", torch.device("cpu"))["failed"]
 
 
@@ -75,4 +81,4 @@ def test_real_sizes_are_measured(option: str) -> None:
     row = selftest.check(case._replace(negatives=256), "blockwise", torch.device("cpu"))
     assert "failed" not in row
     assert row["errors"].keys() == {"loss", "gradient to query"}
-    assert all(row[side]["milliseconds"] > 0 for side in ("ours", "eager"))
+    assert all(float(row[side].removesuffix(" ms")) > 0 for side in ("ours", "eager"))

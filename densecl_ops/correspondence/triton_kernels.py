@@ -79,7 +79,6 @@ def match_kernel(
     query_stride_b, query_stride_c, query_stride_p,
     key_stride_b, key_stride_c, key_stride_p,
     PRECISION: tl.constexpr,  # input_precision of the products
-    UPCAST: tl.constexpr,  # for the interpreter, which miscomputes bfloat16
     GRAM: tl.constexpr,  # whether the squares are diagonals of products
     EVEN_C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +108,6 @@ def match_kernel(
             step = channel[:, None].to(tl.int64)
             query = _load(query_base + step * query_stride_c, channel, channels, query_exists, EVEN_C)
             key = _load(key_base + step * key_stride_c, channel, channels, key_exists, EVEN_C)
-            if UPCAST:
-                query, key = query.to(tl.float32), key.to(tl.float32)
             products = tl.dot(tl.trans(query), key, products, input_precision=PRECISION)
             if key_inverse_ptr is None and GRAM:
                 query_gram = tl.dot(tl.trans(query), query, query_gram, input_precision=PRECISION)

@@ -44,8 +44,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
 
 def choose(architecture: str, dtype: torch.dtype, positions: int) -> Config:
     """The tile for a grid of so many positions; up to ONE_TILE it holds a whole image, which saves the norms."""
-    if _triton.family(architecture) == "interpreter":  # every tile step costs milliseconds there, whatever its size
-        return Config(64, 64, 128, 4, 1)
+    _triton.family(architecture)  # refuses one that the kernels were never compiled for
     if (
         positions <= ONE_TILE
     ):  # 7x7: bound by reading the maps; few registers, so that several programs share a processor
@@ -68,7 +67,7 @@ def _search(
     index = query.new_empty((images, queries), dtype=torch.int64)
     score = query.new_empty((images, queries), dtype=torch.float32)
     back = query.new_empty((images, keys), dtype=torch.int64) if both_ways else None
-    with _triton.launching_on(query):
+    with torch.cuda.device(query.get_device()):
         kernels.match_kernel[(images * triton.cdiv(queries, config.block_q),)](
             query_ptr=query,
             key_ptr=key,
@@ -83,7 +82,6 @@ def _search(
             **_triton.strides("query", query.stride(), "bcp"),
             **_triton.strides("key", key.stride(), "bcp"),
             PRECISION=_triton.float32_precision(query.dtype, architecture),
-            UPCAST=architecture == "interpreter",
             # A second use of a tile, beside a wgmma in flight, makes Triton 3.6 to 3.9 allot one buffer too few (issue
             # 6691 there): the next copy overwrites it. Products are no second use. float32 is split in registers.
             GRAM=_triton.family(architecture) == "wgmma" and query.element_size() == 2,
@@ -101,7 +99,7 @@ def _search(
 def _inverse_norm(features: Tensor) -> Tensor:
     images, channels, positions = features.shape
     out = features.new_empty((images, positions), dtype=torch.float32)
-    with _triton.launching_on(features):
+    with torch.cuda.device(features.get_device()):
         kernels.inverse_norm_kernel[(images * triton.cdiv(positions, 64),)](
             features_ptr=features,
             out_ptr=out,

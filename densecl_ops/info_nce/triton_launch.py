@@ -32,10 +32,10 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
         "scale_ptr": problem.learned_scale,
         "scale": problem.scale or 0.0,
     }
-    scaled = new((rows, channels), dtype=plan.dtype)
+    scaled = new((rows, channels), dtype=problem.matmul_dtype)
     positive = new((batch, positions), dtype=torch.float32)
     rank_positive = torch.empty_like(positive) if want_rank else None
-    with _triton.launching_on(problem.query):
+    with torch.cuda.device(problem.query.get_device()):
         kernels.prepare_kernel[plan.prepare_grid](
             scaled_ptr=scaled, positive_ptr=positive, rank_positive_ptr=rank_positive, **maps, **plan.prepare
         )
@@ -56,7 +56,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
             grad_query=new((batch, positions, channels) if want_grad else none, dtype=torch.float32),
             grad_scale=new((batch, positions) if want_grad else none, dtype=torch.float32),
         )
-        negatives = _operand(problem, plan.dtype)
+        negatives = _operand(problem)
         kernels.attend_kernel[plan.attend_grid](
             scaled_ptr=scaled,
             rank_positive_ptr=rank_positive,
@@ -90,13 +90,13 @@ def _flat(indices: Tensor | None) -> Tensor | None:
     return None if indices is None else indices.contiguous()
 
 
-def _operand(problem: Problem, dtype: torch.dtype) -> Tensor:
+def _operand(problem: Problem) -> Tensor:
     """The negatives as the kernels read them: contiguous, in the product dtype.
 
     The queue itself where it is so, else a copy that lives as long as the call: a float32 queue under bfloat16 autocast
     would be read at twice the bytes and converted once per block of query rows (docs/kernels.md).
     """
-    return problem.negatives.to(dtype).contiguous()
+    return problem.negatives.to(problem.matmul_dtype).contiguous()
 
 
 def _descriptor(negatives: Tensor, tile: list[int] | None) -> TensorDescriptor | None:
@@ -113,7 +113,7 @@ def _descriptor(negatives: Tensor, tile: list[int] | None) -> TensorDescriptor |
 def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, splits: int | None = None) -> Tensor:
     """As in Backend. `splits` overrides the plan, for tests."""
     splits, grid, arguments = triton_plan.plan_grad_negatives(problem, splits)
-    dtype = triton_plan.product_dtype(problem)
+    dtype = problem.matmul_dtype
     unit, _ = unit_vectors(problem.query, torch.float32)
     left_out = row_weight == 0  # such a row may hold NaN
     unit = unit.masked_fill(left_out[:, :, None], 0.0)
@@ -121,11 +121,11 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
     peak = row_weight.abs().amax()  # weights scaled to 1 at most: a mean over many rows underflows float16
     weighted = unit * (row_weight / peak.masked_fill(peak == 0, 1.0))[:, :, None]
     parts = unit.new_empty(splits, *problem.negatives.shape)
-    with _triton.launching_on(unit):
+    with torch.cuda.device(unit.get_device()):
         kernels.grad_negatives_kernel[grid](
             scaled_ptr=(unit * (problem.inverse_temperature * _LOG2_E)).to(dtype),
             weighted_ptr=weighted.to(dtype),
-            negatives_ptr=_operand(problem, dtype),
+            negatives_ptr=_operand(problem),
             log_sum_exp_ptr=shift,
             exclude_ptr=_flat(problem.exclude),
             count_ptr=problem.existing,
@@ -148,7 +148,7 @@ def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tenso
     matched, order = index.contiguous().clamp(0, key_positions - 1).sort(dim=1, stable=True)
     targets = torch.arange(key_positions + 1, device=index.device).expand(batch, -1).contiguous()
     grad = torch.empty_like(unit_key)
-    with _triton.launching_on(query):
+    with torch.cuda.device(query.get_device()):
         kernels.grad_key_kernel[(batch * key_positions,)](
             rows_ptr=(unit_query * -weight).masked_fill(weight == 0, 0.0),
             order_ptr=order,

@@ -77,8 +77,6 @@ GRAD_NEGATIVES = {
 
 def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = True) -> Config:
     """The row for attend_kernel. `lean`: no `exclude` is asked for and D is a power of two; masks take registers."""
-    if architecture == "interpreter":  # every tile step costs milliseconds there, whatever its size
-        return Config(32, 64, 4, 1, chunk_d=32 if channels > 64 else None)
     config = ATTEND[_triton.family(architecture), dtype.itemsize][_width(channels)]
     halved = not lean and config.block_k > 32 and dtype != torch.float32
     return config._replace(block_k=config.block_k // 2) if halved else config
@@ -88,7 +86,6 @@ class Plan(NamedTuple):
     """Programs and arguments of the three launches of a forward, as far as shapes, dtypes and the device decide."""
 
     splits: int  # parts in which the queue is read
-    dtype: torch.dtype  # of the products
     tile: list[int] | None  # rows and channels of a tile that is loaded by a descriptor
     prepare_grid: tuple[int]
     attend_grid: tuple[int, int]
@@ -107,7 +104,7 @@ def plan_forward(problem: Problem, splits: int | None) -> Plan:
         (query.shape, query.stride(), key.shape, key.stride()),
         negatives.shape[0],
         negatives.dtype,
-        product_dtype(problem),
+        problem.matmul_dtype,
         device,
         choose(device.architecture, problem.matmul_dtype, channels, lean),
         precision(problem),
@@ -147,7 +144,6 @@ def _plan_forward(
     prepare_rows, combine_rows = max(1, 4096 // width), max(1, 1024 // width)
     return Plan(
         splits,
-        dtype,
         tile_by_descriptor(device.architecture, config, channels),
         prepare_grid=(triton.cdiv(rows, prepare_rows),),
         attend_grid=(triton.cdiv(rows, config.block_n), splits),
@@ -186,8 +182,6 @@ def plan_grad_negatives(problem: Problem, splits: int | None) -> tuple[int, tupl
     rows, size = batch * positions, problem.negatives.shape[0]
     device = _triton.describe(problem.query.device)
     config = GRAD_NEGATIVES[problem.matmul_dtype.itemsize][_width(channels)]
-    if device.architecture == "interpreter":
-        config = Config(32, 64, 4, 1)
     slots = device.multiprocessors * config.programs
     per_split = plan_split(size, rows, config.block_k, config.block_n, slots, splits)
     splits = triton.cdiv(rows, per_split)
@@ -249,12 +243,6 @@ def _tf32_is_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def product_dtype(problem: Problem) -> torch.dtype:
-    """The interpreter silently miscomputes bfloat16, so it takes the products in float32."""
-    interpreted = _triton.describe(problem.query.device).architecture == "interpreter"
-    return torch.float32 if interpreted else problem.matmul_dtype
-
-
 def _position_fastest(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Whether neighbouring positions, not channels, lie side by side, as in an NCHW map."""
     return shape[2] > 1 and stride[2] < stride[1]
@@ -265,7 +253,7 @@ def tile_by_descriptor(architecture: str, config: Config, channels: int) -> list
 
     sm_120 has TMA too. That form was not compiled for it.
     """
-    has_tma = _triton.family(architecture) in ("wgmma", "tcgen05", "interpreter")
+    has_tma = _triton.family(architecture) in ("wgmma", "tcgen05")
     return [config.block_k, block_d(channels)] if config.descriptor and config.chunk_d is None and has_tma else None
 
 

@@ -1,15 +1,18 @@
 """In place of a GPU: launches of Triton kernels on CPU tensors compile for it and run instruction by instruction.
 
-`install(80)` or `install(90)` makes the library believe in a device. Every launch of a kernel then compiles by Triton's
-own binder, with the library's own table of tiles. What comes out is executed and checked (core.cpp).
+Inside of `installed()` the library believes in a device. Every launch of a kernel then compiles by Triton's own binder,
+with the library's own table of tiles. What comes out is executed and checked (core.cpp).
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from ptx.program import Program, build
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.kernels import TARGETS, StandIn
 
+TARGET = int(os.environ.get("PTX_TARGET", "90"))  # 80 or 90
 STATS = ("count", "lanes", "sectors", "bytes", "waves", "ideal")  # of every instruction, in the order of core.cpp
 
 
@@ -109,13 +113,14 @@ def _map(descriptor: Any) -> tuple[int, ...]:
     return base.data_ptr(), *descriptor.shape[::-1], descriptor.strides[0] * size, *box, size, swizzle
 
 
-def install(target: int) -> None:
-    """From here on, launches of Triton kernels on CPU tensors compile for sm_<target> and run in the executor."""
+@contextmanager
+def installed() -> Iterator[None]:
+    """Launches of Triton kernels on CPU tensors compile for sm_<TARGET> and run in the executor."""
     from triton.runtime import jit
     from triton.runtime.driver import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from densecl_ops import _triton
+    from densecl_ops import _backends, _triton
 
     compile_only = jit.JITFunction.run
 
@@ -151,9 +156,12 @@ def install(target: int) -> None:
         LAUNCHES.append(execute(program, arguments, grid, kernel.metadata.num_warps, memory, tensors, maps))
         return kernel
 
-    name = f"sm_{target}"
-    driver.set_active(StandIn(name))
-    jit.JITFunction.run = run
+    name = f"sm_{TARGET}"
     device = _triton.Device(name, TARGETS[name][0])
-    _triton.describe = lambda _: device
-    _triton.interpreting = lambda: True  # kernels on CPU tensors
+    with (
+        mock.patch.object(driver, "_active", StandIn(name)),
+        mock.patch.object(jit.JITFunction, "run", run),
+        mock.patch.object(_triton, "describe", return_value=device),
+        mock.patch.object(_backends, "KERNEL_DEVICES", ("cuda", "cpu")),
+    ):
+        yield

@@ -11,11 +11,11 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import Case, assert_close, error, expected, flat64, lay_out, make_case, match, run
+from helpers import LAYOUTS, Case, assert_close, error, expected, flat64, lay_out, make_case, match, run
 from ptx import executor
 
-from benchmarks import tune
-from densecl_ops import _triton
+from benchmarks import kernels, tune
+from densecl_ops import selftest
 from densecl_ops.info_nce import triton_launch as fused
 from densecl_ops.info_nce import triton_plan
 
@@ -23,7 +23,8 @@ ALL = ("query", "key", "negatives", "temperature")
 # Relative error of the loss and of the gradients: at most twice what was measured (one negative: 4e-4, 3e-3). One tile
 # of other negatives in the place of the right ones moves both by more than 1e-2.
 TOLERANCES = {torch.float32: (5e-7, 2e-6), torch.float16: (1e-4, 2e-3), torch.bfloat16: (1e-3, 8e-3)}
-TARGET = int(_triton.describe(torch.device("cpu")).architecture[3:])
+
+pytestmark = pytest.mark.usefixtures("gpu")
 
 
 def case_of(dtype: torch.dtype, channels: int, negatives: int = 300, **options: object) -> Case:
@@ -73,6 +74,11 @@ def test_loss(dtype: torch.dtype, channels: int, form: str) -> None:
         ("forward only", {"count": 293}, ()),
         ("cold", {"count": 293, "temperature": 0.01}, ("query",)),
         ("cold float32", {"dtype": torch.float32, "count": 293, "temperature": 0.01}, ("query",)),
+        (
+            "cold gradients",
+            {"dtype": torch.float32, "channels": 24, "temperature": 0.01},
+            ("query", "key", "negatives"),
+        ),
         ("one negative", {"negatives": 1, "batch": 1}, ("query",)),
         ("vectors", {"batch": 140, "query_grid": (1, 1), "key_grid": (1, 1), "count": 293}, ("query", "key")),
     ],
@@ -103,7 +109,7 @@ def test_a_long_queue(
 @pytest.mark.parametrize("rank", [False, True])
 def test_other_tiles(monkeypatch: pytest.MonkeyPatch, config: triton_plan.Config, rank: bool) -> None:
     """What the tuner tries, whole tiles by a tensor descriptor (TMA) among it."""
-    if config.descriptor and TARGET < 90:
+    if config.descriptor and executor.TARGET < 90:
         pytest.skip("no tensor copies before sm_90")
     forward = fused.forward
     monkeypatch.setattr(triton_plan, "choose", lambda *arguments, **options: config)
@@ -149,3 +155,25 @@ def test_matching(
     assert (truth.score - chosen).max() < 1e-6
     alike = seen.index.numpy() == truth.index
     assert (seen.valid.numpy() == truth.valid)[alike].all()
+
+
+def test_tiles_that_a_descriptor_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the queue that start at no multiple of 16 bytes come by pointers."""
+    config = tune.CANDIDATES[1]
+    assert config.descriptor
+    monkeypatch.setattr(triton_plan, "choose", lambda *arguments, **options: config)
+    case = case_of(torch.bfloat16, 128, count=293)
+    flat = torch.cat([case.negatives.new_zeros(1), case.negatives.flatten()])
+    check(replace(case, negatives=flat[1:].view_as(case.negatives)), ("query",))
+
+
+def test_the_selftest_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "LAUNCHES", [])
+    assert selftest.main(["--small"]) == 0
+    assert {launch.name for launch in executor.LAUNCHES} == kernels.LAUNCHES.keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[2:])
+@pytest.mark.parametrize("grids", [((7, 7), (7, 7)), ((10, 9), (7, 12)), ((1, 1), (9, 9))], ids=str)
+def test_layouts_of_matching(layout: str, grids: tuple[tuple[int, int], ...]) -> None:
+    test_matching(torch.bfloat16, 70, *grids, layout)

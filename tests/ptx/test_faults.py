@@ -12,12 +12,13 @@ import pytest
 import torch
 from helpers import error, lay_out
 from ptx import executor
-from ptx.test_execute import TARGET, case_of, check
+from ptx.test_execute import case_of, check
 
 import densecl_ops.correspondence.triton_launch as matching
 import densecl_ops.info_nce.triton_launch as loss
 from densecl_ops.functional import dense_correspondence
 
+pytestmark = pytest.mark.usefixtures("gpu")
 NUMBERS = "relative error|^assert"  # the comparison with the oracle
 PLANTED = {  # in the source: module, text, what takes its place, what is seen
     "a store without its mask": (
@@ -116,7 +117,7 @@ def test_in_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: s
 @pytest.mark.parametrize("fault", EDITED)
 def test_in_the_machine_code(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     kernel, pattern, to, seen, oldest = EDITED[fault]
-    if oldest > TARGET:
+    if oldest > executor.TARGET:
         pytest.skip(f"from sm_{oldest} on")
 
     def edit(name: str, text: str) -> str:
@@ -129,7 +130,7 @@ def test_in_the_machine_code(monkeypatch: pytest.MonkeyPatch, fault: str) -> Non
 
 def test_a_second_use_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why match_kernel finds norms by products on sm_90. When this passes without GRAM, GRAM can go."""
-    if TARGET < 90:
+    if executor.TARGET < 90:
         pytest.skip("no wgmma before sm_90")
     monkeypatch.setattr(matching._triton, "family", lambda _: "mma")
     query = lay_out(torch.randn(1, 256, 7, 7), "channels_last").bfloat16()
