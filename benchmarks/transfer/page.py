@@ -67,16 +67,6 @@ def paired(values: Sequence[float]) -> str:
     return f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}), {up} of {len(values)} up"
 
 
-def each_run(folder: str) -> str:
-    """Every run that is reported."""
-    runs = [(seed, arm, run) for arm, runs in by_arm(load(RESULTS / folder)).items() for seed, run in runs.items()]
-    rows = [
-        [str(seed), arm, f"{run['setting']['rate']:g}", *(f"{value:.3f}" for value in values(run))]
-        for seed, arm, run in sorted(runs, key=lambda run: run[0])
-    ]
-    return table(["seed", "arm", "rate", *HEADINGS], rows)
-
-
 def each_class(folder: str) -> str:
     """IoU of k-NN retrieval per class, mean over the seeds."""
     rows = []
@@ -145,5 +135,5 @@ def study(folder: str) -> str:
 
 # What benchmarks.render shows between two marks, by kind.
 KINDS: dict[str, Callable[[str], str]] = {
-    kind.__name__: kind for kind in (results, differences, each_run, each_class, search, search_stereo, study)
+    kind.__name__: kind for kind in (results, differences, each_class, search, search_stereo, study)
 }
