@@ -177,7 +177,7 @@ def rates(device: torch.device, toy: bool = False) -> dict[str, float]:
 
     def median(run: Callable[[], Any]) -> float:
         timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        return float(timer.blocked_autorange(min_run_time=0.3).median)
+        return float(timer.blocked_autorange(min_run_time=0.01 if toy else 0.3).median)
 
     side = 256 if toy else 8192 if device.type == "cuda" else 2048
     found = {}
