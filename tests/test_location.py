@@ -30,8 +30,8 @@ def random_boxes(rng: np.random.Generator, batch: int, grid: Grid) -> np.ndarray
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 4),
     grids=st.tuples(GRIDS, GRIDS),
-    max_distance=st.sampled_from([None, 0.0, 0.3, 0.7, 2.0]),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.int64]),
+    max_distance=st.sampled_from([None, 0, 0.3, Fraction(7, 10), 2.0, 10**300]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.int64, torch.uint8, torch.float16, torch.bfloat16]),
 )
 def test_location(
     seed: int, batch: int, grids: tuple[Grid, Grid], max_distance: float | None, dtype: torch.dtype
