@@ -37,7 +37,8 @@ MAP, KEY, TURNED, WHOLE = (torch.ones(2, 4, *grid) for grid in ((2, 3), (3, 3), 
 ROWS = nn.functional.normalize(torch.ones(5, 4), dim=1)
 INDEX, SCORE, VALID = torch.zeros(2, 6, dtype=LONG), torch.ones(2, 6), torch.ones(2, 6, dtype=torch.bool)
 BOXES, FLIP = torch.tensor([[0.0, 0, 4, 4], [1, 1, 5, 5]]), torch.ones(2, dtype=torch.bool)
-HEAD, QUEUE = DenseProjectionHead(4, 4, 4), MomentumQueue(5, 4)
+HEAD, QUEUE, SHORT = DenseProjectionHead(4, 4, 4), MomentumQueue(5, 4), MomentumQueue(5, 4)
+SHORT.rows.data.mul_(0.5)  # as ema-pytorch averages: .data leaves no version
 
 
 def loss(negatives: Any = ROWS, correspondence: Any = INDEX, **options: Any) -> Any:
@@ -239,6 +240,8 @@ def test_triton_that_cannot_serve_says_why() -> None:
         (lambda: DenseInfoNCELoss(temperature=5.0), "was 1 / t meant"),
         (lambda: dense_info_nce(MAP, MAP.clone().requires_grad_(), QUEUE), r"torch\.no_grad\(\)"),
         (lambda: [dense_info_nce(MAP, MAP, queue) for queue in [MomentumQueue(8, 4, init="empty")] * 2], "enqueue"),
+        (lambda: loss(2 * ROWS), r"normalise them \(torch\.nn\.functional\.normalize\(rows, dim=1\)\)"),
+        (lambda: loss(SHORT), "averaging of buffers spoils a queue.*ignore_startswith_names"),
     ],
 )
 def test_likely_mistakes_are_warned_of_once(call: Callable[[], Any], advice: str) -> None:

@@ -89,15 +89,10 @@ def test_defaults() -> None:
 
 
 def test_random_rows_are_uniform_on_the_sphere() -> None:
-    """Mean 0 and covariance 1 / dim, within 5 standard errors; and the generator's seed decides them."""
+    """Mean 0 and covariance 1 / dim, within 5 standard errors."""
     rows = MomentumQueue(20000, 4, dtype=torch.float64).rows.numpy()
     assert np.abs(rows.mean(0)).max() < 5 * 0.5 / 20000**0.5
     assert np.abs(rows.T @ rows / 20000 - np.eye(4) / 4).max() < 5 * 0.3 / 20000**0.5
-    torch.manual_seed(5)
-    first = MomentumQueue(10, 3).rows
-    torch.manual_seed(5)
-    assert torch.equal(first, MomentumQueue(10, 3).rows)
-    assert not torch.equal(first, MomentumQueue(10, 3).rows)
 
 
 @pytest.mark.parametrize("dtype", [None, *EPS])
