@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKENDS, assert_close
+from helpers import assert_close
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,21 +16,14 @@ from densecl_ops import DenseInfoNCELoss, MomentumQueue
 
 Wrap = Callable[..., Tensor]
 non_reentrant, reentrant = (partial(checkpoint, use_reentrant=reentrant) for reentrant in (False, True))
-
-
-def compiled(f: Any, *args: Any) -> Tensor:
-    return torch.compile(lambda *x: non_reentrant(f, *x), backend="aot_eager")(*args)
-
-
-def compiled_inside(f: Any, *args: Any) -> Tensor:
-    return non_reentrant(torch.compile(f, backend="aot_eager"), *args)
-
-
-def compiled_inside_reentrant(f: Any, *args: Any) -> Tensor:
-    return reentrant(torch.compile(f, backend="aot_eager"), *args)
-
-
-WRAPS = (non_reentrant, reentrant, compiled, compiled_inside, compiled_inside_reentrant)
+compiling = partial(torch.compile, backend="aot_eager")
+WRAPS: dict[str, Wrap] = {
+    "non-reentrant": non_reentrant,
+    "reentrant": reentrant,
+    "compiled": lambda f, *args: compiling(lambda *x: non_reentrant(f, *x))(*args),
+    "compiled inside": lambda f, *args: non_reentrant(compiling(f), *args),
+    "compiled inside of reentrant": lambda f, *args: reentrant(compiling(f), *args),
+}
 
 
 def directly(f: Any, *args: Any) -> Tensor:
@@ -56,34 +49,26 @@ def gradient(backend: str, wrap: Wrap, enqueue: str, losses: int = 1, steps: int
     return query.grad
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_enqueue_after_backward(backend: str, wrap: Wrap) -> None:
-    assert_close(gradient(backend, wrap, "after"), gradient("eager", directly, "after"), 1e-12)
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_enqueue_before_backward_raises(backend: str, wrap: Wrap) -> None:
+@pytest.mark.parametrize("how", WRAPS)
+def test_enqueue_after_and_before_backward(backend: str, how: str) -> None:
+    assert_close(gradient(backend, WRAPS[how], "after"), gradient("eager", directly, "after"), 1e-12)
     # Compiled as a whole, the checkpoint saves the queue itself, and torch's own check of it raises.
-    words = "modified by an inplace operation" if wrap is compiled else r"call enqueue after backward\(\), or leave"
+    words = "modified by an inplace operation" if how == "compiled" else r"call enqueue after backward\(\), or leave"
     with pytest.raises(RuntimeError, match=words):
-        gradient(backend, wrap, "before")
+        gradient(backend, WRAPS[how], "before")
+    # The last loss has seen the queue as it is in backward(), the first has not.
+    with pytest.raises(RuntimeError, match=words):
+        gradient(backend, WRAPS[how], "before", losses=2, steps=1)
 
 
-@pytest.mark.parametrize("wrap", [non_reentrant, reentrant])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_loss_of_a_step_is_checked(backend: str, wrap: Wrap) -> None:
-    """The last loss has seen the queue as it is in backward(), the first has not."""
-    with pytest.raises(RuntimeError, match="call enqueue after backward"):
-        gradient(backend, wrap, "before", losses=2, steps=1)
+def test_without_a_checkpoint_the_queue_may_change_before_backward(backend: str) -> None:
+    assert_close(gradient(backend, directly, "before"), gradient(backend, directly, "after"), 1e-12)
 
 
 @pytest.mark.parametrize(
     "part", [lambda rows: rows, lambda rows: rows[:4], lambda rows: rows.detach(), lambda rows: rows[1::2]]
 )
 @pytest.mark.parametrize("wrap", [non_reentrant, reentrant])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_and_parts_of_a_queue_are_checked_too(backend: str, wrap: Wrap, part: Any) -> None:
     """Every call makes another tensor of them; memory and version are the queue's."""
     query, key, queue = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16), MomentumQueue(8, 16)
@@ -114,76 +99,70 @@ class Model:
 
     def __init__(self) -> None:
         self.query, self.key = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16)
-        self.queue, self.criterion = MomentumQueue(8, 16), DenseInfoNCELoss()
+        self.queue = MomentumQueue(8, 16)
 
     def loss(self, query: Tensor | None = None) -> Tensor:
-        return self.criterion(self.query if query is None else query, self.key, self.queue)
+        return DenseInfoNCELoss()(self.query if query is None else query, self.key, self.queue)
 
-    def nothing(self) -> None:
-        pass
-
-    def log(self, mode: Any = torch.no_grad) -> None:
-        with mode():
+    def log(self) -> None:
+        with torch.no_grad():
             self.loss()
 
-    def log_and_enqueue(self, mode: Any = torch.no_grad) -> None:
-        self.log(mode)
-        self.queue.enqueue(self.key)
+    def infer(self) -> None:
+        with torch.inference_mode():
+            self.loss()
 
-    def infer_and_enqueue(self) -> None:
-        self.log_and_enqueue(torch.inference_mode)
-
-    def train_and_enqueue(self) -> None:
+    def train(self) -> None:
         self.loss().backward()
-        self.queue.enqueue(self.key)
 
-    def checkpoint_another(self) -> None:
+    def checkpoint(self) -> None:
         reentrant(self.loss, torch.randn(2, 16, requires_grad=True))
 
+    def enqueue(self) -> None:
+        self.queue.enqueue(self.key)
 
-@pytest.mark.parametrize("before", [Model.nothing, Model.log, Model.log_and_enqueue, Model.infer_and_enqueue])
-@pytest.mark.parametrize("between", [Model.nothing, Model.log])
-@pytest.mark.parametrize("after", [Model.log_and_enqueue, Model.train_and_enqueue])
+    def do(self, acts: str) -> None:
+        for act in acts.split():
+            getattr(self, act)()
+
+
+@pytest.mark.parametrize("before", ["", "log", "log enqueue", "infer enqueue"])
+@pytest.mark.parametrize("between", ["", "log"])
+@pytest.mark.parametrize("after", ["log enqueue", "train enqueue"])
 @pytest.mark.parametrize("losses", [1, 2])
 @pytest.mark.parametrize("wrap", [reentrant, non_reentrant])
-def test_other_losses_are_no_first_halves(wrap: Wrap, losses: int, before: Any, between: Any, after: Any) -> None:
+def test_other_losses_are_no_first_halves(wrap: Wrap, losses: int, before: str, between: str, after: str) -> None:
     """Validation, logging and other training, before, within and after a step whose keys enter after backward()."""
     model = Model()
     for _ in range(3):
-        before(model)
+        model.do(before)
         totals = [wrap(model.loss, model.query) for _ in range(losses)]
-        between(model)
+        model.do(between)
         for total in totals:  # gradient accumulation: each has a backward pass of its own
             total.backward()
-        after(model)
+        model.do(after)
 
 
-@pytest.mark.parametrize("before", [Model.log, Model.log_and_enqueue])
-@pytest.mark.parametrize("between", [Model.nothing, Model.log, Model.checkpoint_another])
-def test_a_fault_beside_other_losses_raises(before: Any, between: Any) -> None:
+@pytest.mark.parametrize("before", ["log", "log enqueue"])
+@pytest.mark.parametrize("between", ["", "log", "checkpoint"])
+def test_a_fault_beside_other_losses_raises(before: str, between: str) -> None:
     model = Model()
-    before(model)
+    model.do(before)
     total = reentrant(model.loss, model.query)
-    model.queue.enqueue(model.key)
-    between(model)
+    model.do(f"enqueue {between}")
     with pytest.raises(RuntimeError, match="call enqueue after backward"):
         total.backward()
 
 
-@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("act", ["log", "loss"])
 @pytest.mark.parametrize("wrap", [directly, reentrant])
-def test_a_backward_hook_may_log_a_loss(wrap: Wrap, grad: Any) -> None:
+def test_a_backward_hook_may_log_a_loss(wrap: Wrap, act: str) -> None:
     """In MoCo's own order, where the queue is no more what a validation before saw."""
     model, logged = Model(), []
-    model.query.register_hook(lambda _: logged.append(model.log(grad)))
+    model.query.register_hook(lambda _: logged.append(model.do(act)))
     model.log()
     for _ in range(2):
         loss = model.loss(wrap(torch.tanh, model.query))
-        model.queue.enqueue(model.key)
+        model.enqueue()
         loss.backward()
     assert len(logged) == 2
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_without_a_checkpoint_the_queue_may_change_before_backward(backend: str) -> None:
-    assert_close(gradient(backend, directly, "before"), gradient(backend, directly, "after"), 1e-12)
