@@ -92,8 +92,7 @@ def info_nce(
             loss[b, i] = _log_one_plus_sum_exp(margins)  # loss_i = log(1 + sum_j exp(s_j - s+))
             q_rounded, k_rounded = to_operand(q), to_operand(to_row(k))
             margin[b, i] = np.where(left_out, -np.inf, operands @ q_rounded - q_rounded @ k_rounded)
-            tied = np.abs(margin[b, i]) <= tie
-            rank[b, i] = ((margin[b, i] > 0) & ~tied).sum() + tied.sum() // 2
+            rank[b, i] = _rank(margin[b, i], tie)
             if np.isnan(q_rounded @ k_rounded):
                 rank[b, i] = len(negatives)
             p = np.exp(margins - loss[b, i])  # exp(s_j) / (exp(s+) + sum exp(s_j)); their sum is 1 - p+
@@ -154,14 +153,14 @@ def _through_norm(grad: Array, x_hat: Array, inverse: Array) -> Array:
     return (grad - (grad * x_hat).sum(1, keepdims=True) * x_hat) * inverse
 
 
+def _rank(margin: Array, tie: float) -> Integers:
+    """Negatives above the positive; ties are in the second sum alone, so they count half."""
+    return ((margin > tie).sum(-1) + (margin >= -tie).sum(-1)) // 2
+
+
 def rank_bounds(result: LossResult, tolerance: float, tie: float = 2.0**-46) -> tuple[Integers, Integers]:
     """Lowest and highest rank that cosines off by `tolerance` can give."""
-
-    def rank(shift: float) -> Integers:
-        margin = result.margin + shift
-        return ((margin > tie).sum(2) + (margin >= -tie).sum(2)) // 2
-
-    return rank(-tolerance), rank(tolerance)
+    return _rank(result.margin - tolerance, tie), _rank(result.margin + tolerance, tie)
 
 
 # ---- matching ------------------------------------------------------------------------------------------------------

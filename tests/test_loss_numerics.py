@@ -122,7 +122,6 @@ def test_nan_in_a_left_out_row(backend: str, how: str, wanted: tuple[str, ...]) 
 
 # ---- low precision and autocast -------------------------------------------------------------------------------------
 
-
 MIXTURES = [(*dtypes, None) for dtypes in itertools.product([torch.float32, *LOW], repeat=3)]
 MIXTURES += [(dtype, dtype, dtype, cast) for dtype in (torch.float32, torch.float16) for cast in LOW]
 for narrow in (torch.float32, *LOW):  # any float64 makes the loss float64
@@ -167,23 +166,6 @@ def test_autocast_rounds_only_the_products_with_negatives(backend: str, autocast
         assert low <= error(loss, expected(wide.to(dtype)).loss) < high
 
 
-def test_backward_under_autocast(backend: str) -> None:
-    """backward() inside the autocast region gives what it gives outside."""
-    case = make_case(19).to(torch.float32)
-    grads = []
-    for inside in (True, False):
-        leaves = [x.clone().requires_grad_() for x in (case.query, case.key, case.negatives)]
-        with torch.autocast(helpers.DEVICES.get(backend, "cpu"), torch.bfloat16):
-            loss = helpers.info_nce(backend, *leaves, case.index)
-            if inside:
-                loss.backward()
-        if not inside:
-            loss.backward()
-        grads.append([x.grad for x in leaves])
-    for a, b in zip(*grads, strict=True):
-        assert_close(a, b, 1e-6 if backend in helpers.FUSED else 1e-2)
-
-
 @pytest.mark.parametrize("form", ["tiles", "tiles, oneDNN", "flash", "at once"])
 @pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5000, 4300)])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -208,36 +190,32 @@ def test_every_form(
             assert_close(getattr(seen, name), wish, tolerance + floor, name)
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "dtype", "options", "form", "product"),
-    [
-        ({"cpu_name": "Intel"}, torch.float32, {}, "flash", torch.float32),
-        ({"cpu_name": "Intel"}, torch.float32, {"rank": True}, "tiles", torch.float32),
-        ({"cpu_name": "Intel"}, torch.float32, {"grad": False}, "tiles", torch.float32),
-        ({"cpu_name": "Intel"}, torch.bfloat16, {}, "flash", torch.float32),
-        ({"cpu_name": "Intel"}, torch.float16, {}, "flash", torch.float32),
-        ({"cpu_name": "Intel"}, torch.float64, {}, "flash", torch.float64),
-        ({"cpu_name": "Intel", "avx512_bf16": True}, torch.bfloat16, {}, "tiles", torch.bfloat16),
-        ({"cpu_name": "Intel", "amx_bf16": True}, torch.bfloat16, {}, "flash", torch.bfloat16),
-        ({"cpu_name": "Intel", "amx_bf16": True}, torch.bfloat16, {"exclude": True}, "tiles", torch.bfloat16),
-        ({"cpu_name": "AMD EPYC", "avx512_f": True}, torch.float32, {}, "tiles, oneDNN", torch.float32),
-        ({"cpu_name": "AMD EPYC", "avx512_f": True}, torch.bfloat16, {"rank": True}, "tiles, oneDNN", torch.float32),
-        ({}, torch.float32, {}, "flash", torch.float32),
-    ],
-)
+INTEL = {"cpu_name": "Intel"}
+BF16, AMX, AMD = INTEL | {"avx512_bf16": True}, INTEL | {"amx_bf16": True}, {"cpu_name": "AMD EPYC", "avx512_f": True}
+FORMS: list[tuple[dict[str, Any], torch.dtype, str, str, torch.dtype]] = [
+    (INTEL, torch.float32, "", "flash", torch.float32),
+    (INTEL, torch.float32, "rank", "tiles", torch.float32),
+    (INTEL, torch.float32, "no gradient", "tiles", torch.float32),
+    (INTEL, torch.bfloat16, "", "flash", torch.float32),
+    (INTEL, torch.float16, "", "flash", torch.float32),
+    (INTEL, torch.float64, "", "flash", torch.float64),
+    (BF16, torch.bfloat16, "", "tiles", torch.bfloat16),
+    (AMX, torch.bfloat16, "", "flash", torch.bfloat16),
+    (AMX, torch.bfloat16, "exclude", "tiles", torch.bfloat16),
+    (AMD, torch.float32, "", "tiles, oneDNN", torch.float32),
+    (AMD, torch.bfloat16, "rank", "tiles, oneDNN", torch.float32),
+    ({}, torch.float32, "", "flash", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("processor", "dtype", "option", "form", "product"), FORMS)
 def test_choice_of_the_form(
-    monkeypatch: pytest.MonkeyPatch,
-    capabilities: dict[str, Any],
-    dtype: torch.dtype,
-    options: dict[str, bool],
-    form: str,
-    product: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch, processor: Any, dtype: torch.dtype, option: str, form: str, product: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     monkeypatch.setattr(blockwise, "processor", blockwise.processor.__wrapped__)
-    exclude = torch.zeros(3, dtype=torch.int64) if options.get("exclude") else None
+    exclude = torch.zeros(3, dtype=torch.int64) if option == "exclude" else None
     case, exact = make_case(0, negatives=4096).to(dtype), torch.promote_types(dtype, torch.float32)
     maps = case.query.flatten(2), case.key.flatten(2)
     problem = Problem(*maps, case.negatives, 5.0, None, case.index, exclude, None, True, exact, dtype)
-    chosen = blockwise._choose(problem, options.get("grad", True), options.get("rank", False))
-    assert chosen == (form, product)
+    assert blockwise._choose(problem, option != "no gradient", option == "rank") == (form, product)
