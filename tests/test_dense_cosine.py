@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import oracle
 import pytest
@@ -99,10 +97,3 @@ def test_gather_matches() -> None:
     upstream = torch.randn_like(found)
     found.backward(upstream)
     assert_close(key.grad, at_keys(upstream.numpy(), match.index), 1e-14, "shared keys add up")
-
-
-@pytest.mark.parametrize("function", [lambda q, k, c: dense_cosine(q, k, c), lambda q, k, c: gather_matches(k, c)])
-def test_several_matches_per_position_are_refused(function: Callable[..., Tensor]) -> None:
-    query, key, match, _ = inputs()
-    with pytest.raises(ValueError, match=r"correspondence: got shape \(3, 12, 2\), expected \(3, .*\)"):
-        function(query, key, match.index[:, :, None].expand(-1, -1, 2))

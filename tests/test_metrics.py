@@ -11,7 +11,7 @@ import torch
 from helpers import flat64
 from torch import Tensor
 
-from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss
+from densecl_ops import Correspondence, DenseCorrespondence
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
 
@@ -41,16 +41,6 @@ def test_means_of_valid_rows(shape: tuple[int, ...], share: float | None) -> Non
         score = (2 * torch.rand(shape) - 1).masked_fill(~valid, math.nan)  # what is not valid does not count
         assert_scalar(match_score(matches(score, valid)), mean(score, valid))
         assert match_score(matches(score, ~valid)).isnan() == (not valid.all())
-
-
-@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 3)], ids=["vectors", "map"])
-def test_accuracy_of_the_losss_own_ranks(shape: tuple[int, ...]) -> None:
-    query, key = torch.randn(2, *shape)
-    negatives = torch.nn.functional.normalize(torch.randn(9, 6), dim=1)
-    _, rank = DenseInfoNCELoss()(query, key, negatives, return_rank=True)
-    truth = oracle.info_nce(flat64(query), flat64(key), negatives.double().numpy())
-    for top_k in (1, 3):
-        assert_scalar(contrastive_accuracy(rank, top_k), (truth.rank < top_k).mean())
 
 
 @pytest.mark.parametrize(
