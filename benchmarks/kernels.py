@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from unittest import mock
 import torch
 
 from benchmarks import tune
+from benchmarks.measure import Row
 from benchmarks.records import RESULTS, table, write
 
 TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
@@ -56,23 +58,7 @@ class Case(NamedTuple):
     variant: str
 
 
-class Compiled(NamedTuple):
-    """What came out; `error` stands for everything else if it did not compile."""
-
-    case: Case
-    config: str = ""
-    registers: int = 0
-    spills: int = 0
-    shared: int = 0
-    instructions: int = 0
-    matrix: str = ""
-    copies: str = ""
-    serialised: bool = False
-    racing: bool = False
-    narrow: bool = False
-    error: str = ""
-
-
+KEPT = ("registers", "spills", "shared", "instructions")
 # Kernel, dtype, channels, variant: what `--record` keeps, to compare versions of Triton by.
 RECORDED = (
     ("attend_kernel", "bfloat16", 128, "no shift"),
@@ -109,7 +95,8 @@ class StandIn:
         return torch.device("cpu")
 
 
-def compile_case(case: Case) -> Compiled:
+def compile_case(case: Case) -> Row:
+    """What came out; `error` says why if nothing did."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -136,14 +123,14 @@ def compile_case(case: Case) -> Compiled:
             compiled, options = caught[0]
             assert options["enable_fp_fusion"], "where a launch does not say, Triton 3.9 warns and 3.10 does not fuse"
         except Exception as error:  # a report, not a crash: the table shows it
-            return Compiled(case, error=f"{type(error).__name__}: {str(error)[-300:]}")
+            return {"case": case._asdict(), "error": f"{type(error).__name__}: {str(error)[-300:]}"}
     blocks = "x".join(str(options[name]) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_D") if name in options)
     config = f"{blocks} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
-    return Compiled(case, config, **read(case.target, compiled))
+    return {"case": case._asdict(), "config": config, **read(case.target, compiled), "error": ""}
 
 
 def read(target: str, compiled: Any) -> dict[str, Any]:
-    """The other fields of Compiled.
+    """Registers, memory, instructions, and what is wrong with them.
 
     Kept in build/kernels by Triton's hash of source, arguments, options and compiler, and by this file.
     """
@@ -163,38 +150,6 @@ def reduces_narrowly(ttir: str) -> bool:
     """Whether a reduction takes 16-bit floats: tl.sum of a bfloat16 tile adds in bfloat16."""
     reductions = re.findall(r'"tt\.reduce".*?\}\) : \((.*?)\) ->', ttir, re.S)
     return any(re.search(r"x(bf16|f16)>", operands) for operands in reductions)
-
-
-def overwrites(ttgir: str) -> bool:
-    """Whether a loop copies a tile into a buffer that a wgmma in flight still reads.
-
-    A loop that copies n tiles ahead fills buffer (i + n) mod B in its step i, while products of step i and of the one
-    before may be in flight. The steps are played in the order of the text.
-    """
-    view_of = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
-    buffers = {x: int(n) for x, n in re.findall(r"(%\w+) = ttg\.local_alloc : .*?memdesc<(\d+)x\d+x\d+x", ttgir)}
-
-    def base(view: str) -> str:
-        return base(view_of[view]) if view in view_of else view
-
-    events = re.compile(
-        r"async_(?:copy_global_to_local %\w+,|tma_copy_global_to_local %\w+\[.*?\]) (?P<copy>%\w+)"
-        r"|warp_group_dot (?P<left>%\w+), (?P<right>%\w+)|warp_group_dot_wait .*?pendings = (?P<pending>\d+)"
-    )
-    copied = [base(event["copy"]) for event in events.finditer(ttgir) if event["copy"]]
-    for body in re.findall(r"scf\.for((?:(?!scf\.for).)*?)scf\.yield", ttgir, re.S):
-        in_flight: list[tuple[int, set[str]]] = []
-        for step in range(4):
-            for event in events.finditer(body):
-                if event["pending"] is not None:
-                    in_flight = in_flight[max(0, len(in_flight) - int(event["pending"])) :]
-                elif event["left"]:
-                    in_flight.append((step, {base(event["left"]), base(event["right"])}))
-                elif (to := base(event["copy"])) in buffers:
-                    ahead = copied.count(to) - 1
-                    if any(to in read and (step + ahead - at) % buffers[to] == 0 for at, read in in_flight):
-                        return True
-    return False
 
 
 def _read_nvidia(target: str, compiled: Any) -> dict[str, Any]:
@@ -218,7 +173,6 @@ def _read_nvidia(target: str, compiled: Any) -> dict[str, Any]:
         "matrix": found[0] if found else "none",
         "copies": "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly),
         "serialised": "C751" in report,
-        "racing": overwrites(compiled.asm["ttgir"]),
     }
 
 
@@ -226,9 +180,9 @@ def _read_amd(target: str, compiled: Any) -> dict[str, Any]:
     assembly = compiled.asm["amdgcn"]
     fields = {key: int(value) for key, value in re.findall(r"\.([sv]gpr\w*count):\s+(\d+)", assembly)}
     spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
-    matrix = "mfma" if "v_mfma" in assembly else "none"
     instructions = len(re.findall(r"^\t[a-z]+_\w+", assembly, re.M))
-    return {"registers": fields["vgpr_count"], "spills": spills, "instructions": instructions, "matrix": matrix}
+    found = {"registers": fields["vgpr_count"], "spills": spills, "instructions": instructions}
+    return found | {"matrix": "mfma" if "v_mfma" in assembly else "none", "copies": "", "serialised": False}
 
 
 def _problem(case: Case) -> Any:
@@ -306,37 +260,40 @@ LAUNCHES: dict[str, Callable[[Case], None]] = {
 }
 
 
+BOTH, BFLOAT16 = ("bfloat16", "float32"), ("bfloat16",)
+LAYOUTS = ("", "tokens", "learned", "unaligned", "vectors", "size 1")
+# Every row of the configuration tables, and the variants of the kernels that change their loops.
+CASES: tuple[tuple[str, tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] = (
+    ("attend_kernel", BOTH, (64, 128, 256, 512), ("no shift", "running max, rank, exclude")),
+    ("grad_negatives_kernel", BOTH, (64, 128, 256, 512), ("exclude",)),
+    (
+        "attend_kernel",
+        BFLOAT16,
+        (128,),
+        ("forward only", "running max", "rank", "unaligned", "vectors, exclude", "size 1"),
+    ),
+    ("attend_kernel", BFLOAT16, (128, 512), ("autocast", "columns", "slice")),  # a copy as good as a queue of its own
+    ("attend_kernel", ("float16",), (128,), ("running max",)),
+    ("attend_kernel", BFLOAT16, (100,), ("no shift",)),
+    ("prepare_kernel", BFLOAT16, (128,), LAYOUTS),
+    ("combine_kernel", BFLOAT16, (128,), tuple(f"running max, rank, {variant}" for variant in LAYOUTS)),
+    ("combine_kernel", ("float32",), (512,), ("running max, rank",)),
+    ("grad_key_kernel", BFLOAT16, (128, 512), ("",)),
+    ("match_kernel", BOTH, (2048,), ("7x7 mutual", "7x7 mutual channels_last", "8x8 mutual", "14x14")),
+    ("match_kernel", BOTH, (2048,), ("56x56", "56x56 channels_last")),
+    ("inverse_norm_kernel", BFLOAT16, (256,), ("56x56",)),
+)
+FORMS = ("no shift", "forward only", "running max", "rank", "vectors, exclude", "running max, rank, exclude")
+
+
 def cases(targets: list[str]) -> Iterator[Case]:
-    """Every row of the configuration tables, and the variants of the kernels that change their loops."""
     for target in targets:
-        for dtype in ("bfloat16", "float32"):
-            for channels in (64, 128, 256, 512):
-                yield Case(target, "attend_kernel", dtype, channels, "no shift")
-                yield Case(target, "attend_kernel", dtype, channels, "running max, rank, exclude")
-                yield Case(target, "grad_negatives_kernel", dtype, channels, "exclude")
-        for variant in ("forward only", "running max", "rank", "unaligned", "vectors, exclude", "size 1"):
-            yield Case(target, "attend_kernel", "bfloat16", 128, variant)
-        for variant in ("autocast", "columns", "slice"):  # a copy that is as good as a queue of its own
-            for channels in (128, 512):
-                yield Case(target, "attend_kernel", "bfloat16", channels, variant)
-        for form in TUNED if target in ("sm_90", "sm_100", "sm_103") else ():
-            for variant in ("no shift", "forward only", "running max", "rank", "vectors, exclude"):
+        for kernel, dtypes, widths, variants in CASES:
+            for dtype, channels, variant in itertools.product(dtypes, widths, variants):
+                yield Case(target, kernel, dtype, channels, variant)
+        if target in ("sm_90", "sm_100", "sm_103"):
+            for form, variant in itertools.product(TUNED, FORMS):
                 yield Case(target, "attend_kernel", "bfloat16", 128, f"{form}, {variant}")
-            yield Case(target, "attend_kernel", "bfloat16", 128, f"{form}, running max, rank, exclude")
-        yield Case(target, "attend_kernel", "float16", 128, "running max")
-        yield Case(target, "attend_kernel", "bfloat16", 100, "no shift")
-        for variant in ("", "tokens", "learned", "unaligned", "vectors", "size 1"):
-            yield Case(target, "prepare_kernel", "bfloat16", 128, variant)
-            yield Case(target, "combine_kernel", "bfloat16", 128, f"running max, rank, {variant}")
-        yield Case(target, "combine_kernel", "float32", 512, "running max, rank")
-        for channels in (128, 512):
-            yield Case(target, "grad_key_kernel", "bfloat16", channels, "")
-        for dtype in ("bfloat16", "float32"):
-            for variant in ("7x7 mutual", "7x7 mutual channels_last", "8x8 mutual", "14x14"):
-                yield Case(target, "match_kernel", dtype, 2048, variant)
-            for variant in ("56x56", "56x56 channels_last"):
-                yield Case(target, "match_kernel", dtype, 2048, variant)
-        yield Case(target, "inverse_norm_kernel", "bfloat16", 256, "56x56")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -349,17 +306,17 @@ def main(arguments: argparse.Namespace) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         wanted = [case for case in cases(arguments.target) if case[1:] in RECORDED or not arguments.record]
         rows = list(pool.map(compile_case, wanted))
-    heads = (*Case._fields, "tiles", "registers", "spills", "shared", "instructions", "matrix", "copies", "")
+    heads = (*Case._fields, "config", *KEPT, "matrix", "copies", "")
     lines = []
     for row in rows:
-        marks = " SERIALISED" * row.serialised + " RACE" * row.racing + " NARROW" * row.narrow
-        lines.append([str(x) for x in (*row.case, *row[1:8], row.error or marks.strip())])
+        marks = row["error"] or "SERIALISED " * row["serialised"] + "NARROW" * row["narrow"]
+        found = [str(row.get(name, "")) for name in heads[len(Case._fields) : -1]]
+        lines.append([*map(str, row["case"].values()), *found, marks.strip()])
     print(table(heads, lines))
     if arguments.json:
-        write(arguments.json, [{**row._asdict(), "case": row.case._asdict()} for row in rows])
+        write(arguments.json, rows)
     if arguments.record:
         import triton
 
-        kept = ("registers", "spills", "shared", "instructions")
-        record = [{**row.case._asdict(), **{name: getattr(row, name) for name in kept}} for row in rows]
+        record = [row["case"] | {name: row[name] for name in KEPT} for row in rows]
         write(RESULTS / "kernels" / f"triton_{triton.__version__}.json", record)
