@@ -8,19 +8,19 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from pages import DOCS, EXAMPLES, blocks
-from test_step import STATM, resident
 from torch import nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
 from torch.utils.checkpoint import checkpoint
@@ -28,9 +28,7 @@ from torch.utils.checkpoint import checkpoint
 for module in ("kornia", "matplotlib", "PIL", "skimage", "tqdm"):
     pytest.importorskip(module)
 
-sys.path.insert(0, str(EXAMPLES))
-
-import pretrain  # noqa: E402
+from distributed_pretrain import pretrain, small_pair  # noqa: E402
 from PIL import Image  # noqa: E402
 from pretraining import (  # noqa: E402
     augment,
@@ -69,6 +67,13 @@ def assert_same(actual: dict, expected: dict, atol: float = 0.0) -> None:
             torch.testing.assert_close(actual[key], value, rtol=0, atol=atol, msg=key)
         else:
             assert actual[key] == value, key
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_pair() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "load_pair", small_pair)
+        yield
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -110,11 +115,10 @@ def test_a_folder_of_images(folder: Path, tmp_path: Path, capfd: pytest.CaptureF
     result = json.loads(result_file.read_text())
     assert list(result["rows"]) == ["random weights", "image term alone", "image and dense"]
     assert (result["settings"]["images"], result["skipped"]) == ("folder, 10", 3)
-    assert str(tmp_path) not in result_file.read_text()
     for name, row in result["rows"].items():
         assert 0 < row["close"] < 1
-        line = next(line for line in printed.splitlines() if line.startswith(name))
-        assert float(line.removeprefix(name).split()[0]) == pytest.approx(row["close"], abs=1e-3)
+        (close,) = re.findall(rf"^{name} +(\S+)", printed, re.MULTILINE)
+        assert float(close) == pytest.approx(row["close"], abs=1e-3)
     assert Image.open(out / "matches.png").width > 800
     written = printed.split("written:\n  ")[1].split()
     assert sorted(written) == sorted(map(str, [*out.iterdir(), result_file]))
@@ -128,7 +132,6 @@ def test_a_folder_of_images(folder: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert events.Tags()["images"] == ["matches"]
     for column, name in enumerate(("loss/image", "loss/dense", "dense/top-1")):
         assert events.Scalars(name)[-1].value == pytest.approx(float(both["history"][-1, column]), rel=1e-5)
-    assert {"dense/match score", "dense/mutual share", "learning rate"} <= set(events.Tags()["scalars"])
 
 
 @pytest.mark.parametrize(
@@ -184,10 +187,14 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert os.environ.items() >= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items()
 
 
-def test_help_needs_no_scikit_image() -> None:
-    program = "import sys; sys.modules['skimage'] = None; import pretrain; pretrain.main(['--help'])"
-    environment = os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parents[1]}"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.DEVNULL)
+def test_help_needs_no_scikit_image(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.startswith("pretraining")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(EXAMPLES / "pretrain.py"), run_name="__main__")
+    assert "--images DIR" in capsys.readouterr().out
 
 
 def test_names_of_timm_with_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +207,7 @@ def test_names_of_timm_with_a_tag(monkeypatch: pytest.MonkeyPatch) -> None:
 
     timm = types.ModuleType("timm")
     timm.__spec__ = importlib.machinery.ModuleSpec("timm", None)
-    timm.is_model, timm.create_model = lambda name: True, create_model
+    timm.is_model, timm.create_model = bool, create_model
     monkeypatch.setitem(sys.modules, "timm", timm)
     assert backbones._of_timm("resnet50") == "random"
     with pytest.raises(SystemExit, match=r"the weights of resnet50.a1_in1k cannot be had \(no network\)"):
@@ -217,25 +224,20 @@ def test_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "backbone.pth").exists()
 
 
-def test_checkpoints_survive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A full disk spoils none, and the one before serves where the last is cut short."""
+def test_checkpoints_survive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk spoils none, the one before serves where the last is cut short, and no other run writes over them."""
     model, path = nn.Linear(300, 300), tmp_path / CHECKPOINT
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for step in (1, 2, 3):
         checkpoints.save(path, model, optimizer, step=step, settings={})
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["image-and-dense.previous.pt", CHECKPOINT]
 
-    def full(state: object, file: Path) -> None:
+    def full(file: Path) -> None:
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as context:
-        context.setattr(torch, "save", full)
-        with pytest.raises(SystemExit, match=r"No space left.*image-and-dense.pt is as it was"):
-            checkpoints.save(path, model, optimizer, step=4, settings={})
-    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(SystemExit, match=r"No space left.*image-and-dense.pt is as it was"):
+        checkpoints.write_whole(path, full)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["image-and-dense.previous.pt", CHECKPOINT]
     assert checkpoints.resume(path, model, optimizer, {})["step"] == 3
     whole = path.read_bytes()
     half = len(whole) // 2
@@ -257,34 +259,19 @@ def test_checkpoints_survive(
 def test_what_a_resumed_run_may_change(
     folder: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    seen, out, before = tmp_path / "images", tmp_path / "out", load(finished)
-    shutil.copytree(folder, seen)
+    seen, out, before = shutil.copytree(folder, tmp_path / "images"), tmp_path / "out", load(finished)
     shutil.copytree(finished, out)
     Image.fromarray(noise(60, 60)).save(seen / "new.png")
     arguments = ["--resume", "--workers", "0", "--accumulate", "2", "--images", seen, "--steps"]
     state = train(out, *arguments, "6")
-    printed, told = capfd.readouterr()
-    assert "image-and-dense.previous.pt" in printed.split("written:")[1]
+    told = capfd.readouterr().err
     for line in ("accumulate 1, now 2", "images folder, 10, now folder, 11", "steps 4, now 6: the learning rate"):
         assert f"resumed at step 4 with {line}" in told
-    assert state["step"] == 6
     torch.testing.assert_close(state["history"][:4], before["history"], rtol=0, atol=0)
     assert bool((state["history"][4:, :2] > 0).all())
     for refused, why in (("5", "is of step 6, after the last one"), ("7 --seed 1", "was made with seed 0, not 1")):
         with pytest.raises(SystemExit, match=why):
             train(out, *arguments, *refused.split())
-
-
-def test_picture_on_a_full_disk(folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        arguments[-1].write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    out = shutil.copytree(finished, tmp_path / "out")
-    monkeypatch.setattr(pretrain, "draw", full)
-    with pytest.raises(SystemExit, match=r"matches.png could not be written .*No space left.*matches.png is as it was"):
-        train(out, "--resume", "--images", folder, "--workers", "0")
-    assert (out / "matches.png").read_bytes() == (finished / "matches.png").read_bytes()
 
 
 def test_weights_in_and_out(finished: Path) -> None:
@@ -346,8 +333,7 @@ def test_iterable_dataset(tmp_path: Path) -> None:
                 yield noise(40, 70), n
 
     state = train(tmp_path, "--queue-init", "empty", "--matching", "mutual", dataset=Numbers())
-    assert [state["settings"][name] for name in ("images", "queue_init")] == ["dataset", "empty"]
-    assert state["places"] == {0: (1, 0, 7)}
+    assert (state["settings"]["images"], state["places"]) == ("dataset", {0: (1, 0, 7)})
     assert state["history"][0].tolist() == [0, 0, 1]
     assert int(state["model"]["dense_queue.count"]) == 4 * 4  # steps, batch
     tensor = torch.from_numpy(noise(3, 40, 60))
@@ -379,26 +365,12 @@ def test_collapse(capsys: pytest.CaptureFixture[str]) -> None:
     cases = ((1, 0.5, True), (0.995, 0.5 * 1.05, True), (1, 0.05, False), (0.9, 0.5, False))
     for loss, rank, collapsed in cases:  # as shares of log(65) and of 64
         assert progress.has_collapsed(loss * math.log(65), rank * 64, 64) == collapsed
-    model = tiny_model()
-    for encoder in (model.encoder_q, model.encoder_k):
-        for parameter in encoder.head.parameters():
-            nn.init.zeros_(parameter) if parameter.ndim > 1 else nn.init.ones_(parameter)
-    views, boxes = torch.randn(2, 4, 3, 32, 32), torch.rand(2, 4, 4)
-    for _ in range(17):
-        output = model(*views, *boxes)
-        model.update([output])
-    bar, measured = progress.Progress(9, 0, 4, {}, True, None), torch.stack(output[:3]).detach()
-    for training in (False, True, True):
-        before = capsys.readouterr().err.count("are (almost) all equal")
+    views = torch.randn(2, 4, 3, 32, 32)
+    output = tiny_model()(*views, *torch.rand(2, 4, 4))._replace(rank=torch.tensor(32.0), negatives=torch.tensor(64))
+    bar, measured = progress.Progress(9, 0, 4, {}, True, None), torch.tensor([1.0, math.log(65), 0.0])
+    for training, told in ((False, 0), (True, 1), (True, 0)):
         bar.step(0, measured, 0.1, training, output, views)
-    assert (before, capsys.readouterr().err.count("are (almost) all equal")) == (1, 0)
-
-
-def test_accumulated_run(folder: Path, finished: Path, tmp_path: Path) -> None:
-    """In two parts to rounding, which may flip a match of two equal candidates."""
-    seen, whole = train(tmp_path, "--images", folder, "--accumulate", "2"), load(finished)
-    assert_same(seen["model"], whole["model"], atol=3e-4)
-    torch.testing.assert_close(seen["history"], whole["history"], rtol=0, atol=5e-3)
+        assert capsys.readouterr().err.count("are (almost) all equal") == told
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM to catch")
@@ -459,17 +431,14 @@ TURNED[0x0112] = 6  # by 90 degrees
         ("turned.png", RGB, np.rot90(RGB).astype(np.uint8), {"exif": TURNED}, None),
         ("16 of 16.png", GREY, GREY.astype(np.uint16) * 257, {}, None),
         ("12 of 16.png", GREY, GREY.astype(np.uint16) * 16, {}, "up to 4095"),
-        ("10 of 16.tif", GREY, GREY.astype(np.uint16) * 4, {}, "up to 1023"),
         ("8 of 32.tif", GREY, GREY.astype(np.int32), {}, "up to 255"),
         ("32 of 32.tif", GREY, GREY.astype(np.uint32) * 0x01010101, {}, "up to 4294967295"),
         ("white is 0.tif", GREY, 4095 - GREY.astype(np.uint16) * 16, {"photometric": "miniswhite"}, "up to 4095"),
         ("signed 16.tif", GREY, GREY.astype(np.int16) * 10 - 1000, {}, "from -1000 to 1550"),
-        ("signed 8.tif", GREY, (GREY - 128).astype(np.int8), {}, "from -128 to 127"),
         ("stated.tif", GREY, GREY.astype(np.uint16) * 2, WHITE, None),
         ("12 of 16.pgm", GREY, GREY.astype(np.uint16) * 16, {}, None),
         ("colours, 12 of 16.tif", RGB, RGB.astype(np.uint16) * 16, {}, "up to 4095"),
         ("four bands, 12 of 16.tif", RGB, RGBA.astype(np.uint16) * 16, {}, "up to 4095"),
-        ("four bands, 16 of 16.tif", RGB, RGBA.astype(np.uint16) * 257, {}, None),
         ("colours, packed.tif", RGB, RGB.astype(np.uint16) * 16, {"compression": "zlib"}, "up to 4095"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -530,8 +499,7 @@ def test_boxes_say_where_the_views_come_from(window: int) -> None:
 
 
 def test_every_image_once_per_epoch_on_any_number_of_processes() -> None:
-    def order(**options: int) -> list[list[tuple[int, int]]]:
-        start = options.pop("start", 0)
+    def order(start: int = 0, **options: int) -> list[list[tuple[int, int]]]:
         return list(images.Order(7, seed=1, batch=6, steps=range(start, 7), **options))
 
     whole = order()
@@ -540,38 +508,14 @@ def test_every_image_once_per_epoch_on_any_number_of_processes() -> None:
     epochs = [indices[start : start + 7] for start in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(epochs)) == 6
-    assert order(start=3) == whole[3:]
+    assert order(3) == whole[3:]
     shares = [order(parts=3, rank=rank, processes=2) for rank in (0, 1)]
     for step, batch in enumerate(whole):
         assert [s for part in range(3) for share in shares for s in share[3 * step + part]] == batch
 
 
-@pytest.mark.skipif(not STATM.exists(), reason="reads /proc")
-@pytest.mark.parametrize("kind", ["folder", "shard"])
-def test_memory_does_not_grow_with_the_images(tmp_path: Path, kind: str) -> None:
-    """500 files, which decoded would take 135 MB."""
-    path, image = tmp_path / kind, tmp_path / "image.jpg"
-    Image.fromarray(noise(300, 300, 3)).save(image)
-    if kind == "folder":
-        path.mkdir()
-        for number in range(500):
-            (path / f"{number}.jpg").hardlink_to(image)
-        samples = images.Samples(images.Folder(path), 0, 32, 0)
-    else:
-        with tarfile.open(path, "w") as tar:
-            for number in range(500):
-                tar.add(image, f"{number}.jpg")
-        samples = streams.Stream(streams.Shards([path]), 0, 32, 0, 0, 0, 1)
-    with images.stream(samples, images.Order(500, 0, 50, range(10)), 0, False) as batches:
-        next(batches)
-        before = resident()
-        for _ in range(9):
-            next(batches)
-        assert resident() - before < 40 * 2**20
-
-
 def test_augmentation() -> None:
-    """Jitter without hue, as written down in torchvision's documentation, on the image that is to have it alone."""
+    """Jitter without hue, as torchvision's documentation has it, on the image that is to have it alone."""
     pixels = torch.from_numpy(noise(2, 3, 16, 16))
     uniform = torch.tensor([[0.1, 0.7, 0.3, 0.5, 0.0, 0.9, 0.5, 0.9], [0.5] * 4 + [0.9] * 4])
     seen = augment.denormalize(augment.augment(pixels, uniform))
@@ -581,10 +525,6 @@ def test_augmentation() -> None:
     x = (0.84 * x + (1 - 0.84) * (weights * x).sum(0)).clamp(0, 1)
     torch.testing.assert_close(seen[0].double(), x, rtol=0, atol=2e-3)
     torch.testing.assert_close(seen[1], pixels[1].float() / 255, rtol=0, atol=1e-6)
-    grey = augment.denormalize(augment.augment(pixels[:1], torch.tensor([[0.5] * 4 + [0.9, 0.1, 0.5, 0.9]])))
-    torch.testing.assert_close(grey, grey[:, :1].expand_as(grey), rtol=0, atol=1e-6)
-    normal = augment.normalize(torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) + 0.1).flatten()
-    torch.testing.assert_close(normal, 0.1 / torch.tensor([0.229, 0.224, 0.225]))
 
 
 def test_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -608,11 +548,11 @@ def tiny_model(**options: object) -> pretrain.DenseCL:
 
 def test_nothing_changes_before_the_step_ends() -> None:
     """So that a forward pass repeated by activation checkpointing, after or in backward, gives the same gradients."""
-    model, views, boxes = tiny_model(momentum=0.9), torch.randn(2, 4, 3, 32, 32), torch.rand(2, 4, 4)
+    model, inputs = tiny_model(momentum=0.9), (*torch.randn(2, 4, 3, 32, 32), *torch.rand(2, 4, 4))
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     gradients = []
-    for output in (model(*views, *boxes), checkpoint(model, *views, *boxes, use_reentrant=False)):
+    for output in (model(*inputs), checkpoint(model, *inputs, use_reentrant=False)):
         loss = output.image_loss + output.dense_loss
         gradients.append(torch.autograd.grad(loss, list(model.encoder_q.parameters())))
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
@@ -621,13 +561,8 @@ def test_nothing_changes_before_the_step_ends() -> None:
     with torch.no_grad():
         for parameter in model.encoder_q.parameters():
             parameter.add_(1)
-    outputs = [
-        model(*views, *boxes)._replace(image_key=torch.eye(128)[i:][:3], dense_key=torch.eye(128)[i + 9 :][:3])
-        for i in (0, 3)
-    ]
-    model.update(outputs)
-    after = model.state_dict()
-    key = "head.image_mlp.0.weight"
+    model.update([output._replace(image_key=torch.eye(128)[:6], dense_key=torch.eye(128)[9:15])])
+    after, key = model.state_dict(), "head.image_mlp.0.weight"
     torch.testing.assert_close(after[f"encoder_k.{key}"], before[f"encoder_k.{key}"] + 0.1)
     for queue, first in (("image_queue", 0), ("dense_queue", 9)):
         rows = torch.cat([torch.eye(128)[first : first + 6], before[f"{queue}.rows"][6:]])
@@ -643,24 +578,10 @@ def test_matching_by_place() -> None:
     assert torch.equal(index[1], index[0].flip(1))
 
 
-def test_options_of_the_paper() -> None:
-    """The documented commands are understood, and are MoCo-v2's."""
-    page = (DOCS / "pretraining.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^torchrun .* docs/examples/pretrain.py (.*)", page, re.MULTILINE)
-    assert len(commands) == 2
-    for command in commands:
-        args = options.parse(re.sub(r"--images \S+", f"--images {EXAMPLES}", command).split())
-        assert (args.view, args.window, args.batch_size, args.queue_size) == (224, 0, 256, 65536)
-        assert (args.momentum, args.lambda_, args.lambda_warmup) == (0.999, 0.5, 1000)
-
-
 def test_schedules() -> None:
     assert [pretrain.lambda_at(step, 0.5, 3) for step in range(5)] == [0, 0, 0, 0.5, 0.5]
-    assert pretrain.lambda_at(0, 0.5, 0) == 0.5
     rates = [pretrain.learning_rate_at(step, 2.0, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.4)
-    assert max(rates) == rates[4]
-    assert rates[50] == pytest.approx(1.0)
+    assert [rates[0], max(rates), rates[50]] == pytest.approx([0.4, rates[4], 1.0])
     assert 0 < rates[99] < 0.001
     for arguments, steps, warmup in (("--epochs 0.5", 2, 0), ("--epochs 4", 10, 2), ("--lambda-warmup 7", 250, 7)):
         args = options.parse(["--batch-size", "4", *arguments.split()])
@@ -668,38 +589,17 @@ def test_schedules() -> None:
         assert (args.steps, args.lambda_warmup) == (steps, warmup)
 
 
-def test_true_columns() -> None:
-    """left[y, x] is right[y, x - disparity], inf is unknown; in float64 at the cells' centres."""
-    rng = np.random.default_rng(0)
-    disparity = rng.uniform(0, 30, (48, 72)).astype(np.float32)
-    disparity[rng.random(disparity.shape) < 0.2] = np.inf
-    disparity[4, 4], disparity[4, 12] = 4.0, 12.5  # just inside the right image, and just outside
-    pixel = np.arange(4, 72, 8) - disparity[4::8, 4::8].astype(np.float64)
-    expected = np.where(pixel >= 0, (pixel - 4) / 8, np.nan)
-    actual = stereo.true_columns(torch.from_numpy(disparity), 8).numpy()
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
-    assert 0 < np.isnan(expected).sum() < expected.size / 2
-    assert np.isnan(expected[0, :2]).tolist() == [False, True]
-
-
 def test_evaluation_of_a_perfect_backbone() -> None:
     """Raw 8 x 8 patches of noise find an exact shift; against the opposite shift they are all two cells off."""
     image = torch.rand(1, 3, 48, 80)
     shifted = torch.cat([image[..., 8:], torch.rand(1, 3, 48, 8)], 3)  # left[x] is right[x - 8]
-    backbone = nn.PixelUnshuffle(8)
-
-    def measure(disparity: float) -> stereo.Matches:
+    for disparity, median in ((8.0, 0), (-8.0, 2)):
         known = torch.full((48, 80), disparity)
         known[:, 40:48] = torch.inf
-        return stereo.evaluate(backbone, stereo.Pair(image, shifted, known, 8))
-
-    matches = measure(8.0)
-    assert matches.close == 1
-    assert matches.median == 0
-    assert int(matches.error.isnan().sum()) == 6 + 6  # the first column's match lies outside, the sixth is unknown
-    wrong = measure(-8.0)
-    assert wrong.median == 2
-    assert wrong.close < 0.05  # the first column, which has no match in the right image, may land anywhere
+        matches = stereo.evaluate(nn.PixelUnshuffle(8), stereo.Pair(image, shifted, known, 8))
+        assert matches.median == median
+        assert matches.close == 1 if median == 0 else matches.close < 0.05  # one column may land anywhere
+        assert int(matches.error.isnan().sum()) == 6 + 6  # a match outside at one border, and the sixth is unknown
 
 
 def test_the_stereo_pair_is_not_trained_on() -> None:
