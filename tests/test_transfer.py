@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,25 +73,22 @@ def test_score_is_that_of_every_pixel() -> None:
 def test_retrieval_and_propagation_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "NEIGHBOURS", 3)
     train, asked = cells(3, torch.Generator().manual_seed(0)), cells(2, torch.Generator().manual_seed(1))
-    memory = tasks.remember(train)
-    rows = tasks.rows_of(asked)
-    labels = tasks.retrieve(memory, rows)
-    for row, label in zip(rows.double(), labels.tolist(), strict=True):
+    memory, rows = tasks.remember(train), tasks.rows_of(asked)
+    for row, label in zip(rows.double(), tasks.retrieve(memory, rows).tolist(), strict=True):
         cosine = F.cosine_similarity(row[None], memory.rows.double())
         votes = [0.0] * 11
         for j in cosine.argsort(descending=True)[:3].tolist():
             votes[int(memory.labels[j])] += float((cosine[j] / tasks.KNN_TEMPERATURE).exp())
         assert label == int(np.argmax(votes))
 
+    labels, truth = asked.counts[0].argmax(-1), asked.counts[1:, ::2, ::2]
     predicted = torch.zeros(1, 2, 3, dtype=torch.int64)
-    for y in range(2):
-        for x in range(3):
-            query = asked.features[1, :, 2 * y, 2 * x].double()
-            cosine = F.cosine_similarity(query[:, None], asked.features[0].flatten(1).double(), 0)
-            predicted[0, y, x] = asked.counts[0].flatten(0, 1)[cosine.argmax()].argmax()
-    assert tasks.propagate(asked) == tasks.score(predicted, asked.counts[1:, ::2, ::2])
-    unmoved = tasks.score(asked.counts[:1, ::2, ::2].argmax(-1), asked.counts[1:, ::2, ::2])
-    assert tasks.propagate(asked, moved=False) == unmoved
+    for y, x in itertools.product(range(2), range(3)):
+        query = asked.features[1, :, 2 * y, 2 * x].double()
+        cosine = F.cosine_similarity(query[:, None], asked.features[0].flatten(1).double(), 0)
+        predicted[0, y, x] = labels.flatten()[cosine.argmax()]
+    assert tasks.propagate(asked) == tasks.score(predicted, truth)
+    assert tasks.propagate(asked, moved=False) == tasks.score(labels[None, ::2, ::2], truth)
 
 
 def test_probe_stops_at_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,17 +145,6 @@ def test_grey_and_blur() -> None:
     torch.testing.assert_close(views._blur(images, sigma, 2), blurred, atol=1e-6, rtol=0)
 
 
-def test_windows_are_parts_of_the_photographs() -> None:
-    pool = photographs()
-    windows = pool.windows(torch.tensor([[0.1, 0.0, 0.999], [0.4, 0.999, 0.0], [0.999, 0.5, 0.5]]), 40)
-    first, second, third = pool.images
-    assert torch.equal(windows[0], first[:, :, 30:])
-    assert torch.equal(windows[1], second[:, 15:, :40])
-    assert torch.equal(windows[2], third[:, 12:52, 12:52])
-    with pytest.raises(ValueError, match="window: got 41, expected at most 40"):
-        pool.windows(torch.zeros(1, 3), 41)
-
-
 def test_consecutive_frames() -> None:
     names = ["A_000030", "A_000060", "A_000120", "A_000150", "B_f00150", "B_f00152"]
     assert data.consecutive(names) == [(0, 1), (2, 3), (4, 5)]
@@ -176,55 +164,47 @@ def test_arms_of_a_seed_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("arm", ["byol_dense", "byol_contrast"])
 def test_byol_terms(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step's terms, from the model's own projections, in float64."""
+    """The first step's terms, from the model's own maps and projections, in float64."""
     monkeypatch.setattr(encoder, "processor", lambda: SimpleNamespace(bfloat16=False))
     model = pretraining.Byol(replace(SMALL, arm=arm)).train()
-    query, key = views.draw(photographs(), 4, 40, 32, torch.Generator().manual_seed(0))
+    pair = views.draw(photographs(), 4, 40, 32, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        image_loss, dense_loss = model(query, key, 0.99)
-        map_q, map_k = model.backbone_q(standardised(query)), model.backbone_k(standardised(key))
-        projected_q, projected_k = model.head_q(map_q), model.head_k(map_k)
-        prediction = model.predictors[0](projected_q.image[..., None, None]).flatten(1).double()
-        dense = F.normalize(model.predictors[1](projected_q.dense).flatten(2).double(), dim=1)
-    expected = 2 - 2 * F.cosine_similarity(prediction, projected_k.image.double())
+        image_loss, dense_loss = model(*pair, 0.99)
+        maps = [
+            net(x.images.sub(0.45) / 0.226) for net, x in zip((model.backbone_q, model.backbone_k), pair, strict=True)
+        ]
+        query, key = model.head_q(maps[0]), model.head_k(maps[1])
+        image = model.predictors[0](query.image[..., None, None]).flatten(1)
+        dense = model.predictors[1](query.dense).flatten(2)
+    expected = 2 - 2 * F.cosine_similarity(image.double(), key.image.double())
     assert image_loss.item() == pytest.approx(expected.mean().item(), abs=1e-4)
-    cosine = F.normalize(map_q.flatten(2).double(), dim=1).mT @ F.normalize(map_k.flatten(2).double(), dim=1)
-    matched = projected_k.dense.flatten(2).double().gather(2, cosine.argmax(2)[:, None].expand_as(dense))
-    positive = (dense * F.normalize(matched, dim=1)).sum(1)
+    cosine = torch.einsum("bcp,bck->bpk", *(F.normalize(x.flatten(2).double(), dim=1) for x in maps))
+    matched = key.dense.flatten(2).gather(2, cosine.argmax(2)[:, None].expand_as(dense))
     if arm == "byol_dense":
-        assert dense_loss.item() == pytest.approx((2 - 2 * positive).mean().item(), abs=1e-4)
-        return
-    pooled = F.normalize(projected_k.pooled.double(), dim=1)
-    negative = torch.einsum("bdp,nd->bpn", dense, pooled)
-    negative[torch.arange(4), :, torch.arange(4)] = -torch.inf
-    logits = torch.cat([positive[..., None], negative], 2) / SMALL.temperature
-    assert dense_loss.item() == pytest.approx(-logits.log_softmax(2)[..., 0].mean().item(), abs=1e-4)
-
-
-def standardised(view: views.Views) -> torch.Tensor:
-    return (view.images - 0.45) / 0.226
+        wanted = (2 - 2 * F.cosine_similarity(dense.double(), matched.double())).mean().item()
+    else:
+        arrays = [x.double().numpy() for x in (dense, matched, F.normalize(key.pooled.double(), dim=1))]
+        wanted = oracle.info_nce(*arrays, temperature=SMALL.temperature, exclude=np.arange(4)).loss.mean()
+    assert dense_loss.item() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_suite_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A search, which never sees the test split, then the runs that are reported, at the rate that it found best."""
     pytest.importorskip("skimage")
-    command = f"transfer --camvid {folder}/camvid --photographs {folder}/photographs --out {tmp_path} --device cpu"
-    command += " --batch 2 --queue 8 --view 32 --window 40"
+    data = f"--camvid {folder}/camvid --photographs {folder}/photographs --out {tmp_path} --device cpu"
+    command = f"transfer {data} --batch 2 --queue 8 --view 32 --window 40 --arms random place"
     with pytest.raises(SystemExit, match="no search of place"):
-        main(f"{command} --arms place".split())
-    search = f"{command} --part search --arms random place --seeds 9 --rates 0.01 0.1 --steps 1".split()
+        main(command.split())
+    search = f"{command} --part search --seeds 9 --rates 0.01 0.1 --steps 1".split()
+    runs = f"{command} --seeds 3 --steps 2 --dense-from 0".split()
     main(search)
-    searched = records.load(tmp_path / "search")
+    main(runs)
+    searched, found = records.load(tmp_path / "search"), page.by_arm(records.load(tmp_path))
     assert [record["setting"]["rate"] for record in searched] == [0.01, 0.1]
     assert not any(key.startswith("test") for record in searched for key in record)
-    runs = f"{command} --arms random place --seeds 3 --steps 2 --dense-from 0".split()
-    main(runs)
-    found = {record["setting"]["arm"]: record["setting"] for record in records.load(tmp_path)}
-    assert {arm: one["rate"] for arm, one in found.items()} == {
-        "place": records.chosen_rate(searched, "place"),
-        "random": 0,
-    }
-    assert found["place"].items() >= {"seed": 3, "steps": 2, "batch": 2, "dense_from": 0.0, "momentum": 0.99}.items()
+    assert found["random"][3]["setting"]["rate"] == 0
+    wanted = replace(SMALL, arm="place", seed=3, rate=records.chosen_rate(searched, "place"), steps=2, batch=2, queue=8)
+    assert found["place"][3]["setting"] == asdict(replace(wanted, dense_from=0.0))
     capsys.readouterr()
     main(search)
     main(runs)
