@@ -2,9 +2,8 @@
 
 torch recomputes in two ways. The non-reentrant one keeps the autograd nodes of the first computation and hands them
 what the second one saves: a node keeps the version of the negatives and saves it, and backward() compares the two. The
-reentrant one is an autograd.Function, which computes first in
-its forward(), under no_grad, and again in its backward(): `note` leaves the version of the negatives with the ctx of
-such a Function. Losses outside of one, as in validation and in hooks, do not matter.
+reentrant one is an autograd.Function, which computes first in its forward(), under no_grad, and again in its
+backward(): `note` leaves the version of the negatives with the ctx of such a Function.
 """
 
 from __future__ import annotations

@@ -25,19 +25,17 @@ def in_batch_negatives(
         n_j = k_j / |k_j|, j = 0 ... K - 1, K = B_0 + ... + B_(R - 1)
         own_b = b + B_0 + ... + B_(r - 1)
 
-    (SimCLR, arXiv 2002.05709, section 2.1: the other images of the batch are the negatives.) Pass them to the loss as
-    `negatives` and `exclude`, so that no image is its own negative.
+    (SimCLR, arXiv 2002.05709, section 2.1.) Pass them to the loss as `negatives` and `exclude`, so that no image is its
+    own negative.
 
-    Where keys require grad, the gradient of `negatives` is summed over the ranks on its way back to the keys, so that
-    DistributedDataParallel, which averages the parameter gradients, gives the gradient of the mean of the ranks'
-    losses: that of one process on the whole batch, if the ranks hold equally many images. Every rank then has to run
-    backward through its negatives.
+    Where keys require grad, the gradient of `negatives` is summed over the ranks on its way back to the keys.
+    DistributedDataParallel averages parameter gradients, and so gives that of one process on the whole batch, if the
+    ranks hold equally many images. Every rank then has to run backward through its negatives.
 
     Args:
         keys: (B, D), any float dtype and strides, one row per image, such as `pooled` or `image` of a Projection. B may
             differ between ranks.
-        process_group: The ranks to gather from. Default: torch.distributed's default group, once initialised. Every
-            rank of the group must call.
+        process_group: The ranks to gather from; each must call. Default: the default group, once initialised.
         gather_distributed: Whether to gather at all. Default True; False keeps to this rank's keys.
 
     Returns:
@@ -70,9 +68,8 @@ def in_batch_negatives(
 def _of_all_ranks(keys: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     unit, headers = _distributed.announce(lambda: _unit_keys(keys), group)
     sizes = [header.keys for header in headers]
-    first = sum(sizes[: dist.get_rank(group)])
-    negatives: Tensor = _Gather.apply(unit, sizes, first, group)  # type: ignore[no-untyped-call]
-    return negatives, torch.arange(first, first + unit.shape[0], device=unit.device)
+    own = torch.arange(unit.shape[0], device=unit.device) + sum(sizes[: dist.get_rank(group)])
+    return _Gather.apply(unit, sizes, group), own  # type: ignore[no-untyped-call]
 
 
 def _unit_keys(keys: Tensor) -> Tensor:
@@ -86,14 +83,14 @@ class _Gather(torch.autograd.Function):
     """Unit keys of all ranks; their gradient is the sum of what every rank's loss asks of this rank's keys."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, sizes: list[int], first: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.own, ctx.group = slice(first, first + keys.shape[0]), group
+    def forward(ctx: Any, keys: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
         return _distributed.gather(keys, sizes, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Of many ranks a half-precision sum would lose digits, and autograd may still need `grad` as it is.
         total = grad.to(accumulation_dtype(grad), copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
-        return total[ctx.own].to(grad.dtype), None, None, None
+        return total.split(ctx.sizes)[dist.get_rank(ctx.group)].to(grad.dtype), None, None

@@ -1,7 +1,6 @@
-"""What to log beside the loss: three numbers that cost little and never wait for the device.
+"""What to log beside the loss: 0-d float32 tensors on the device of their input, which the host never waits for.
 
-All return 0-d float32 tensors on the device of their input. Collect them as tensors, and move them to the host when
-you print: `.item()` at every step would wait for the device at every step.
+Collect them as tensors and call `.item()` when you print: at every step it would wait for the device at every step.
 """
 
 from __future__ import annotations
@@ -18,18 +17,15 @@ __all__ = ["contrastive_accuracy", "match_score", "mutual_share"]
 def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = None) -> Tensor:
     """Share of positives that fewer than `top_k` negatives outscore; the accuracy that MoCo trainers print.
 
-    The mean of rank_i < top_k over the valid rows i. In `rank` ties count half: a collapsed network, whose vectors are
-    all equal, ranks K / 2 and so scores 0, and a positive that is NaN ranks last. With no valid row the result is 0, as
-    the loss is.
+    The mean of rank_i < top_k over the valid rows i. A collapsed network ranks K / 2, and so scores 0.
 
     Args:
-        rank: (B, P) or, image-level, (B,) integers: how many negatives score above the positive, what
-            `DenseInfoNCELoss` returns for return_rank=True.
+        rank: (B, P) or, image-level, (B,) integers, as the loss returns them for return_rank=True.
         top_k: 1 (default) asks the positive to beat every negative, 5 all but four.
         valid: bool of rank's shape, the rows that count, such as `Correspondence.valid`. Default: all.
 
     Returns:
-        0-d float32 in [0, 1].
+        0-d float32 in [0, 1]; 0 with no valid row, as the loss is.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -54,14 +50,13 @@ def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = No
 def match_score(correspondence: Correspondence) -> Tensor:
     """Mean score of the valid matches: how alike the matched *backbone* features are, not whether matches are right.
 
-    A collapsed backbone scores 1. With no valid match the result is 0. NaN scores of valid matches give NaN.
+    A collapsed backbone scores 1.
 
     Args:
-        correspondence: What `DenseCorrespondence` or `densecl_ops.functional.dense_correspondence` returns. Matches
-            by place score minus a distance in cell diagonals instead of a cosine.
+        correspondence: Of any rule. Matches by place score minus a distance in cell diagonals instead of a cosine.
 
     Returns:
-        0-d float32; for feature matching in [-1, 1].
+        0-d float32; for feature matching in [-1, 1]; 0 with no valid match, NaN if the score of a valid one is.
 
     Raises:
         TypeError: Not a Correspondence, or its score or valid has the wrong dtype.
@@ -97,14 +92,14 @@ def mutual_share(
 ) -> Tensor:
     """Share of query positions whose match names them back: `dense_correspondence(mutual=True).valid.float().mean()`.
 
-    Near 1 every position has a partner of its own; it is low where many positions share one key. It costs one more
-    matching, so log it every few steps, or take that mean of the matches that the loss uses.
+    Near 1 every position has a partner of its own; it is low where many positions share one key, and at most P_k / P_q.
+    It costs one more matching, so log it every few steps, or take that mean of the matches that the loss uses.
 
     Args:
-        query_features: (B, C, H, W) backbone map, (B, C, P) or (B, C), any strides.
-        key_features: The same of the other view. With fewer keys than queries the share cannot exceed P_k / P_q.
+        query_features: As in `dense_correspondence`, as are the other arguments.
+        key_features: The same of the other view.
         grid_size: Average-pools both maps to S x S (or (H, W)) first. Default: none.
-        backend: As in `dense_correspondence`. Default "auto".
+        backend: Default "auto".
 
     Returns:
         0-d float32 in [0, 1].
