@@ -11,30 +11,24 @@ from densecl_ops import _checks, _maps
 from densecl_ops._types import Correspondence, Grids, Reduction
 
 REDUCTIONS = get_args(Reduction)
+Parts = tuple[Tensor | None, Tensor | None, str, Grids | None]  # index, validity, what to call the index, grids
 
 
-def parts(match: Correspondence | Tensor | None) -> tuple[Tensor | None, Tensor | None, str]:
-    """Index and validity of a `correspondence`, and what to call the index."""
+def parts(match: Correspondence | Tensor | None) -> Parts:
+    """Of a `correspondence` as the user gave it."""
     if match is None or isinstance(match, Tensor):
-        return match, None, "correspondence"
+        return match, None, "correspondence", None
     index, valid = getattr(match, "index", None), getattr(match, "valid", None)
     if not isinstance(index, Tensor) or not isinstance(valid, Tensor):
         raise TypeError(
             f"correspondence: got {type(match).__name__}, expected a Correspondence, an integer tensor or None"
         )
-    return index, valid, "correspondence.index"
+    return index, valid, "correspondence.index", getattr(match, "grids", None)
 
 
-def require_pairs(
-    query: Tensor,
-    key: Tensor,
-    index: Tensor | None,
-    valid: Tensor | None,
-    weight: Tensor | None,
-    index_name: str,
-    grids: Grids | None,
-) -> None:
+def require_pairs(query: Tensor, key: Tensor, weight: Tensor | None, match: Parts) -> None:
     """Two maps of the same images, and what belongs to the query positions: shapes, dtypes and devices, no values."""
+    index, valid, index_name, grids = match
     batch, _, positions = _maps.require_map("query", query)
     *_, key_positions = _maps.require_map("key", key)
     _maps.require_paired_maps("query", query, "key", key)

@@ -1,9 +1,9 @@
 """A loss that is computed again (activation checkpointing) must meet the negatives that it met the first time.
 
 torch recomputes in two ways. The non-reentrant one keeps the autograd nodes of the first computation and hands them
-what the second one saves: a node keeps the version of the negatives and saves it, and backward() compares the two. The
-reentrant one is an autograd.Function, which computes first in its forward(), under no_grad, and again in its
-backward(): `note` leaves the version of the negatives with the ctx of such a Function.
+what the second one saves: a node of ours keeps the version of the negatives and saves it, and `compare` sees whether
+they differ. The reentrant one is an autograd.Function, which computes first in its forward(), under no_grad, and again
+in its backward(): `note` leaves the version of the negatives with the ctx of such a Function.
 """
 
 from __future__ import annotations
@@ -22,40 +22,30 @@ _MESSAGE = (
 )
 
 
-def guard(loss: Tensor, negatives: Tensor) -> Tensor:
-    """The loss, whose backward raises if it was recomputed after the negatives had been written in place."""
-    version = version_of(negatives)
-    if version is None or not loss.requires_grad:
-        return loss
-    guarded: Tensor = _Guard.apply(loss, version)  # type: ignore[no-untyped-call]
-    return guarded
+def version_of(negatives: Tensor) -> Tensor | None:
+    """For a node of autograd, which keeps it as it is and saves it as tensors are saved; None where it has none."""
+    if negatives.is_inference():
+        return None
+    return torch.scalar_tensor(negatives._version, dtype=torch.int64, device="cpu")
 
 
-def version_of(negatives: Tensor) -> int | None:
-    """What a node keeps; None where it cannot be told."""
-    return None if negatives.is_inference() else negatives._version
-
-
-def saved(version: int | None) -> Tensor | None:
-    """What the node saves: it stays that of the first computation in the node, and becomes that of the last here."""
-    return None if version is None else torch.scalar_tensor(version, dtype=torch.int64, device="cpu")
-
-
-def compare(version: int | None, saved: Tensor | None) -> None:
-    """To be called in backward().
+def compare(kept: Tensor | None, saved: Tensor | None) -> None:
+    """To be called in the node's backward().
 
     Raises:
-        RuntimeError: The negatives were written between the first computation and the last.
+        RuntimeError: The negatives were written between the first computation, which was kept, and the last.
     """
-    if saved is not None and int(saved) != version:
+    if kept is not None and saved is not None and int(kept) != int(saved):
         raise RuntimeError(_MESSAGE)
 
 
-class _Guard(torch.autograd.Function):
+class Guard(torch.autograd.Function):
+    """Passes on a loss that has no node of ours: loss, version -> loss."""
+
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, version: int) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, version: Tensor | None) -> Tensor:
         ctx.version = version
-        ctx.save_for_backward(saved(version))
+        ctx.save_for_backward(version)
         return loss.view_as(loss)
 
     @staticmethod

@@ -33,7 +33,7 @@ def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tens
         torch.Size([4, 128, 49])
     """
     k = _maps.flatten_map("key", key)
-    index, _, name = _pairs.parts(correspondence)
+    index, _, name, _ = _pairs.parts(correspondence)
     if index is None:
         raise TypeError("correspondence: got None, expected a Correspondence or an integer tensor")
     positions = index.shape[1] if index.ndim == 2 and index.numel() > 0 else k.shape[2]
@@ -102,12 +102,8 @@ def dense_cosine(
         >>> loss = dense_cosine(prediction, target, match, weight=best)
     """
     _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
-    index, valid, name = _pairs.parts(correspondence)
-    tensors = {"query": query, "key": key, name: index, "correspondence.valid": valid, "weight": weight}
-    for argument, value in tensors.items():
-        if value is not None:
-            _checks.require_tensor(argument, value)
-    _pairs.require_pairs(query, key, index, valid, weight, name, getattr(correspondence, "grids", None))
+    index, valid, name, _ = match = _pairs.parts(correspondence)
+    _pairs.require_pairs(query, key, weight, match)
     query, key, index, valid, weight = _tracing.outside_inference(query, key, index, valid, weight)
     q, k = _maps.flatten(query), _maps.flatten(key)
     if index is not None:

@@ -198,18 +198,10 @@ class MomentumQueue(nn.Module):
             self._synchronised_in = weakref.ref(group)
         return _distributed.gather(unit, [header.keys for header in headers], group)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Takes all three buffers or none: the count and position of another queue's rows would be wrong here."""
         buffers = {"rows": self.rows, "position": self.position, "count": self.count}
+        *_, missing_keys, _, error_msgs = rest
         missing = [prefix + name for name in buffers if prefix + name not in state_dict]
         mismatches = [
             f"size mismatch for {prefix}{name}: copying a param with shape {tuple(state_dict[prefix + name].shape)} "
@@ -238,9 +230,7 @@ class MomentumQueue(nn.Module):
                     stacklevel=2,
                 )
         self._synchronised_in = None
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MomentumQueue:
         """Shares the process group, which cannot be copied, and has yet to be synchronised in it."""

@@ -18,7 +18,6 @@ from torch.autograd import forward_ad
 from densecl_ops import _backends
 from densecl_ops._operators import operator
 from densecl_ops._recomputation import compare, note_compiled, version_of
-from densecl_ops._recomputation import saved as saved_version
 from densecl_ops._tracing import inside_func
 from densecl_ops.info_nce.problem import SCHEMA, Problem, Result
 
@@ -71,7 +70,7 @@ class _InfoNCE(torch.autograd.Function):
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
         views = (query, key, matches) if needs_key or needs_negatives else (None,) * 3
         queue = (negatives, exclude, existing) if needs_negatives else (None,) * 3
-        ctx.save_for_backward(saved_version(ctx.version), *saved, learned_scale, *views, *queue)
+        ctx.save_for_backward(ctx.version, *saved, learned_scale, *views, *queue)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from densecl_ops import _backends, _checks, _maps, _pairs
 from densecl_ops._numerics import accumulation_dtype, no_autocast
-from densecl_ops._recomputation import guard, note
+from densecl_ops._recomputation import Guard, note, version_of
 from densecl_ops._tracing import is_traced, outside_inference
-from densecl_ops._types import BackendName, Correspondence, Grids, NegativeQueue, Reduction
+from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce import autograd, eager
 from densecl_ops.info_nce.problem import Problem
 
@@ -139,17 +139,21 @@ def dense_info_nce(
     _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
     return_rank = _checks.require_bool("return_rank", return_rank)
     rows, count, unit_rows = _negatives(negatives)
-    index, valid, name = _pairs.parts(correspondence)
-    grids = None if valid is None else getattr(correspondence, "grids", None)
+    match = _pairs.parts(correspondence)
     traced = is_traced(query)
     check = _check if traced else _check_once
-    dtype, matmul_dtype = check(query, key, rows, count, index, valid, exclude, weight, name, grids)
+    dtype, matmul_dtype = check(query, key, rows, count, exclude, weight, *match)
+    index, valid, index_name, _ = match
     if not traced:
         if unit_rows and key.requires_grad:
             _checks.warn_once(_KEY_GRADIENT, 3)
         if query.device.type == "cpu":  # where looking at values waits for no device
-            existing = _existing(rows, count, unit_rows, index, key, exclude, name)
+            existing = _existing(rows, count, unit_rows)
             count = None if existing == rows.shape[0] else count
+            if index is not None:
+                _checks.require_range(index_name, index, math.prod(key.shape[2:]))
+            if exclude is not None:
+                _checks.require_range("exclude", exclude, rows.shape[0])
         note(rows)
     scale, learned_scale = _scales(temperature, query, dtype, traced)
     if dtype != torch.float64 and torch.is_autocast_enabled(query.device.type):
@@ -172,7 +176,8 @@ def dense_info_nce(
     if chosen == "eager":
         with no_autocast(query):
             loss, rank = eager.row_loss(problem, return_rank)
-        loss = loss if traced else guard(loss, rows)
+        if not traced:
+            loss = Guard.apply(loss, version_of(rows))  # type: ignore[no-untyped-call]
     else:
         loss, rank = autograd.row_loss(problem, return_rank, chosen, traced)
     loss = _pairs.reduce(loss, _pairs.row_weight(weight, valid, dtype), reduction)
@@ -190,19 +195,10 @@ def _negatives(negatives: Tensor | NegativeQueue) -> tuple[Tensor, Tensor | None
 
 
 def _check(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor,
-    count: Tensor | None,
-    index: Tensor | None,
-    valid: Tensor | None,
-    exclude: Tensor | None,
-    weight: Tensor | None,
-    index_name: str,
-    grids: Grids | None,
+    query: Tensor, key: Tensor, negatives: Tensor, count: Any, exclude: Any, weight: Any, *match: Any
 ) -> tuple[torch.dtype, torch.dtype]:
     """Checks shapes, dtypes and devices; returns the dtypes of the loss and of the products with the negatives."""
-    _pairs.require_pairs(query, key, index, valid, weight, index_name, grids)
+    _pairs.require_pairs(query, key, weight, match)
     batch, channels = query.shape[:2]
     _checks.require_float("negatives", negatives)
     if negatives.ndim != 2 or negatives.shape[1] != channels or negatives.shape[0] == 0:
@@ -229,16 +225,8 @@ def _check(
 _check_once = _checks.once(_check)
 
 
-def _existing(
-    rows: Tensor,
-    count: Tensor | None,
-    unit_rows: bool,
-    index: Tensor | None,
-    key: Tensor,
-    exclude: Tensor | None,
-    index_name: str,
-) -> int:
-    """Checks values, where looking at them waits for no device; returns how many negatives exist."""
+def _existing(rows: Tensor, count: Tensor | None, unit_rows: bool) -> int:
+    """How many negatives exist, as far as they can be told; warns of what they hold."""
     existing = size = rows.shape[0]
     if count is not None:
         existing = int(count)
@@ -247,10 +235,6 @@ def _existing(
                 f"negatives.count: got {existing}, expected 0 to {size}; a queue that was not initialised "
                 "(to_empty, a checkpoint without it) needs reset_parameters()"
             )
-    if index is not None:
-        _checks.require_range(index_name, index, math.prod(key.shape[2:]))
-    if exclude is not None:
-        _checks.require_range("exclude", exclude, size)
     _warn_of_lengths(rows, existing, unit_rows)
     return existing
 
