@@ -1,11 +1,15 @@
-"""How a call is run, which decides what it may do: look at values, call a backend directly, save for autograd."""
+"""What runs a call: values alone, or a compiler, torch.func, a mode. Operators, which those see as one opaque node."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -43,3 +47,69 @@ def outside_inference(*tensors: Tensor | None) -> tuple[Any, ...]:
     if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled():
         return tensors
     return tuple([x.clone() if x is not None and x.is_inference() else x for x in tensors])
+
+
+def operator(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    flops: Callable[..., int] | None = None,
+    when_traced: Callable[..., None] | None = None,
+) -> Callable[[Body], Body]:
+    """Registers the decorated function as the operator densecl_ops::`name`; the result is called as the function is.
+
+    Compilers, fake tensors, torch.func and dispatch modes see the operator: traced, the tile loops of a backend would
+    unroll. Eager calls go to the function itself, since a registered operator costs them some 60 us of host time.
+
+    Args:
+        name: Of the operator.
+        schema: Its signature in torch's language, `(Tensor x, float? y) -> Tensor`. Results alias no argument.
+        fake: Takes the same arguments and returns empty tensors of the results' shapes, dtypes and devices.
+        flops: Takes the same arguments and returns the floating-point operations of their products, for
+            FlopCounterMode.
+        when_traced: Called before the function, with the same arguments, by the registered operator alone.
+    """
+
+    def register(body: Body) -> Body:
+        def traced(*arguments: Any) -> Any:
+            if when_traced is not None:
+                when_traced(*arguments)
+            return body(*arguments)
+
+        registered = torch.library.custom_op(f"densecl_ops::{name}", traced, mutates_args=(), schema=schema)
+        registered.register_fake(fake)
+        registered.register_vmap(functools.partial(_one_by_one, registered))
+        packet = getattr(torch.ops.densecl_ops, name)
+
+        @functools.wraps(body)
+        def call(*arguments: Any) -> Any:
+            if not is_traced(arguments[0]):
+                return body(*arguments)
+            if flops is not None and not torch.compiler.is_compiling():
+                _tell_flop_counters(packet, flops)
+            return registered(*arguments)
+
+        return call  # type: ignore[return-value]
+
+    return register
+
+
+def _tell_flop_counters(packet: Any, flops: Callable[..., int]) -> None:
+    """To those that count this call. torch's register_flop_formula would import triton with this package."""
+    for i in range(torch._C._len_torch_dispatch_stack()):
+        mode = torch._C._get_dispatch_stack_at(i)
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+        if registry is not None:
+            registry.setdefault(packet, lambda *arguments, out_val: flops(*arguments))
+
+
+def _one_by_one(registered: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    """The operator for torch.vmap: a loop over the mapped dimension."""
+    results = []
+    for i in range(info.batch_size):
+        chosen = (x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True))
+        results.append(registered(*chosen))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])

@@ -10,6 +10,7 @@ import torch
 from helpers import FUSED, assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,10 +54,17 @@ def test_torch_func_agrees_with_eager(backend: str, transform: str, inputs: tupl
         assert_close(ours, truth, 1e-12)
 
 
+def in_dual_level(f: Any, x: Tensor, tangent: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(x, tangent))
+
+
 @pytest.mark.parametrize(
     ("transform", "words"),
     [
         (lambda f, q, k: jvp(f, (q,), (k,)), "no forward-mode derivative"),
+        (lambda f, q, k: in_dual_level(f, q, k), "no forward-mode derivative"),
+        (lambda f, q, k: in_dual_level(f, q.requires_grad_(), k), "no forward-mode derivative"),
         (lambda f, q, k: hessian(f)(q), "backend='eager'"),
         (lambda f, q, k: grad(lambda x: grad(f)(x).square().sum())(q), "differentiated once only|backend='eager'"),
     ],

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from densecl_ops import _backends, _checks, _maps
 from densecl_ops._numerics import accumulation_dtype, no_autocast
-from densecl_ops._operators import operator
-from densecl_ops._tracing import is_traced
+from densecl_ops._tracing import is_traced, operator
 from densecl_ops._types import BackendName, Correspondence, with_grids
 from densecl_ops.correspondence import eager
 

@@ -14,15 +14,13 @@ from densecl_ops.correspondence.function import dense_correspondence
 class DenseCorrespondence(nn.Module):
     """Matches the positions of two views of the same images by their backbone features.
 
-    Stateless; see :func:`densecl_ops.functional.dense_correspondence` for the equation.
+    Stateless; see :func:`densecl_ops.functional.dense_correspondence` for the equation and the backends.
 
     Args:
         grid_size: Average-pools both maps to S x S (or (H, W)) first. Give it the head's grid_size. Default: none.
         mutual: Marks as valid only mutual nearest neighbours. Default: every query has a valid match.
         min_score: Marks as valid only pairs of at least this cosine similarity. Default: no threshold.
-        backend: "auto" (default) takes the Triton kernels on CUDA and ROCm devices, "blockwise" elsewhere or, with one
-            warning, where they cannot serve. "blockwise" is plain PyTorch in tiles, "eager" the textbook formula, to
-            check with. "triton" is the kernels or an error.
+        backend: "auto" (default), "blockwise", "eager" or "triton".
 
     Raises:
         TypeError: An option has the wrong type.

@@ -16,9 +16,8 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from densecl_ops import _backends
-from densecl_ops._operators import operator
 from densecl_ops._recomputation import compare, note_compiled, version_of
-from densecl_ops._tracing import inside_func
+from densecl_ops._tracing import inside_func, operator
 from densecl_ops.info_nce.problem import SCHEMA, Problem, Result
 
 
@@ -31,19 +30,36 @@ def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> t
         backend: A fused one.
         traced: As `_tracing.is_traced` says of the call.
     """
-    if not (traced and torch.compiler.is_dynamo_compiling()) and _has_tangent(problem, traced):
-        raise RuntimeError(
-            f"dense_info_nce: the {backend!r} backend has no forward-mode derivative (jvp); use backend='eager'"
-        )
     learned = problem.learned_scale
     want_query = problem.query.requires_grad or (learned is not None and learned.requires_grad)
     want_query = want_query or (traced and inside_func())
-    if torch.is_grad_enabled() and (want_query or problem.key.requires_grad or problem.negatives.requires_grad):
-        apply, version = (_InfoNCE.apply, None) if traced else (_apply, version_of(problem.negatives))
-        loss, rank, *_ = apply(*problem, want_query, want_rank, backend, version)  # type: ignore[no-untyped-call]
-    else:
+    if not (torch.is_grad_enabled() and (want_query or problem.key.requires_grad or problem.negatives.requires_grad)):
+        _refuse_tangents(problem, backend, traced)
         loss, rank, *_ = _forward(*problem, False, want_rank, backend)
+        return loss, rank
+    arguments = (*problem, want_query, want_rank, backend)
+    if traced:
+        _refuse_tangents(problem, backend, traced)
+        loss, rank, *_ = _InfoNCE.apply(*arguments, None)  # type: ignore[no-untyped-call]
+        return loss, rank
+    try:
+        loss, rank, *_ = _apply(*arguments, version_of(problem.negatives))  # type: ignore[no-untyped-call]
+    except NotImplementedError:  # what torch raises of a tangent, and others of a device
+        _refuse_tangents(problem, backend, traced)
+        raise
     return loss, rank
+
+
+def _refuse_tangents(problem: Problem, backend: str, traced: bool) -> None:
+    if traced and torch.compiler.is_dynamo_compiling():
+        return
+    found = traced and TransformType.Jvp in _transforms()
+    for x in (problem.query, problem.key, problem.negatives, problem.learned_scale):
+        found = found or (x is not None and forward_ad.unpack_dual(x).tangent is not None)  # type: ignore[no-untyped-call]
+    if found:
+        raise RuntimeError(
+            f"dense_info_nce: the {backend!r} backend has no forward-mode derivative (jvp); use backend='eager'"
+        )
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -109,13 +125,6 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
     if needs_scale:
         to_scale = _weigh(grad_loss, grad_scale).sum().to(learned_scale.dtype)
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
-
-
-def _has_tangent(problem: Problem, traced: bool) -> bool:
-    for x in (problem.query, problem.key, problem.negatives, problem.learned_scale):
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
-            return True
-    return traced and TransformType.Jvp in _transforms()
 
 
 def _wants_a_graph() -> bool:

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from densecl_ops._operators import operator
 from densecl_ops._recomputation import note_compiled
-from densecl_ops._tracing import inside_func
+from densecl_ops._tracing import inside_func, operator
 from densecl_ops.info_nce.problem import TIE_WIDTH, Problem, as_negatives, gather_matches, unit_vectors
 
 

@@ -23,9 +23,7 @@ class DenseInfoNCELoss(nn.Module):
         reduction: "mean" (default, over the total weight), "sum" or "none".
         learnable_temperature: Learns log(1/t) as the parameter `logit_scale` (as CLIP does), from `temperature` on.
             Give `criterion.parameters()` to the optimizer, and move the loss to the device. Default: t is constant.
-        backend: "auto" (default) takes the Triton kernels on CUDA and ROCm devices, "blockwise" elsewhere or, with one
-            warning, where they cannot serve. "blockwise" is plain PyTorch in tiles, "eager" the textbook formula, to
-            check with. "triton" is the kernels or an error.
+        backend: "auto" (default), "blockwise", "eager" or "triton".
 
     Raises:
         TypeError: An option has the wrong type.
