@@ -104,6 +104,7 @@ def until_first_launch(rounds: int) -> Row:
     criterion, queue = DenseInfoNCELoss(backend="triton"), MomentumQueue(64, 128)
     query, key = torch.randn(8, 128, requires_grad=True), torch.randn(8, 128)
     kernels, times = SimpleNamespace(prepare_kernel={(1,): launch}), []
+    target = _triton.Device("sm_90", 132)
 
     def call() -> None:
         began = time.perf_counter()
@@ -114,7 +115,7 @@ def until_first_launch(rounds: int) -> Row:
 
     with (
         mock.patch.object(_backends, "KERNEL_DEVICES", ("cpu",)),
-        mock.patch.object(_triton, "describe", return_value=_triton.Device("sm_90", 132)),
+        mock.patch.object(_triton, "describe", lambda device: target),
         mock.patch("densecl_ops.info_nce.triton_launch.kernels", kernels),
     ):
         for _ in range(rounds):

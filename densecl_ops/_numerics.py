@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,14 +12,7 @@ from torch import Tensor
 NORM_EPS = 1e-12
 
 
-class HasDtype(Protocol):
-    """A tensor, or what is known of one."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-def accumulation_dtype(*tensors: HasDtype) -> torch.dtype:
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is float64, else float32: what sums, norms and losses are kept in."""
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 

@@ -36,7 +36,7 @@ def processor() -> Processor:
     return Processor(
         bfloat16=amx or bool(capabilities.get("avx512_bf16")),
         amx=amx,
-        onednn=is_amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+        onednn=is_amd and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
         flash=hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
     )
 
