@@ -101,10 +101,12 @@ def until_first_launch(rounds: int) -> Row:
     def launch(**arguments: Any) -> None:
         raise Launched(time.perf_counter())
 
+    def describe(device: torch.device) -> _triton.Device:
+        return _triton.Device("sm_90", 132)
+
     criterion, queue = DenseInfoNCELoss(backend="triton"), MomentumQueue(64, 128)
     query, key = torch.randn(8, 128, requires_grad=True), torch.randn(8, 128)
     kernels, times = SimpleNamespace(prepare_kernel={(1,): launch}), []
-    target = _triton.Device("sm_90", 132)
 
     def call() -> None:
         began = time.perf_counter()
@@ -115,7 +117,7 @@ def until_first_launch(rounds: int) -> Row:
 
     with (
         mock.patch.object(_backends, "KERNEL_DEVICES", ("cpu",)),
-        mock.patch.object(_triton, "describe", lambda device: target),
+        mock.patch.object(_triton, "describe", describe),
         mock.patch("densecl_ops.info_nce.triton_launch.kernels", kernels),
     ):
         for _ in range(rounds):

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from densecl_ops import _triton
 from densecl_ops._checks import require_choice
-from densecl_ops._tracing import is_traced
 from densecl_ops._types import BackendName
 
 BACKENDS = get_args(BackendName)
@@ -35,7 +34,7 @@ def triton_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str:
+def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0, traced: bool = False) -> str:
     """Turns a `backend` argument into "eager", "blockwise", "triton", or "auto" for triton if it can.
 
     Args:
@@ -43,6 +42,7 @@ def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0
         tensor: Any input; tells the device.
         dtype: The accumulation dtype of the call.
         channels: D, for the loss, whose kernels hold whole rows.
+        traced: As `is_traced` says of the call.
 
     Raises:
         ValueError: There is no such backend, or it cannot serve this call; says why.
@@ -52,7 +52,7 @@ def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0
         return "blockwise"
     if requested in ("eager", "blockwise"):
         return requested
-    obstacle = triton_obstacle(tensor, dtype, channels)
+    obstacle = triton_obstacle(tensor, dtype, channels, traced)
     if requested == "triton":
         if obstacle is not None:
             raise ValueError(f"backend: got 'triton', which cannot serve this call: {obstacle}")
@@ -64,7 +64,7 @@ def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0
     return "blockwise"
 
 
-def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> str | None:
+def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0, traced: bool = False) -> str | None:
     """Why the kernels cannot serve a call, or None. The arguments are those of `choose`."""
     if tensor.device.type not in KERNEL_DEVICES:
         return f"it runs on CUDA and ROCm devices, not on {tensor.device.type}"
@@ -74,7 +74,7 @@ def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0) -> st
     if version < OLDEST_TRITON:
         return "it needs triton {}.{}, and {}.{} is installed".format(*OLDEST_TRITON, *version)
     # Code being traced cannot ask the device: there the launchers refuse it, with the same words.
-    if not is_traced(tensor):
+    if not traced:
         architecture = _triton.describe(tensor.device).architecture
         if architecture not in _triton.FAMILIES:
             return _triton.unknown(architecture)

@@ -46,7 +46,10 @@ def outside_inference(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Tensors that autograd may save: one made under inference_mode is copied once that mode is left."""
     if torch.compiler.is_dynamo_compiling() or torch.is_inference_mode_enabled():
         return tensors
-    return tuple([x.clone() if x is not None and x.is_inference() else x for x in tensors])
+    for tensor in tensors:
+        if tensor is not None and tensor.is_inference():
+            return tuple(x.clone() if x is not None and x.is_inference() else x for x in tensors)
+    return tensors
 
 
 def operator(

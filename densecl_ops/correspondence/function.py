@@ -68,9 +68,10 @@ def dense_correspondence(
     mutual = _checks.require_bool("mutual", mutual)
     if min_score is not None:
         min_score = _checks.require_cosine("min_score", min_score)
-    dtype = (_check if is_traced(query_features) else _check_once)(query_features, key_features, grid)
+    traced = is_traced(query_features)
+    dtype = (_check if traced else _check_once)(query_features, key_features, grid)
     query, key = _prepare(query_features, grid), _prepare(key_features, grid)
-    chosen = _backends.choose(backend, query, dtype)
+    chosen = _backends.choose(backend, query, dtype, traced=traced)
     if chosen == "eager":  # left open to compilers, which fuse it
         with no_autocast(query):
             index, score, agreed = eager.match(query, key, mutual)

@@ -172,7 +172,7 @@ def dense_info_nce(
         dtype=dtype,
         matmul_dtype=matmul_dtype,
     )
-    chosen = _backends.choose(backend, query, dtype, query.shape[1])
+    chosen = _backends.choose(backend, query, dtype, query.shape[1], traced)
     if chosen == "eager":
         with no_autocast(query):
             loss, rank = eager.row_loss(problem, return_rank)
