@@ -93,4 +93,5 @@ class _Gather(torch.autograd.Function):
         # Of many ranks a half-precision sum would lose digits, and autograd may still need `grad` as it is.
         total = grad.to(accumulation_dtype(grad), copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
-        return total.split(ctx.sizes)[dist.get_rank(ctx.group)].to(grad.dtype), None, None
+        own = total.split(ctx.sizes)[dist.get_rank(ctx.group)]  # type: ignore[no-untyped-call]
+        return own.to(grad.dtype), None, None
