@@ -166,7 +166,7 @@ def test_arms_of_a_seed_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_byol_terms(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step's terms, from the model's own maps and projections, in float64."""
     monkeypatch.setattr(encoder, "processor", lambda: SimpleNamespace(bfloat16=False))
-    model = pretraining.Byol(replace(SMALL, arm=arm)).train()
+    model = pretraining.Siamese(replace(SMALL, arm=arm)).train()
     pair = views.draw(photographs(), 4, 40, 32, torch.Generator().manual_seed(0))
     with torch.no_grad():
         image_loss, dense_loss = model(*pair, 0.99)
@@ -174,8 +174,8 @@ def test_byol_terms(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
             net(x.images.sub(0.45) / 0.226) for net, x in zip((model.backbone_q, model.backbone_k), pair, strict=True)
         ]
         query, key = model.head_q(maps[0]), model.head_k(maps[1])
-        image = model.predictors[0](query.image[..., None, None]).flatten(1)
-        dense = model.predictors[1](query.dense).flatten(2)
+        image = model.predict_image(query.image[..., None, None]).flatten(1)
+        dense = model.predict_dense(query.dense).flatten(2)
     expected = 2 - 2 * F.cosine_similarity(image.double(), key.image.double())
     assert image_loss.item() == pytest.approx(expected.mean().item(), abs=1e-4)
     cosine = torch.einsum("bcp,bck->bpk", *(F.normalize(x.flatten(2).double(), dim=1) for x in maps))

@@ -17,20 +17,13 @@ from torch import Tensor, nn
 
 from benchmarks.transfer.encoder import WIDTHS, autocast, encode, resnet
 from benchmarks.transfer.views import Photographs, Views, draw
-from densecl_ops import (
-    Correspondence,
-    DenseCorrespondence,
-    DenseInfoNCELoss,
-    DenseProjectionHead,
-    MomentumQueue,
-    Projection,
-)
+from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import dense_cosine, in_batch_negatives, location_correspondence
 
 RANDOM, IMAGE, BYOL = "random", "image", "byol"  # random weights; the image term of MoCo-v2 and of BYOL alone
-BYOL_DENSE = ("byol_dense", "byol_contrast")  # without negatives, and with the other images of the batch
-DENSE = ("nearest", "mutual", "place", *BYOL_DENSE)  # MoCo-v2's are called after the rule that matches positions
-ARMS = (RANDOM, IMAGE, *DENSE[:3], BYOL, *BYOL_DENSE)
+# MoCo-v2's are called after the rule that matches positions, BYOL's after the loss of a pair.
+DENSE = ("nearest", "mutual", "place", "byol_dense", "byol_contrast")
+ARMS = (RANDOM, IMAGE, "nearest", "mutual", "place", BYOL, "byol_dense", "byol_contrast")
 CURVE = 50  # points of a record's loss curves
 SETTLING = 100  # steps in which the arm of random weights gathers batch norm statistics, and learns nothing
 
@@ -63,21 +56,20 @@ class Setting:
 
 
 class Siamese(nn.Module):
-    """The trained backbone and head, and their moving averages. A host adds its two terms."""
+    """The trained backbone and head, their moving averages, and what MoCo-v2 or BYOL adds to them."""
 
-    image_term: Callable[[Projection, Projection], Tensor]
-    dense_term: Callable[[Projection, Projection, Correspondence], Tensor]
-
-    def __init__(self, setting: Setting, head_norm: Callable[[int], nn.Module] | None = None) -> None:
+    def __init__(self, setting: Setting) -> None:
         super().__init__()
-        widths = WIDTHS[setting.encoder]
-        self.arm = setting.arm
+        self.arm, byol, widths = setting.arm, setting.arm.startswith(BYOL), WIDTHS[setting.encoder]
+        width, norm = widths[-1], nn.BatchNorm2d if byol else None
         self.backbone_q, self.backbone_k = (resnet(widths, setting.norm) for _ in range(2))
-        self.head_q, self.head_k = (DenseProjectionHead(widths[-1], widths[-1], norm_layer=head_norm) for _ in range(2))
+        self.head_q, self.head_k = (DenseProjectionHead(width, width, norm_layer=norm) for _ in range(2))
         self.backbone_k.load_state_dict(self.backbone_q.state_dict())
         self.head_k.load_state_dict(self.head_q.state_dict())
         self.backbone_k.requires_grad_(False)
         self.head_k.requires_grad_(False)
+        self.predict_image, self.predict_dense = (predictor(width) if byol else nn.Identity() for _ in range(2))
+        self.image_queue, self.dense_queue = (MomentumQueue(setting.queue) for _ in range(2))
         self.match = DenseCorrespondence(mutual=self.arm == "mutual")
         self.criterion = DenseInfoNCELoss(setting.temperature)
 
@@ -97,62 +89,33 @@ class Siamese(nn.Module):
             projected_q = self.head_q(map_q)
             with torch.no_grad():
                 projected_k = self.head_k(map_k)
-        image_loss = self.image_term(projected_q, projected_k)
-        if self.arm not in DENSE:
+            image = self.predict_image(projected_q.image[..., None, None]).flatten(1)
+            dense = self.predict_dense(projected_q.dense) if self.arm in DENSE else None
+        if self.arm.startswith(BYOL):
+            image_loss = dense_cosine(image, projected_k.image)
+        else:
+            image_loss = self.criterion(image, projected_k.image, self.image_queue)
+            self.image_queue.enqueue(projected_k.image)
+        if dense is None:
             return image_loss, torch.zeros_like(image_loss)
         if self.arm == "place":
             match = location_correspondence(query.boxes, key.boxes, (map_q.shape[2], map_q.shape[3]))
         else:
             match = self.match(map_q, map_k)
-        return image_loss, self.dense_term(projected_q, projected_k, match)
-
-
-class MoCo(Siamese):
-    """With both queues, whatever the arm."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.image_queue, self.dense_queue = (MomentumQueue(setting.queue) for _ in range(2))
-
-    def image_term(self, query: Projection, key: Projection) -> Tensor:
-        loss: Tensor = self.criterion(query.image, key.image, self.image_queue)
-        self.image_queue.enqueue(key.image)
-        return loss
-
-    def dense_term(self, query: Projection, key: Projection, match: Correspondence) -> Tensor:
-        loss: Tensor = self.criterion(query.dense, key.dense, self.dense_queue, match)
-        self.dense_queue.enqueue(key.pooled)
-        return loss
-
-
-class Byol(Siamese):
-    """Heads with batch norm and a predictor behind each: docs/recipes/byol.md, but for the second direction."""
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting, nn.BatchNorm2d)
-        width = self.head_q.out_channels
-        self.predictors = nn.ModuleList(
-            nn.Sequential(
-                *(nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Conv2d(width, width, 1))
-            )
-            for _ in range(2)
-        )
-
-    def predict(self, which: int, projection: Tensor) -> Tensor:
-        with autocast(projection.device):
-            prediction: Tensor = self.predictors[which](projection)
-        return prediction
-
-    def image_term(self, query: Projection, key: Projection) -> Tensor:
-        return dense_cosine(self.predict(0, query.image[..., None, None]).flatten(1), key.image)
-
-    def dense_term(self, query: Projection, key: Projection, match: Correspondence) -> Tensor:
-        prediction = self.predict(1, query.dense)
         if self.arm == "byol_dense":
-            return dense_cosine(prediction, key.dense, match)
-        negatives, own = in_batch_negatives(key.pooled)
-        loss: Tensor = self.criterion(prediction, key.dense, negatives, match, exclude=own)
-        return loss
+            return image_loss, dense_cosine(dense, projected_k.dense, match)
+        if self.arm == "byol_contrast":
+            negatives, own = in_batch_negatives(projected_k.pooled)
+            return image_loss, self.criterion(dense, projected_k.dense, negatives, match, exclude=own)
+        dense_loss = self.criterion(dense, projected_k.dense, self.dense_queue, match)
+        self.dense_queue.enqueue(projected_k.pooled)
+        return image_loss, dense_loss
+
+
+def predictor(width: int) -> nn.Module:
+    """BYOL's: docs/recipes/byol.md has the same, and trains in both directions."""
+    layers = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Conv2d(width, width, 1)
+    return nn.Sequential(*layers)
 
 
 def learning_rate_at(step: int, setting: Setting) -> float:
@@ -166,8 +129,7 @@ def pretrain(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains; returns the backbone and what happened. After initialisation only the views' generator is drawn from."""
     torch.manual_seed(setting.seed)
-    host = Byol if setting.arm in (BYOL, *BYOL_DENSE) else MoCo
-    model = host(setting).to(photographs.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Siamese(setting).to(photographs.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     generator = torch.Generator().manual_seed(setting.seed)
     if setting.arm == RANDOM:
