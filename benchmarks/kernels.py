@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -70,29 +71,20 @@ RECORDED = (
 )
 
 
-class StandIn:
+def stand_in(name: str) -> Any:
     """In the place of Triton's driver on a machine with the target.
 
     Each target has a device number of its own, since Triton keeps binders by device.
     """
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, name: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.device = list(TARGETS).index(name)
-        self.target = GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+    target = GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+    return SimpleNamespace(
+        get_current_device=lambda: list(TARGETS).index(name),
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 def compile_case(case: Case) -> Row:
@@ -111,7 +103,7 @@ def compile_case(case: Case) -> Row:
             caught.append((run(self, *args, grid=grid, warmup=True, **options), options))
 
     device = _triton.Device(case.target, TARGETS[case.target][0])
-    driver.set_active(StandIn(case.target))
+    driver.set_active(stand_in(case.target))
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         patches.enter_context(mock.patch.object(_triton, "describe", return_value=device))

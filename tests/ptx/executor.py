@@ -18,7 +18,7 @@ import numpy as np
 from ptx.program import Program, build
 from torch import Tensor
 
-from benchmarks.kernels import TARGETS, StandIn
+from benchmarks.kernels import TARGETS, stand_in
 
 TARGET = int(os.environ.get("PTX_TARGET", "90"))  # 80 or 90
 STATS = ("count", "lanes", "sectors", "bytes", "waves", "ideal")  # of every instruction, in the order of core.cpp
@@ -159,7 +159,7 @@ def installed() -> Iterator[None]:
     name = f"sm_{TARGET}"
     device = _triton.Device(name, TARGETS[name][0])
     with (
-        mock.patch.object(driver, "_active", StandIn(name)),
+        mock.patch.object(driver, "_active", stand_in(name)),
         mock.patch.object(jit.JITFunction, "run", run),
         mock.patch.object(_triton, "describe", return_value=device),
         mock.patch.object(_backends, "KERNEL_DEVICES", ("cuda", "cpu")),
