@@ -242,38 +242,23 @@ def tie_width(*tensors: Tensor) -> float:
 
 
 def expected(case: Case, autocast: torch.dtype | None = None) -> oracle.LossResult:
-    def array(x: Tensor | None) -> np.ndarray | None:
-        return None if x is None else x.detach().cpu().numpy()
+    def array(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return numpy64(x) if x.is_floating_point() else x.cpu().numpy()
 
     tie = tie_width(case.query, case.key, case.negatives)
     operand = autocast or torch.promote_types(case.query.dtype, case.negatives.dtype)
-    return oracle.info_nce(
-        flat64(case.query),
-        flat64(case.key),
-        numpy64(case.negatives),
-        array(case.index),
-        temperature=float(case.temperature),
-        reduction=case.reduction,
-        weight=None if case.weight is None else numpy64(case.weight),
-        valid=array(case.valid),
-        exclude=array(case.exclude),
-        count=case.count,
-        upstream=None if case.upstream is None else numpy64(case.upstream),
-        tie=tie,
-        to_row=rounded_to(case.negatives.dtype),
-        to_operand=rounded_to(torch.float64 if tie < 2.0**-18 else operand),
-    )
+    given = {name: array(x) for name, x in vars(case).items()} | {"query": flat64(case.query), "key": flat64(case.key)}
+    to_operand = rounded_to(torch.float64 if tie < 2.0**-18 else operand)
+    return oracle.info_nce(**given, tie=tie, to_row=rounded_to(case.negatives.dtype), to_operand=to_operand)
 
 
 def run(backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: bool = True) -> SimpleNamespace:
     """Loss, rank and the wanted gradients of one call, all on the host."""
-    leaves = {"query": case.query, "key": case.key, "negatives": case.negatives, "weight": case.weight}
+    leaves = {name: getattr(case, name) for name in GRADIENTS if getattr(case, name) is not None}
     leaves["temperature"] = torch.tensor(case.temperature, dtype=torch.float64)
-    leaves = {
-        name: x.detach().requires_grad_(name in wanted and x.is_floating_point())
-        for name, x in leaves.items()
-        if x is not None
-    }
+    leaves = {name: x.detach().requires_grad_(name in wanted and x.is_floating_point()) for name, x in leaves.items()}
     negatives: Any = leaves["negatives"]
     if case.count is not None:
         negatives = SimpleNamespace(rows=negatives, count=torch.tensor(case.count), unit_rows=True)

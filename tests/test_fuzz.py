@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import oracle
 import torch
-from helpers import BACKENDS, HOUSE_FORM, assert_close, flat64, numpy64
+from helpers import BACKENDS, HOUSE_FORM, Case, assert_close, expected, flat64, numpy64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -99,32 +99,25 @@ def test_fuzz_the_loss(seed: int, data: st.DataObject) -> None:
     if made["weight"] is not None and not made["weight"].to(loss.dtype).isfinite().all():
         assert not loss.isfinite().all(), "weights beyond the dtype of the loss must show"
         return
-    temperature = float(made["temperature"])
+    made["temperature"], made["index"] = float(made["temperature"]), made.pop("correspondence")
+    case = Case(**{name: x for name, x in made.items() if name not in ("return_rank", "backend")})
     with np.errstate(all="ignore"):
-        truth = oracle.info_nce(
-            *(flat64(made[x]) for x in ("query", "key")),
-            numpy64(made["negatives"]),
-            made["correspondence"].numpy(),
-            temperature=temperature,
-            reduction=made["reduction"],
-            weight=None if made["weight"] is None else numpy64(made["weight"]),
-            exclude=None if made["exclude"] is None else made["exclude"].numpy(),
-        )
+        truth = expected(case)
     single = any(isinstance(x, Tensor) and x.dtype == torch.float32 for x in made.values())
     tolerance = 2e-5 if single else 1e-9
-    finite = truth.margin[np.isfinite(truth.margin)] / temperature
+    finite = truth.margin[np.isfinite(truth.margin)] / case.temperature
     terms = max(1.0, float(np.abs(finite).max(initial=0)))  # a loss is a difference of such, times its weight
     if made["weight"] is not None and made["reduction"] != "mean":
         terms *= max(1.0, float(made["weight"].max()))
     np.testing.assert_allclose(numpy64(loss), truth.loss, rtol=tolerance, atol=terms * tolerance / 10)
     lengths = np.linalg.norm(flat64(made["query"]), axis=1)
-    if temperature < 1e-9:  # 1 / t swallows the log of a number of ties, and the oracle's probabilities with it
+    if case.temperature < 1e-9:  # 1 / t swallows the log of a number of ties, and the oracle's probabilities with it
         return
     if not all(made[x].isfinite().all() for x in ("query", "key", "negatives")):
         return  # test_loss_numerics.py says which gradients NaN may reach
     if np.abs(truth.query).max() < 1e38 and np.isfinite(truth.loss).all() and (lengths > 0).all():
         longest = np.linalg.norm(numpy64(made["negatives"]), axis=1).max()
-        floor = 1e-2 * max(1.0, longest) / temperature / lengths.min()
+        floor = 1e-2 * max(1.0, longest) / case.temperature / lengths.min()
         assert_close(gradient, truth.query, tolerance, "gradient to query", floor)
 
 
