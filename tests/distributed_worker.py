@@ -1,6 +1,6 @@
 """One rank of test_distributed.py: python distributed_worker.py RANK WORLD DIRECTORY runs every case below in turn.
 
-A case compares what this rank sees with one process on the concatenated batch of all: a deque, or the textbook's loss.
+A case compares what this rank sees with one process on the concatenated batch of all.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import distributed_training as training
 import numpy as np
 import oracle
 import recipes
@@ -27,7 +26,7 @@ from helpers import EPS, numpy64
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from densecl_ops import MomentumQueue
+from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import in_batch_negatives
 
 SIZE, DIM = 11, 4
@@ -304,35 +303,92 @@ def in_batch_gradient(rank: int, world: int) -> None:
     np.testing.assert_allclose(keys.grad.numpy(), expected, atol=1e-14)
 
 
-def check_training(
-    name: str, rank: int, world: int, wrap: Callable[[training.Trainer], nn.Module] = DistributedDataParallel
-) -> None:
-    """Loss over the ranks, gradients, weights and queues of every step, from ranks that start from other seeds."""
-    trainer = training.new_trainer(name, rank)
-    wrapped = wrap(trainer)
-    optimizer = torch.optim.SGD(trainer.head.parameters(), training.RATE)
-    steps = zip(training.batches(name, world), training.textbook(name, world), strict=True)
-    for (views, sizes), (expected, head, queues) in steps:
-        loss = wrapped(*(view.split(sizes)[rank] for view in views))
+class Trainer(nn.Module):
+    """One training step of three styles: queues (MoCo), negatives from the batch with gradient, and without (BYOL)."""
+
+    def __init__(self, style: str, reduction: str = "mean") -> None:
+        super().__init__()
+        self.style = style
+        self.head = DenseProjectionHead(3, 4, 5)
+        if style != "SimCLR":
+            self.key_head = copy.deepcopy(self.head).requires_grad_(False)
+        if style == "MoCo":
+            self.image_queue, self.dense_queue = MomentumQueue(13, 5), MomentumQueue(13, 5)
+        self.criterion = DenseInfoNCELoss(reduction=reduction)
+        self.match = DenseCorrespondence()
+        self.double()
+
+    def forward(self, view_q: Tensor, view_k: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = self.head(view_q), (self.head if self.style == "SimCLR" else self.key_head)(view_k)
+        match = self.match(view_q, view_k)
+        if self.style == "MoCo":
+            image_loss = self.criterion(query.image, key.image, self.image_queue)
+            dense_loss = self.criterion(query.dense, key.dense, self.dense_queue, match)
+            self.image_queue.enqueue(key.image)
+            self.dense_queue.enqueue(key.pooled)
+        else:
+            image_rows, own = in_batch_negatives(key.image)
+            dense_rows, _ = in_batch_negatives(key.pooled)
+            image_loss = self.criterion(query.image, key.image, image_rows, exclude=own)
+            dense_loss = self.criterion(query.dense, key.dense, dense_rows, match, exclude=own)
+        return image_loss, dense_loss
+
+
+class Run(NamedTuple):
+    make: Callable[[], Any]
+    images: tuple[int, int] = (2, 2)  # per rank (cycled): ranks with unequal batches add up with "sum" alone
+    size: tuple[int, int] = (4, 4)
+    views: int = 2
+
+
+RUNS = {style: Run(partial(Trainer, style)) for style in ("MoCo", "SimCLR", "BYOL")}
+RUNS |= {f"{style}, uneven": Run(partial(Trainer, style, "sum"), (1, 3)) for style in ("MoCo", "SimCLR", "BYOL")}
+RECIPES = {"moco": Run(recipes.dense_moco, (3, 3), (24, 16))}
+if find_spec("byol_pytorch") is not None:
+    RECIPES["byol_pytorch"] = Run(recipes.dense_byol, (3, 3), (64, 64), 1)
+# Name -> this rank's model, and what rank 0's saw at every step on the whole batch, before there was a group.
+ALONE: dict[str, tuple[Any, list[Any]]] = {}
+
+
+def steps_of(name: str, model: Any, wrapped: nn.Module, world: int, rank: int | None) -> Iterator[tuple[Any, Any, Any]]:
+    """Losses, ranks, gradients and state of three steps, with fixed batch statistics: those of ranks would differ."""
+    run, optimizer = (RUNS | RECIPES)[name], torch.optim.SGD(model.parameters(), 0.1)
+    sizes = [run.images[r % 2] for r in range(world)]
+    model.eval()
+    for step in range(3):
+        torch.manual_seed(step)
+        views = recipes.views(sum(sizes), *run.size)[: run.views]
+        image_loss, dense_loss, *ranks = wrapped(*(views if rank is None else (x.split(sizes)[rank] for x in views)))
+        losses = torch.stack([image_loss, dense_loss])
+        if rank is None and "uneven" in name:
+            losses = losses / world  # DistributedDataParallel divides sums over the ranks by their number
         optimizer.zero_grad()
-        loss.backward()
+        (losses[0] + 2 * losses[1]).backward()
         optimizer.step()
-        over_ranks = loss.detach() / world
-        dist.all_reduce(over_ranks)
-        torch.testing.assert_close(over_ranks, expected, rtol=0, atol=1e-12)
-        for seen, wish in zip(trainer.head.parameters(), head.parameters(), strict=True):
-            for part, whole in ((seen.grad, wish.grad), (seen.detach(), wish.detach())):
-                part = part.full_tensor() if hasattr(part, "full_tensor") else part  # FSDP's
-                torch.testing.assert_close(part, whole, rtol=0, atol=1e-12)
-        for key, model in queues.items():
-            check(getattr(trainer, key), model, 1e-12)
+        if name == "byol_pytorch":
+            model.update_moving_average()
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        state |= {f"{key}.grad": p.grad for key, p in model.named_parameters() if p.grad is not None}
+        state = {key: x.full_tensor() if hasattr(x, "full_tensor") else x for key, x in state.items()}  # FSDP's
+        yield losses.detach(), ranks[0].split(sizes) if rank is None and ranks else ranks, copy.deepcopy(state)
+
+
+def check_run(name: str, rank: int, world: int, wrap: Callable[[Any], nn.Module] = DistributedDataParallel) -> None:
+    """Loss over the ranks, gradients, weights and queues of every step, from ranks that start from other seeds."""
+    model, alone = copy.deepcopy(ALONE[name])
+    steps = steps_of(name, model, wrap(model), world, rank)
+    for (losses, ranks, state), (losses_alone, ranks_alone, state_alone) in zip(steps, alone, strict=True):
+        dist.all_reduce(losses)
+        torch.testing.assert_close(losses / world, losses_alone, rtol=0, atol=1e-11)
+        torch.testing.assert_close(ranks, list(ranks_alone[rank : rank + 1]), rtol=0, atol=0)
+        torch.testing.assert_close(state, state_alone, rtol=0, atol=1e-11)
 
 
 @case
 def steps_of_ddp(rank: int, world: int) -> None:
     """With its defaults, buffer broadcast included."""
-    for name in training.RUNS:
-        check_training(name, rank, world)
+    for name in RUNS:
+        check_run(name, rank, world)
 
 
 @case
@@ -341,9 +397,9 @@ def compiled_steps(rank: int, world: int) -> None:
     compiled = partial(torch.compile, backend="aot_eager")
     with warnings.catch_warnings(record=True) as caught:
         if world == 2:
-            check_training("momentum", rank, world, lambda x: compiled(DistributedDataParallel(x)))
-            check_training("momentum", rank, world, lambda x: DistributedDataParallel(compiled(x)))
-            check_training("SimCLR", rank, world, lambda x: compiled(DistributedDataParallel(x)))
+            check_run("MoCo", rank, world, lambda x: compiled(DistributedDataParallel(x)))
+            check_run("MoCo", rank, world, lambda x: DistributedDataParallel(compiled(x)))
+            check_run("SimCLR", rank, world, lambda x: compiled(DistributedDataParallel(x)))
     assert [str(one.message) for one in caught] == []
 
 
@@ -352,59 +408,28 @@ def sharded_steps(rank: int, world: int) -> None:
     """FSDP2, which unlike DistributedDataParallel leaves it to the trainer to start alike on every rank."""
     from torch.distributed.fsdp import fully_shard
 
-    def sharded(trainer: training.Trainer) -> nn.Module:
-        trainer.load_state_dict(training.new_trainer("momentum", 0).state_dict())
+    def sharded(trainer: Trainer) -> nn.Module:
+        torch.manual_seed(0)
+        trainer.load_state_dict(Trainer("MoCo").state_dict())
         for module in (trainer.head, trainer.key_head, trainer):
             fully_shard(module)
         return trainer
 
     if world == 2:
-        check_training("momentum", rank, world, sharded)
-
-
-# ---- recipes -------------------------------------------------------------------------------------------------------
-
-BATCH = 6  # over all ranks
-RECIPES = {"moco": (recipes.dense_moco, (24, 16), 2), "byol_pytorch": (recipes.dense_byol, (64, 64), 1)}
-# Recipe -> the model before its first step, and what one process without a group sees at every step.
-ALONE: dict[str, tuple[Any, list[Any]]] = {}
-
-
-def recipe_steps(name: str, model: Any, wrapped: nn.Module, share: slice) -> Iterator[tuple[Tensor, Tensor, Any]]:
-    """Losses, ranks, gradients and state of three steps, with fixed batch statistics: those of ranks would differ."""
-    model.eval()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for step in range(3):
-        torch.manual_seed(step)
-        images = [view[share] for view in recipes.views(BATCH, *RECIPES[name][1])][: RECIPES[name][2]]
-        image_loss, dense_loss, *ranks = wrapped(*images)
-        optimizer.zero_grad()
-        (0.3 * image_loss + 0.7 * dense_loss).backward()
-        optimizer.step()
-        if name == "byol_pytorch":
-            model.update_moving_average()
-        state = {key: value.clone() for key, value in model.state_dict().items()}
-        state |= {f"{key}.grad": p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-        yield torch.stack([image_loss, dense_loss]).detach(), torch.cat(ranks or [torch.zeros(len(images[0]))]), state
+        check_run("MoCo", rank, world, sharded)
 
 
 @case
 def steps_of_recipes(rank: int, world: int) -> None:
     """DistributedDataParallel refuses, at the second step, a trained parameter without a gradient."""
-    share = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
-    for name, (model, alone) in ALONE.items():
-        mistaken = copy.deepcopy(model)
-        steps = recipe_steps(name, model, DistributedDataParallel(model), share)
-        for (losses, ranks, state), (losses_alone, ranks_alone, state_alone) in zip(steps, alone, strict=True):
-            dist.all_reduce(losses)
-            torch.testing.assert_close(losses / 2, losses_alone, rtol=1e-9, atol=0)
-            assert torch.equal(ranks, ranks_alone[share])
-            torch.testing.assert_close(state, state_alone, rtol=0, atol=1e-9)
-        if name == "moco":  # left as they were shuffled, all keys are off: so they were shuffled, and that was undone
-            mistaken._batch_unshuffle_ddp = lambda x, idx_unshuffle: x
-            losses, _, _ = next(recipe_steps(name, mistaken, DistributedDataParallel(mistaken), share))
-            dist.all_reduce(losses)
-            assert ((losses / 2 - alone[0][0]).abs() > 1e-5).all(), losses / 2 - alone[0][0]
+    for name in RECIPES if world == 2 else ():
+        check_run(name, rank, world)
+    if world == 2:  # left as they were shuffled, all keys are off: so they were shuffled, and that was undone
+        model, alone = ALONE["moco"]
+        model._batch_unshuffle_ddp = lambda x, idx_unshuffle: x
+        losses, *_ = next(steps_of("moco", model, DistributedDataParallel(model), world, rank))
+        dist.all_reduce(losses)
+        assert ((losses / 2 - alone[0][0]).abs() > 1e-5).all()
 
 
 # ---- a second process group ----------------------------------------------------------------------------------------
@@ -438,12 +463,12 @@ def main(rank: int, world: int) -> None:
     EARLY.append(new_queue(rank))
     EARLY[0].enqueue(torch.ones(2, DIM))  # no process group yet
     with recipes.hosts():
-        for name in RECIPES if world == 2 else ():
-            if name == "moco" or find_spec(name) is not None:
-                torch.manual_seed(0)
-                model = RECIPES[name][0]()
-                alone = copy.deepcopy(model)
-                ALONE[name] = model, list(recipe_steps(name, alone, alone, slice(None)))
+        for name, run in (RUNS | (RECIPES if world == 2 else {})).items():
+            torch.manual_seed(rank)
+            model = run.make()
+            torch.manual_seed(0)
+            first = run.make()
+            ALONE[name] = model, list(steps_of(name, first, first, world, None))
     join(rank, world, "first")
     for name, function in CASES.items():
         print(f"rank {rank}: {name}", file=sys.stderr)

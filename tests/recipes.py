@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import standins
 import torch
-from helpers import assert_close, numpy64
+from helpers import assert_close, flat64, numpy64
 from pages import EXAMPLES
 from torch import Tensor, nn
 
@@ -216,41 +216,25 @@ def moco_terms(
     )
 
 
-def perceptron(module: nn.Module, x: np.ndarray) -> np.ndarray:
-    """Linear, batch norm with the statistics of the batch, ReLU, linear on (B, C, P), from the weights."""
-    first, norm, _, last = (m for m in module if not isinstance(m, nn.Flatten | nn.Unflatten))
-    for layer in (first, norm, last):
-        weight, bias = numpy64(layer.weight), 0 if layer.bias is None else numpy64(layer.bias)[:, None]
-        if layer is norm:
-            mean, variance = x.mean((0, 2))[:, None], x.var((0, 2))[:, None]
-            x = np.maximum((x - mean) / np.sqrt(variance + norm.eps) * weight[:, None] + bias, 0)
-        else:
-            x = np.einsum("dc,bcp->bdp", weight.reshape(len(weight), -1), x) + bias
-    return x
-
-
-def dense_direction(maps: tuple[np.ndarray, np.ndarray], prediction: np.ndarray, key: np.ndarray) -> float:
-    """BYOL's dense term of one direction, from maps (B, C, P), predictions and the target's dense map (B, D, P)."""
-    negatives, index = oracle.unit(key.mean(2), 1)[0], oracle.match(*maps).index
-    return float(info_nce(prediction, key, negatives, index=index, exclude=np.arange(len(key))).loss)
-
-
 def byol_terms(
-    maps: tuple[np.ndarray, np.ndarray],
+    maps: tuple[Tensor, Tensor],
     heads: tuple[nn.Module, nn.Module],
     predictors: tuple[nn.Module, nn.Module],
     contrastive: bool = True,
 ) -> tuple[float, float]:
-    """Mean cosine and dense term of one direction, from maps (B, C, H, W) and the weights of BYOL's networks."""
-    grids = tuple(x.reshape(*x.shape[:2], -1) for x in maps)
-    image, key = (perceptron(h.image_mlp, x.mean(2, keepdims=True)) for h, x in zip(heads, grids, strict=True))
-    dense, dense_key = (perceptron(h.dense_mlp, x) for h, x in zip(heads, grids, strict=True))
-    cosine = oracle.unit(perceptron(predictors[0], image), 1)[0] * oracle.unit(key, 1)[0]
-    query = perceptron(predictors[1], dense)
+    """Mean cosine and dense term of one direction, from the maps of the two views and the recipe's own layers."""
+    with torch.no_grad():
+        query, key = (head(features) for head, features in zip(heads, maps, strict=True))
+        cosine = nn.functional.cosine_similarity(predictors[0](query.image), key.image).mean()
+        prediction, dense_key = flat64(predictors[1](query.dense)), flat64(key.dense)
+    index = oracle.match(*map(flat64, maps)).index
     if contrastive:
-        return cosine.sum(1).mean(), dense_direction(grids, query, dense_key)
-    matched = np.take_along_axis(dense_key, oracle.match(*grids).index[:, None, :], 2)
-    return cosine.sum(1).mean(), (2 - 2 * (oracle.unit(query, 1)[0] * oracle.unit(matched, 1)[0]).sum(1)).mean()
+        negatives = oracle.unit(dense_key.mean(2), 1)[0]
+        return float(cosine), float(
+            info_nce(prediction, dense_key, negatives, index=index, exclude=np.arange(len(index))).loss
+        )
+    matched = np.take_along_axis(dense_key, index[:, None, :], 2)
+    return float(cosine), (2 - 2 * (oracle.unit(prediction, 1)[0] * oracle.unit(matched, 1)[0]).sum(1)).mean()
 
 
 # ---- models that run on two ranks, too -------------------------------------------------------------------------------

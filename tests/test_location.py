@@ -1,19 +1,18 @@
-"""Matching by place against brute force, and beside another rule in the loss."""
+"""Matching by place against brute force."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import NoFloat64, check, flat64, make_case
+from helpers import NoFloat64
 from hypothesis import given
 from hypothesis import strategies as st
 
-from densecl_ops.functional import dense_correspondence, location_correspondence
+from densecl_ops.functional import location_correspondence
 
 Grid = tuple[int, int]
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -126,20 +125,3 @@ def test_boxes_without_extent(name: str, box: list[float]) -> None:
     boxes[name][1] = torch.tensor(box)
     with pytest.raises(ValueError, match=rf"{name}: got \[.*expected finite corners and sides other than 0"):
         location_correspondence(**boxes, query_grid=2)
-
-
-def test_mutual_and_near_in_the_loss(backend: str) -> None:
-    """Both rules at once, with weight, exclude and rank: loss, rank and every gradient against the oracle."""
-    grids, rng = ((3, 4), (4, 3)), np.random.default_rng(2)
-    boxes = random_boxes(rng, 3, grids[0]), random_boxes(rng, 3, grids[1])
-    maps = {"batch": 3, "query_grid": grids[0], "key_grid": grids[1]}
-    features, none = make_case(5, channels=8, **maps), np.zeros(3, bool)
-    found = dense_correspondence(features.query, features.key, mutual=True, backend=backend)
-    truth = oracle.match(flat64(features.query), flat64(features.key), mutual=True)
-    valid = found.valid & location_correspondence(*map(torch.tensor, boxes), *grids, max_distance=2).valid
-    near = oracle.location_match(boxes, grids, (none, none), 2).valid
-    np.testing.assert_array_equal(valid.numpy(), truth.valid & near)
-    assert 0 < valid.sum() < found.valid.sum() < found.valid.numel()
-    assert not near.all()
-    case = make_case(3, **maps, negatives=9, valid=valid, exclude=torch.tensor([2, 8, 0]))
-    check(backend, replace(case, index=found.index, weight=torch.rand(3, 12, dtype=torch.float64)))

@@ -140,25 +140,23 @@ def test_solo_learn() -> None:
     settings = Settings(proj_hidden_dim=16, proj_output_dim=8, temperature=0.1, queue_size=12)
     model = recipes.example("with_solo_learn").DenseMoCoV2Plus(SimpleNamespace(method_kwargs=settings)).double()
     recipes.disturb(model.backbone, model.head)
-    host_queue = numpy64(model.queue).copy()
     truths = [recipes.truth_of(queue) for queue in model.dense_queues]
-    crops = [*recipes.views(6, 64, 64), *recipes.views(6)]
-    pools = model.backbone.avgpool, model.momentum_backbone.avgpool
-    with recipes.inputs_of(pools[0]) as maps_q, recipes.inputs_of(pools[1]) as maps_k:
-        loss = model.training_step([torch.arange(6), crops, torch.arange(6)], 0)
+    batch = [torch.arange(6), [*recipes.views(6, 64, 64), *recipes.views(6)], torch.arange(6)]
+    with (
+        recipes.inputs_of(model.backbone.avgpool) as maps_q,
+        recipes.inputs_of(model.momentum_backbone.avgpool) as maps_k,
+    ):
+        loss = model.training_step(batch, 0)
 
     weights = recipes.parameters_of(model.head), recipes.parameters_of(model.head_k)
     queries, keys = ([oracle.head(w, m) for m in maps[:2]] for w, maps in zip(weights, (maps_q, maps_k), strict=True))
-    image, dense, class_losses, classifier = [], [], [], recipes.parameters_of(model.classifier)
-    for query, key, image_rows, truth in zip(queries, keys[::-1], host_queue[::-1], truths[::-1], strict=True):
+    dense = []
+    for query, key, truth in zip(queries, keys[::-1], truths[::-1], strict=True):
         index = oracle.match(query.grid, key.grid).index
-        image.append(recipes.info_nce(query.image, key.image, image_rows.T, temperature=0.1).loss)
         dense.append(recipes.info_nce(query.dense, key.dense, truth, index=index, temperature=0.1).loss)
-        logits = query.mean @ classifier["weight"].T + classifier["bias"]
-        class_losses.append((np.log(np.exp(logits).sum(1)) - logits[np.arange(6), np.arange(6)]).mean())
     assert_close(model.logged["train_dense_loss"], np.mean(dense), recipes.TOLERANCE, "dense term")
-    host_loss = np.mean(image) + np.mean(class_losses)
-    assert_close(loss, 0.5 * host_loss + 0.5 * np.mean(dense), recipes.TOLERANCE, "loss")
+    host_loss = standins.MoCoV2Plus.training_step(model, batch, 0)
+    assert_close(loss, 0.5 * host_loss.item() + 0.5 * np.mean(dense), recipes.TOLERANCE, "loss")
 
     optimizer = torch.optim.SGD(model.learnable_params, lr=0.1)
     owned = [p for group in optimizer.param_groups for p in group["params"]]
@@ -229,57 +227,50 @@ def test_byol_step(name: str) -> None:
     if name == "lightly":
         recipe = recipes.example("with_lightly_byol")
         model = recipe.DenseBYOL(recipe.tiny_backbone(), 64).double()
-        backbones, heads = (
-            (model.backbone, model.backbone_momentum),
-            (model.projection_head, model.projection_head_momentum),
-        )
-        predictors = model.prediction_head.layers, model.dense_prediction_head
+        pairs = (model.backbone, model.backbone_momentum), (model.projection_head, model.projection_head_momentum)
+        predictors = model.prediction_head, model.dense_prediction_head
         step = partial(recipe.training_step, model, momentum=0.9)
     else:
         model = recipes.example("byol_loop").Trainer(momentum=0.9, contrastive=name == "loop").double()
-        backbones, heads = zip(*((x.backbone, x.head) for x in (model.online, model.target)), strict=True)
+        pairs = (model.online.backbone, model.target.backbone), (model.online.head, model.target.head)
         predictors, step = (model.predictor, model.dense_predictor), model
     recipes.disturb(model)
-    images, before = recipes.views(6, 24, 16), [recipes.parameters_of(x) for x in (backbones[1], heads[1])]
-    with recipes.inputs_of(heads[0]) as maps_q, recipes.inputs_of(heads[1]) as maps_k:
-        image_loss, dense_loss = step(*images)
-    if name != "lightly":
-        maps_k.reverse()  # it takes both views through the target before the two directions
-    recipes.check_maps(maps_q, tuple(map(backbones[0], images)))
-    recipes.check_maps(maps_k, tuple(map(backbones[1], images[::-1])))
-    terms = [
-        recipes.byol_terms(maps, heads, predictors, name != "loop, cosine") for maps in zip(maps_q, maps_k, strict=True)
-    ]
+    views, before = recipes.views(6, 24, 16), [recipes.parameters_of(target) for _, target in pairs]
+    image_loss, dense_loss = step(*views)
+    terms = []
+    for directed in (views, views[::-1]):
+        maps = [backbone(images) for backbone, images in zip(pairs[0], directed, strict=True)]
+        terms.append(recipes.byol_terms(maps, pairs[1], predictors, name != "loop, cosine"))
     cosine, dense = np.transpose(terms)
     expected = -cosine.mean() if name == "lightly" else (1 - cosine).sum()
     assert_close(image_loss, expected, recipes.TOLERANCE, "image term")
     assert_close(dense_loss, dense.mean(), recipes.TOLERANCE, "dense term")
     (image_loss + dense_loss).backward()
-    recipes.check_all_trained(model, heads[0], *predictors)
+    recipes.check_all_trained(model, pairs[1][0], *predictors)
     if name != "lightly":
         model.update_target()
-    for online, target, start in zip(*zip(backbones, heads, strict=True), before, strict=True):
+    for (online, target), start in zip(pairs, before, strict=True):
         recipes.check_momentum(online, target, start)
 
 
 @needs_byol
 def test_byol_pytorch() -> None:
     model = recipes.dense_byol()
-    alone, heads = copy.deepcopy(model.learner), copy.deepcopy((model.head.dense_mlp, model.target_head.dense_mlp))
-    images, maps = torch.randn(6, 3, 64, 64, dtype=torch.float64), []
-    for net in copy.deepcopy((model.learner.net, model.learner.target_encoder.net)):
-        maps.append(flat64(nn.Sequential(*list(net)[:4])(torch.cat([images, images.flip(3)]))))
+    alone, images = copy.deepcopy(model.learner), torch.randn(6, 3, 64, 64, dtype=torch.float64)
+    nets = copy.deepcopy((model.learner.net, model.learner.target_encoder.net))
+    query, key = (nn.Sequential(*list(net)[:4])(torch.cat([images, images.flip(3)])) for net in nets)
     byol_loss, dense_loss = model(images)
     dense_loss.backward()
 
-    query, key = (recipes.perceptron(head, features) for head, features in zip(heads, maps, strict=True))
-    prediction = recipes.perceptron(model.predictor, query)
-    first, second = slice(6), slice(6, 12)
-    expected = 0.5 * sum(
-        recipes.dense_direction((maps[0][one], maps[1][two]), prediction[one], key[two])
-        for one, two in ((first, second), (second, first))
-    )
-    assert_close(dense_loss, expected, recipes.TOLERANCE)
+    # Batch norm sees both views at once, so the oracle gets the layers' outputs, of which each direction takes half.
+    prediction, dense_key = model.predictor(model.head(query).dense), model.target_head(key).dense
+    swapped = (x.roll(6, 0) for x in (key, dense_key))  # view 1 asks view 2, and 2 asks 1
+    parts = (map(flat64, x.detach().split(6)) for x in (query, *swapped, prediction))
+    expected = []
+    for map_q, map_k, keys, predicted in zip(*parts, strict=True):
+        options = {"index": oracle.match(map_q, map_k).index, "exclude": np.arange(6)}
+        expected.append(recipes.info_nce(predicted, keys, oracle.unit(keys.mean(2), 1)[0], **options).loss)
+    assert_close(dense_loss, np.mean(expected), recipes.TOLERANCE)
     assert_close(byol_loss, alone(images), recipes.TOLERANCE)  # the learner's own loss is as it was
     for part in (model.head.dense_mlp, model.predictor, model.learner.net.layer4):
         assert all(p.grad.abs().max() > 0 for p in part.parameters() if p.ndim > 1)

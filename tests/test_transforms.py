@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
@@ -155,18 +154,6 @@ def test_fake_tensors_beside_real_modules(backend: str) -> None:
         assert "temperature=?" in str(criterion)
     loss.backward()
     assert query.grad.shape == (2, 16)
-
-
-@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
-def test_make_fx(backend: str, tracing_mode: str, inputs: tuple[Tensor, ...]) -> None:
-    def step(q: Tensor, k: Tensor, n: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        match = dense_correspondence(q, k, mutual=True, backend=backend)
-        return dense_info_nce(q, k, n, match, backend=backend), dense_info_nce(q, k, n, index, backend=backend)
-
-    query, key, negatives, index = inputs
-    traced = make_fx(step, tracing_mode=tracing_mode)(*inputs)
-    other = (key * 2 + query, query, negatives, index.flip(1))
-    torch.testing.assert_close(traced(*other), step(*other))
 
 
 @pytest.mark.parametrize("wanted", ["q", "qk", "qkn"])
