@@ -25,9 +25,9 @@ def inverse_norm(x: Tensor, dim: int) -> Tensor:
     return norm(x, dim).reciprocal() if x.stride(dim) == 1 else inverse_root(x.square().sum(dim, keepdim=True))
 
 
-def norm(x: Tensor, dim: int) -> Tensor:
+def norm(x: Tensor, dim: int, keepdim: bool = True) -> Tensor:
     """|x| as a divisor: infinite where it is below NORM_EPS, NaN where its square overflows."""
-    return _divisor(torch.linalg.vector_norm(x, dim=dim, keepdim=True), NORM_EPS)
+    return _divisor(torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim), NORM_EPS)
 
 
 def inverse_root(squares: Tensor) -> Tensor:

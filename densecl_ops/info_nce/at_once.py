@@ -29,28 +29,28 @@ def serves(problem: Problem, want_rank: bool) -> bool:
 def forward(problem: Problem, want_grad: bool) -> Result:
     """As in Backend, without a rank; the formulas are those of blockwise.py."""
     query, key = rows_of(problem.query, problem.dtype), rows_of(problem.key, problem.dtype)
-    query_norm, key_norm = norm(query, 2), norm(key, 2)
+    query_norm, key_norm = norm(query, 2), norm(key, 2, keepdim=False)
     if problem.matches is not None:
-        key, key_norm = gather_matches(key, problem.matches), gather_matches(key_norm, problem.matches)
+        key, key_norm = gather_matches(key, problem.matches), key_norm.gather(1, problem.matches)
     scale, negatives = problem.inverse_temperature, problem.negatives
     if problem.existing is not None:
         negatives = negatives[: int(problem.existing)]
 
     unit = query / query_norm
     scaled = unit * scale
-    positive = torch.linalg.vecdot(scaled, key) / key_norm.squeeze(2)  # the key raw: its norm divides what follows
+    positive = torch.linalg.vecdot(scaled, key) / key_norm  # the key raw: its norm divides what follows
     logits = torch.mm(scaled.flatten(0, 1), negatives.t())
     if logits.shape[1] == 0:
         log_share, log_sum_exp = logits, torch.full_like(positive, float("-inf"))
     else:
         log_share = logits.log_softmax(1)  # one pass; logsumexp takes six, and gives the shares in another
-        log_sum_exp = (logits[:, 0] - log_share[:, 0]).view_as(positive)
+        log_sum_exp = (logits.select(1, 0) - log_share.select(1, 0)).view_as(positive)
     margin = log_sum_exp - positive
     loss = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
     pull, rank = margin.sigmoid(), loss.new_empty(0, dtype=torch.int64)
     if not want_grad:
         return Result(loss, rank, log_sum_exp, pull, loss.new_empty(0), loss.new_empty(0))
-    grad = torch.mm(log_share.exp_(), negatives).view_as(unit).addcdiv_(key, key_norm, value=-1)
+    grad = torch.mm(log_share.exp_(), negatives).view_as(unit).addcdiv_(key, key_norm.unsqueeze(2), value=-1)
     along = torch.linalg.vecdot(grad, unit)
     grad.addcmul_(unit, along.unsqueeze(2), value=-1).mul_((pull * scale).unsqueeze(2) / query_norm)
     return Result(loss, rank, log_sum_exp, pull, grad, along * pull)
