@@ -34,14 +34,14 @@ def triton_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int = 0, traced: bool = False) -> str:
+def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int, traced: bool = False) -> str:
     """Turns a `backend` argument into "eager", "blockwise", "triton", or "auto" for triton if it can.
 
     Args:
         requested: As the user gave it.
         tensor: Any input; tells the device.
         dtype: The accumulation dtype of the call.
-        channels: D, for the loss, whose kernels hold whole rows.
+        channels: D, for the loss, whose kernels hold whole rows; else 0.
         traced: As `is_traced` says of the call.
 
     Raises:

@@ -53,6 +53,10 @@ class Guard(torch.autograd.Function):
         compare(ctx.version, *ctx.saved_tensors)
         return grad, None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)
+
 
 def note(negatives: Tensor) -> None:
     """To be called for every loss in eager mode.

@@ -58,6 +58,21 @@ def in_dual_level(f: Any, x: Tensor, tangent: Tensor) -> Tensor:
         return f(forward_ad.make_dual(x, tangent))
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_eager_has_a_forward_derivative(learns: bool, inputs: tuple[Tensor, ...]) -> None:
+    query, key, negatives, _ = inputs
+
+    def loss(q: Tensor) -> Tensor:
+        return dense_info_nce(q, key, negatives, backend="eager")
+
+    tangent = in_dual_level(
+        lambda q: forward_ad.unpack_dual(loss(q)).tangent, query.clone().requires_grad_(learns), key
+    )
+    assert_close(tangent.detach(), jvp(loss, (query,), (key,))[1], 1e-12)
+    step = 1e-6
+    assert_close(tangent.detach(), (loss(query + step * key) - loss(query - step * key)) / (2 * step), 1e-6)
+
+
 @pytest.mark.parametrize(
     ("transform", "words"),
     [

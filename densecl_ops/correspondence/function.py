@@ -71,7 +71,7 @@ def dense_correspondence(
     traced = is_traced(query_features)
     dtype = (_check if traced else _check_once)(query_features, key_features, grid)
     query, key = _prepare(query_features, grid), _prepare(key_features, grid)
-    chosen = _backends.choose(backend, query, dtype, traced=traced)
+    chosen = _backends.choose(backend, query, dtype, 0, traced)
     if chosen == "eager":  # left open to compilers, which fuse it
         with no_autocast(query):
             index, score, agreed = eager.match(query, key, mutual)
