@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import matching, queue, step
 from benchmarks.curves import RUNS
 from benchmarks.loss import HEADLINE, HEADLINE_CPU, PLAIN
-from benchmarks.records import OURS, RESULTS, mean_and_deviation, table
+from benchmarks.records import OURS, RESULTS, spread, table
 from benchmarks.transfer import page as transfer
 
 ROOT = Path(__file__).parent.parent
@@ -166,14 +166,7 @@ def demo(folder: str) -> str:
     lines = []
     for name in records[0]["rows"]:
         close, median = ([record["rows"][name][key] for record in records] for key in ("close", "median"))
-        lines.append(
-            [
-                name,
-                mean_and_deviation(close, 3),
-                mean_and_deviation(median, 2),
-                ", ".join(f"{value:.3f}" for value in close),
-            ]
-        )
+        lines.append([name, spread(close, 3), spread(median, 2), ", ".join(f"{value:.3f}" for value in close)])
     return (
         f"`make demo` settings with `--compare`, seeds {seeds}: cells of a stereo pair matched within 1.5 cells of the "
         "measured disparity, and the median error in cells. Mean over the seeds ± standard deviation; the pair is not "
@@ -193,17 +186,11 @@ def curves(folder: str, last: int = 20) -> str:
         end = {key: f"{statistics.fmean(values[-last:]):.2f}" for key, values in history.items()}
         peak, low = max(history["dense_loss"]), min(history["mutual_share"])
         at_peak, at_low = history["dense_loss"].index(peak) + 1, history["mutual_share"].index(low) + 1
-        cells = (
-            run["label"],
-            f"{start['image_loss']}, {end['image_loss']}",
-            f"{start['dense_loss']}, {peak:.2f} ({at_peak}), {end['dense_loss']}",
-            f"{start['top1']}, {end['top1']}",
-            end["top5"],
-            f"{start['match_score']}, {end['match_score']}",
-            f"{start['mutual_share']}, {low:.2f} ({at_low}), {end['mutual_share']}",
-            f"{run['matches']['close']:.2f}",
-        )
-        lines.append(cells)
+        both = {key: f"{start[key]}, {end[key]}" for key in ("image_loss", "top1", "match_score")}
+        dense = f"{start['dense_loss']}, {peak:.2f} ({at_peak}), {end['dense_loss']}"
+        mutual = f"{start['mutual_share']}, {low:.2f} ({at_low}), {end['mutual_share']}"
+        cells = both["image_loss"], dense, both["top1"], end["top5"], both["match_score"], mutual
+        lines.append([run["label"], *cells, f"{run['matches']['close']:.2f}"])
     return table(heads, lines)
 
 
@@ -220,16 +207,8 @@ def versions(folder: str) -> str:
     return table(["target", "kernel", *sorted(records)], ([*key, *cells] for key, cells in lines.items()))
 
 
-KINDS: dict[str, Callable[[str], str]] = {
-    "cost": cost,
-    "loss": loss,
-    "grid": grid,
-    "others": others,
-    "demo": demo,
-    "curves": curves,
-    "versions": versions,
-    **transfer.KINDS,
-}
+OWN = (cost, loss, grid, others, demo, curves, versions)
+KINDS: dict[str, Callable[[str], str]] = {kind.__name__: kind for kind in OWN} | transfer.KINDS
 MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
 

@@ -6,7 +6,7 @@ import operator
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.records import RESULTS, mean_and_deviation, table
+from benchmarks.records import RESULTS, spread, table
 from benchmarks.transfer.data import CLASSES
 from benchmarks.transfer.pretraining import ARMS, BYOL, IMAGE
 from benchmarks.transfer.records import Record, chosen_rate, load, on_val
@@ -43,7 +43,7 @@ def results(folder: str) -> str:
     records, rows = load(RESULTS / folder), []
     for arm, runs in by_arm(records).items():
         columns = zip(*map(values, runs.values()), strict=True)
-        rows.append([NAMES[arm], str(len(runs)), *(mean_and_deviation(column, 3) for column in columns)])
+        rows.append([NAMES[arm], str(len(runs)), *(spread(column, 3) for column in columns)])
     unmoved = f"{records[0]['test.unmoved']['miou']:.3f}"
     rows.append(["no features: labels left where they were", "", "", "", unmoved, ""])
     return table(["", "seeds", *HEADINGS], rows)
