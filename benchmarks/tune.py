@@ -7,7 +7,9 @@ and runs the tests.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from unittest import mock
 
 import torch
@@ -38,17 +40,12 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     dtype = getattr(torch, shape["dtype"])
     inputs = [loss.make_inputs(shape["n"], shape["k"], shape["d"], dtype, arguments.device, seed) for seed in range(2)]
 
-    def ours(one: Inputs) -> tuple[Tensor, Tensor | None]:
-        return loss.step(lambda x: loss.ours(x, "triton"), one)
+    def ours(config: Config | None, one: Inputs) -> tuple[Tensor, Tensor | None]:
+        chosen = mock.patch.object(triton_plan, "choose", return_value=config) if config else nullcontext()
+        with chosen:
+            return loss.step(lambda x: loss.ours(x, "triton"), one)
 
-    def entry(config: Config) -> Callable[[Inputs], tuple[Tensor, Tensor | None]]:
-        def timed(one: Inputs) -> tuple[Tensor, Tensor | None]:
-            with mock.patch.object(triton_plan, "choose", return_value=config):
-                return ours(one)
-
-        return timed
-
-    entries = {OURS: ours} | {str(tuple(config)): entry(config) for config in CANDIDATES}
+    entries = {OURS: partial(ours, None)} | {str(tuple(config)): partial(ours, config) for config in CANDIDATES}
     rows = compare(entries, inputs, arguments.device, seconds=arguments.seconds)
     exact, _ = loss.exact(inputs[0])
     for name, row in rows.items():
