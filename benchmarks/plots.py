@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from benchmarks.records import RESULTS
 from benchmarks.transfer.page import HEADINGS, by_arm, values
-from benchmarks.transfer.records import load
+from benchmarks.transfer.suite import load
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well. Lines get thinner from the first to the last, so
 # that none hides another; ours is the wide black one below all.

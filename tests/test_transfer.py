@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.__main__ import main
 from benchmarks.records import RESULTS
-from benchmarks.transfer import data, encoder, page, pretraining, records, tasks, views
+from benchmarks.transfer import data, encoder, page, pretraining, suite, tasks, views
 from benchmarks.transfer.pretraining import Setting
 
 SMALL = Setting("nearest", 0, 0.05, steps=4, view=32, window=40, batch=4, queue=16)
@@ -199,11 +199,11 @@ def test_suite_runs_each_once(folder: Path, tmp_path: Path, capsys: pytest.Captu
     runs = f"{command} --seeds 3 --steps 2 --dense-from 0".split()
     main(search)
     main(runs)
-    searched, found = records.load(tmp_path / "search"), page.by_arm(records.load(tmp_path))
+    searched, found = suite.load(tmp_path / "search"), page.by_arm(suite.load(tmp_path))
     assert [record["setting"]["rate"] for record in searched] == [0.01, 0.1]
     assert not any(key.startswith("test") for record in searched for key in record)
     assert found["random"][3]["setting"]["rate"] == 0
-    wanted = replace(SMALL, arm="place", seed=3, rate=records.chosen_rate(searched, "place"), steps=2, batch=2, queue=8)
+    wanted = replace(SMALL, arm="place", seed=3, rate=suite.chosen_rate(searched, "place"), steps=2, batch=2, queue=8)
     assert found["place"][3]["setting"] == asdict(replace(wanted, dense_from=0.0))
     capsys.readouterr()
     main(search)
@@ -219,11 +219,11 @@ def test_paired_differences() -> None:
 @pytest.mark.parametrize("folder", ["transfer_cpu", "transfer_short_cpu"])
 def test_records_are_complete(folder: str) -> None:
     """Three seeds of every arm, one setting, commits without changes, rates as the search chose them."""
-    reported, searched = (records.load(RESULTS / folder / part) for part in ("", "search"))
+    reported, searched = (suite.load(RESULTS / folder / part) for part in ("", "search"))
     assert not any("dirty" in record["environment"]["commit"] for record in reported + searched)
     assert len({json.dumps({**r["setting"], "arm": "", "seed": 0, "rate": 0}) for r in reported}) == 1
     for setting in (record["setting"] for record in reported):
-        assert setting["rate"] == (0 if setting["arm"] == "random" else records.chosen_rate(searched, setting["arm"]))
+        assert setting["rate"] == (0 if setting["arm"] == "random" else suite.chosen_rate(searched, setting["arm"]))
     arms = page.by_arm(reported)
     assert arms.keys() >= {"random", "image", "nearest", "place"}
     (seeds,) = {frozenset(runs) for runs in arms.values()}

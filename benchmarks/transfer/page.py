@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from benchmarks.records import RESULTS, spread, table
 from benchmarks.transfer.data import CLASSES
 from benchmarks.transfer.pretraining import ARMS, BYOL, IMAGE
-from benchmarks.transfer.records import Record, chosen_rate, load, on_val
+from benchmarks.transfer.suite import Record, chosen_rate, load, on_val
 from benchmarks.transfer.tasks import TASKS
 
 NAMES = {

@@ -9,20 +9,23 @@ split alone and lie in a folder of that name. docs/dense-tasks.md has the comman
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.measure import environment
 from benchmarks.records import write
-from benchmarks.transfer import data, records
+from benchmarks.transfer import data
 from benchmarks.transfer.pretraining import ARMS, RANDOM, Setting, pretrain
 from benchmarks.transfer.tasks import TASKS, measure
 from benchmarks.transfer.views import Photographs
 
+Record = dict[str, Any]
 OPTIONS = [field for field in fields(Setting) if field.name not in ("arm", "seed", "rate")]
 
 
@@ -43,14 +46,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=type(field.default), default=field.default, help="default: %(default)s")
 
 
+def load(folder: Path) -> list[Record]:
+    """The records of all runs in a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))]
+
+
+def on_val(record: Record) -> float:
+    """What the search maximises."""
+    return float(record["val.probe"]["miou"] + record["val.knn"]["miou"]) / 2
+
+
+def chosen_rate(searched: list[Record], arm: str) -> float:
+    """The learning rate with the best mean of probe and k-NN on val; arms that were not searched take nearest's."""
+    arms = {record["setting"]["arm"] for record in searched}
+    own = [record for record in searched if record["setting"]["arm"] == (arm if arm in arms else "nearest")]
+    if not own:
+        raise SystemExit(f"no search of {arm} and none of nearest: give --rates, or run --part search")
+    return float(max(own, key=on_val)["setting"]["rate"])
+
+
 def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     chosen = {field.name: getattr(arguments, field.name) for field in OPTIONS}
-    searched = records.load(arguments.out / "search")
+    searched = load(arguments.out / "search")
     for seed in arguments.seeds:
         for arm in arguments.arms:
             if arm == RANDOM and arguments.part:  # nothing to choose
                 continue
-            for rate in [0.0] if arm == RANDOM else arguments.rates or [records.chosen_rate(searched, arm)]:
+            for rate in [0.0] if arm == RANDOM else arguments.rates or [chosen_rate(searched, arm)]:
                 yield Setting(arm, seed, rate, **chosen)
 
 
