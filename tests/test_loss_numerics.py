@@ -13,6 +13,8 @@ import pytest
 import torch
 from helpers import GRADIENTS, assert_close, check, error, expected, make_case, run
 
+from densecl_ops import _processor
+from densecl_ops._processor import Processor
 from densecl_ops.info_nce import at_once, blockwise
 from densecl_ops.info_nce.problem import Problem
 
@@ -176,7 +178,9 @@ def test_every_form(
     for product in {torch.float32, dtype} - {torch.float16}:
         if (form == "tiles, oneDNN" and product != torch.float32) or (form == "at once" and dtype != torch.float32):
             continue
-        monkeypatch.setattr(blockwise, "_choose", lambda *_, product=product: (form, product))
+        chosen = "flash" if form == "flash" else "tiles", product
+        monkeypatch.setattr(blockwise, "_choose", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr(_processor, "processor", lambda: Processor(True, False, form == "tiles, oneDNN", True))
         monkeypatch.setattr(at_once, "serves", lambda *_: form == "at once")
         case = make_case(21, channels=32, negatives=negatives, count=count).to(dtype)
         case.query[0, :, 0, 0] = case.key[1, :, 0, 0] = case.negatives[0] = 0
@@ -200,10 +204,11 @@ FORMS: list[tuple[dict[str, Any], torch.dtype, str, str, torch.dtype]] = [
     (INTEL, torch.float16, "", "flash", torch.float32),
     (INTEL, torch.float64, "", "flash", torch.float64),
     (BF16, torch.bfloat16, "", "tiles", torch.bfloat16),
+    (BF16, torch.bfloat16, "rank", "tiles", torch.bfloat16),
     (AMX, torch.bfloat16, "", "flash", torch.bfloat16),
     (AMX, torch.bfloat16, "exclude", "tiles", torch.bfloat16),
-    (AMD, torch.float32, "", "tiles, oneDNN", torch.float32),
-    (AMD, torch.bfloat16, "rank", "tiles, oneDNN", torch.float32),
+    (AMD, torch.float32, "", "tiles", torch.float32),
+    (AMD, torch.bfloat16, "rank", "tiles", torch.float32),
     ({}, torch.float32, "", "flash", torch.float32),
 ]
 

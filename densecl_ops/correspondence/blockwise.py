@@ -7,7 +7,7 @@ from torch import Tensor
 
 from densecl_ops._numerics import accumulation_dtype, inverse_root
 from densecl_ops._parallel import for_blocks
-from densecl_ops._processor import matmul, processor
+from densecl_ops._processor import by_onednn, matmul
 from densecl_ops.correspondence import at_once
 
 TILE_SCORES = 2**24  # 64 MiB: few enough launches, still small beside the features
@@ -29,7 +29,6 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     keys, on_cpu = key.shape[2], query.device.type == "cpu"
     features = channels * (queries + keys)
     dtype = accumulation_dtype(query, key)
-    by_onednn = on_cpu and dtype == torch.float32 and processor().onednn
     budget = TILE_SCORES_CPU if on_cpu else TILE_SCORES
 
     index = torch.empty(images, queries, dtype=torch.int64, device=query.device)
@@ -44,7 +43,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
         per_strip = max(1, budget // (len(q) * keys))
         for top in range(0, queries, per_strip):
             strip = slice(top, top + per_strip)
-            products = _products(q[:, :, strip].transpose(1, 2), k, by_onednn)
+            products = _products(q[:, :, strip].transpose(1, 2), k)
             if mutual:
                 best, where = (products * q_inverse[:, 0, strip, None]).max(dim=1)
                 better = best > back_score  # strictly: the lowest index keeps a tie
@@ -67,11 +66,11 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     return index, score, agreed
 
 
-def _products(rows: Tensor, columns: Tensor, by_onednn: bool) -> Tensor:
+def _products(rows: Tensor, columns: Tensor) -> Tensor:
     """(T, Q, C) and (T, C, P) -> (T, Q, P)."""
-    if not by_onednn:
+    if not by_onednn(rows):
         return torch.bmm(rows, columns)
-    return torch.stack([matmul(a, b, by_onednn) for a, b in zip(rows, columns, strict=True)])
+    return torch.stack([matmul(a, b) for a, b in zip(rows, columns, strict=True)])
 
 
 def _inverse_norm(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ so one pass gives both, nothing of size N x K is ever held, and a small loss kee
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,9 +34,10 @@ from densecl_ops.info_nce.problem import (
     unit_vectors,
 )
 
-# On a CPU a thread takes up to BLOCK_ROWS query rows at a time. The logits of a tile, 2 MiB in float32, stay in its
-# cache from one pass to the next; half and twice of it are up to 10 % slower.
-BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**19, 4096
+# On a CPU a thread takes up to BLOCK_ROWS query rows at a time. The logits of a tile, 1 MiB in float32, stay in its
+# cache from one pass to the next; twice of it saves 5 % of the time, half of it loses 5 to 10 %.
+BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**18, 4096
+LOG2_E = math.log2(math.e)  # exp2() of 2^19 values takes 0.07 ms where exp() takes 0.30 (MKL on Zen 5)
 
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
@@ -46,6 +48,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     size = batch * positions
     plan = _plan(problem, want_grad, want_rank)
     scale = problem.inverse_temperature
+    factor = scale * plan.unit
 
     def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return problem.query.new_empty(shape, dtype=dtype)
@@ -58,14 +61,15 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
         raw, match, excluded = _block(problem, part)
         query_inverse = inverse_norm(raw, 1)
         unit = raw * query_inverse
+        del raw
         match = match * inverse_norm(match, 1)
         positive = (unit * match).sum(1, keepdim=True) * scale
 
         operand, ranked = unit, None
         if want_rank:
             operand = unit.to(problem.matmul_dtype).to(problem.dtype)
-            ranked = (operand * as_negatives(match, problem).to(problem.dtype)).sum(1, keepdim=True) * scale
-        seen = _attend(operand * scale, excluded, ranked, want_grad, plan)
+            ranked = (operand * as_negatives(match, problem).to(problem.dtype)).sum(1, keepdim=True) * factor
+        seen = _attend(operand * factor, excluded, ranked, want_grad, plan)
 
         margin = seen.log_sum_exp - positive
         strength = margin.sigmoid()
@@ -103,19 +107,22 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     unit = unit.flatten(0, 1).to(problem.matmul_dtype).to(problem.dtype)
     scaled = (unit * problem.inverse_temperature).masked_fill(left_out, 0.0)
     weighted = scaled * weight
-    shift = _finite(log_sum_exp).reshape(-1, 1).masked_fill(left_out, 0.0)
     # Exact products, as for a rank: exp() of logits that were rounded otherwise than those of the sum is 4 % off.
     plan = _plan(problem, want_grad=True, want_rank=True)
+    operand = scaled * plan.unit
+    shift = plan.unit * _finite(log_sum_exp).reshape(-1, 1).masked_fill(left_out, 0.0)
     excluded = None if problem.exclude is None else problem.exclude.repeat_interleave(problem.query.shape[2])
     rows = BLOCK_ROWS if scaled.device.type == "cpu" else len(scaled)
     grad = torch.zeros(problem.negatives.shape, dtype=problem.dtype, device=scaled.device)
 
     def compute(span: slice) -> None:
+        columns = plan.negatives[span].to(problem.matmul_dtype).to(problem.dtype)
         for start in range(0, len(scaled), rows):
             part = slice(start, start + rows)
-            _, logits = _tile(scaled[part], span, None if excluded is None else excluded[part], plan)
-            probability = logits.sub_(shift[part]).exp_().t().to(plan.dtype)
-            grad[span] += matmul(probability, weighted[part].to(plan.dtype), plan.form == "tiles, oneDNN")
+            logits = matmul(operand[part], columns.t())
+            _leave_out(logits, span.start, None if excluded is None else excluded[part], plan)
+            probability = plan.exp_(logits.sub_(shift[part])).t()
+            grad[span] += matmul(probability, weighted[part])
             del logits, probability
 
     width = _columns(min(rows, len(scaled)), scaled.device.type)
@@ -144,9 +151,18 @@ class _Plan(NamedTuple):
 
     problem: Problem
     negatives: Tensor  # (K', D), those that exist as far as the host can tell
-    dtype: torch.dtype  # of the products
-    form: str  # "tiles", "tiles, oneDNN" or "flash"
+    form: str  # "tiles" or "flash"
+    logits: torch.dtype  # of the products that give the logits
+    mean: torch.dtype  # of those that give the mean row
     bounded: bool  # no logit can overflow exp() unshifted
+
+    @property
+    def unit(self) -> float:
+        """What logits are multiplied by: in tiles, and where none is so large that its last digits would count."""
+        return LOG2_E if self.bounded and self.form == "tiles" else 1.0
+
+    def exp_(self, tile: Tensor) -> Tensor:
+        return tile.exp_() if self.unit == 1.0 else tile.exp2_()
 
 
 def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
@@ -155,40 +171,39 @@ def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
     if on_cpu and problem.existing is not None:
         negatives = negatives[: int(problem.existing)]
     form, dtype = _choose(problem, want_grad, want_rank) if on_cpu else ("tiles", problem.matmul_dtype)
-    if want_rank:  # it needs exact products
-        dtype = problem.dtype
     if form == "flash":
         bounded = True  # it keeps a maximum of its own
     elif on_cpu:
-        bounded = _longest(negatives, problem.dtype) * float(problem.inverse_temperature) <= UNSHIFTED_LIMIT
+        bounded = _longest(negatives) * float(problem.inverse_temperature) <= UNSHIFTED_LIMIT
     else:
         bounded = is_bounded_by_contract(problem)
-    return _Plan(problem, negatives, dtype, form, bounded)
+    exact = problem.dtype if want_rank else dtype  # a rank compares exact products
+    return _Plan(problem, negatives, form, exact, dtype, bounded)
 
 
 def _choose(problem: Problem, want_grad: bool, want_rank: bool) -> tuple[str, torch.dtype]:
     """The fastest form on this CPU and the dtype of its products; docs/performance.md has the measurements."""
     cpu, dtype = processor(), problem.matmul_dtype
-    if want_rank or dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu.bfloat16):
-        dtype = problem.dtype  # exact, and float32 products are faster where 16-bit ones have no instructions
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu.bfloat16):
+        dtype = problem.dtype  # exact, and faster where 16-bit products have no instructions
     plain = not want_rank and problem.exclude is None
     flash_can = plain and cpu.flash
     if dtype == torch.bfloat16:
         return ("flash" if flash_can and cpu.amx else "tiles"), dtype
     if dtype == torch.float32 and cpu.onednn:
-        return "tiles, oneDNN", dtype
+        return "tiles", dtype
     return ("flash" if flash_can and want_grad else "tiles"), dtype
 
 
-def _longest(rows: Tensor, dtype: torch.dtype) -> float:
-    """The largest norm, NaN if one is; in parts, since a norm in another dtype than its rows' makes a copy of them."""
-    norms = [rows.new_zeros((), dtype=dtype)]
+def _longest(rows: Tensor) -> float:
+    """The largest norm, NaN if one is, to the digits of the rows' own dtype: another one would take a copy of them."""
+    norms = rows.new_zeros(len(rows) + 1)
 
     def compute(part: slice) -> None:
-        norms.append(torch.linalg.vector_norm(rows[part], dim=1, dtype=dtype).max())
+        torch.linalg.vector_norm(rows[part], dim=1, out=norms[part])
 
-    for_blocks(compute, len(rows), 2048, 256)
-    return float(torch.stack(norms).max())
+    for_blocks(compute, len(rows), max(1, len(rows)), 2048)
+    return float(norms.max())
 
 
 # ---- one block of query rows ----------------------------------------------------------------------------------------
@@ -210,13 +225,27 @@ def _attend(
     mean = torch.zeros_like(scaled) if want_mean else None
     twice_rank = None if positive is None else torch.zeros_like(total, dtype=torch.int64)
     top = None if plan.bounded else torch.full_like(total, float("-inf"))
-    tie = TIE_WIDTH[scaled.dtype] * plan.problem.inverse_temperature
-    width = _columns(len(scaled), scaled.device.type)
-    spare = scaled.new_empty(0 if positive is None else len(scaled) * min(width, len(plan.negatives)))
+    tie = TIE_WIDTH[scaled.dtype] * plan.problem.inverse_temperature * plan.unit
+    operand = scaled.to(plan.logits)
+    width = max(1, min(_columns(len(scaled), scaled.device.type), len(plan.negatives)))
+    spare: dict[torch.dtype, Tensor] = {}
+
+    def room(like: Tensor, dtype: torch.dtype) -> Tensor:
+        """For as many logits as there are rows in `like`. Kept, as fresh memory costs page faults."""
+        if dtype not in spare:
+            spare[dtype] = scaled.new_empty(len(scaled) * width, dtype=dtype)
+        return spare[dtype][: len(scaled) * len(like)].view(len(scaled), len(like))
+
     for start in range(0, len(plan.negatives), width):
-        rows, logits = _tile(scaled, slice(start, start + width), excluded, plan)
+        rows = plan.negatives[start : start + width].to(plan.problem.matmul_dtype)
+        if plan.logits == scaled.dtype:
+            logits = matmul(operand, rows.to(plan.logits).t())
+        else:
+            logits = torch.mm(operand, rows.t(), out=room(rows, plan.logits))
+            logits = room(rows, scaled.dtype).copy_(logits)
+        _leave_out(logits, start, excluded, plan)
         if twice_rank is not None and positive is not None:  # a tie is in the second sum alone, so it counts half
-            above = spare[: logits.numel()].view_as(logits)  # of floats: bools take 5 times as long to add
+            above = room(rows, scaled.dtype)  # of floats: bools take 5 times as long to add
             torch.gt(logits, positive + tie, out=above)
             twice_rank += above.sum(1, keepdim=True).long()
             twice_rank += torch.ge(logits, positive - tie, out=above).sum(1, keepdim=True).long()
@@ -229,9 +258,11 @@ def _attend(
                 mean *= rescale
             logits.sub_(shift)
             top = higher
-        total += logits.exp_().sum(1, keepdim=True)
+        total += plan.exp_(logits).sum(1, keepdim=True)
         if mean is not None:
-            mean += matmul(logits.to(plan.dtype), rows, plan.form == "tiles, oneDNN")
+            share = logits if plan.mean == scaled.dtype else room(rows, plan.mean).copy_(logits)
+            mean += matmul(share, rows.to(plan.mean))
+            del share
         del logits  # so that the next tile takes its place: fresh memory costs a third of the time in page faults
     log_sum_exp = total.log() if top is None else _finite(top) + total.log()
     if mean is not None:
@@ -242,31 +273,29 @@ def _attend(
     return _Attention(log_sum_exp, mean, (twice_rank // 2).masked_fill_(positive.isnan(), last))
 
 
-def _tile(scaled: Tensor, span: slice, excluded: Tensor | None, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """Negatives (T, D) in the dtype of the products; logits (R, T) in the accumulation dtype, -inf where left out."""
-    rows = plan.negatives[span].to(plan.problem.matmul_dtype).to(plan.dtype)
-    logits = matmul(scaled.to(plan.dtype), rows.t(), plan.form == "tiles, oneDNN").to(scaled.dtype)
-    if plan.problem.existing is not None and scaled.device.type != "cpu":
-        column = torch.arange(span.start, span.start + len(rows), device=scaled.device)
+def _leave_out(logits: Tensor, first: int, excluded: Tensor | None, plan: _Plan) -> None:
+    """-inf where a negative, counted from `first` on, does not exist or is excluded."""
+    width = logits.shape[1]
+    if plan.problem.existing is not None and logits.device.type != "cpu":
+        column = torch.arange(first, first + width, device=logits.device)
         logits.masked_fill_(column >= plan.problem.existing, float("-inf"))
     if excluded is not None:  # R gathers and scatters instead of an R x T comparison
-        column = excluded[:, None] - span.start
-        inside = (column >= 0) & (column < len(rows))
-        column = column.clamp(0, len(rows) - 1)
+        column = excluded[:, None] - first
+        inside = (column >= 0) & (column < width)
+        column = column.clamp(0, width - 1)
         logits.scatter_(1, column, logits.gather(1, column).masked_fill(inside, float("-inf")))
-    return rows, logits
 
 
 def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention:
     """By torch's attention operator, whose tiles never leave the registers; what it returns of each part is merged."""
     log_sum_exp = scaled.new_full((len(scaled), 1), float("-inf"))
     mean = torch.zeros_like(scaled)
-    width = len(plan.negatives) if plan.negatives.dtype == plan.dtype == scaled.dtype else 4096  # for small copies
+    width = len(plan.negatives) if plan.negatives.dtype == plan.logits == scaled.dtype else 4096  # for small copies
     for start in range(0, len(plan.negatives), max(1, width)):
-        rows = plan.negatives[start : start + width].to(plan.problem.matmul_dtype).to(plan.dtype)
+        rows = plan.negatives[start : start + width].to(plan.problem.matmul_dtype).to(plan.logits)
         rows = rows.contiguous()[None, None]  # it reads rows as if they were
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        part_mean, part_sum = attention(scaled.to(plan.dtype)[None, None], rows, rows, 0.0, False, scale=1.0)
+        part_mean, part_sum = attention(scaled.to(plan.logits)[None, None], rows, rows, 0.0, False, scale=1.0)
         part_sum = part_sum.view(-1, 1)
         both = torch.logaddexp(log_sum_exp, part_sum)
         if want_mean:
