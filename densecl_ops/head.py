@@ -56,15 +56,6 @@ class DenseProjectionHead(nn.Module):
             hidden_channels = in_channels
         hidden_channels = _checks.require_positive_int("hidden_channels", hidden_channels)
         out_channels = _checks.require_positive_int("out_channels", out_channels)
-        if norm_layer is not None and not callable(norm_layer):
-            raise TypeError(
-                f"norm_layer: got {norm_layer!r}, expected a callable such as torch.nn.BatchNorm2d, or None"
-            )
-        if isinstance(norm_layer, nn.Module):
-            raise TypeError(
-                f"norm_layer: got a {type(norm_layer).__name__} that is made, expected what makes one for each branch, "
-                "such as torch.nn.BatchNorm2d or lambda channels: torch.nn.GroupNorm(32, channels)"
-            )
         self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
         self.grid_size = _checks.require_grid_size("grid_size", grid_size)
         image: list[nn.Module] = [nn.Linear(in_channels, hidden_channels)]
@@ -132,12 +123,13 @@ class DenseProjectionHead(nn.Module):
 
 
 def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
-    if norm_layer in (nn.LayerNorm, nn.BatchNorm1d, nn.InstanceNorm2d, nn.GroupNorm):
+    norm: object = None
+    no_maps = (nn.LayerNorm, nn.BatchNorm1d, nn.InstanceNorm2d, nn.GroupNorm)
+    if callable(norm_layer) and not isinstance(norm_layer, nn.Module) and norm_layer not in no_maps:
+        norm = norm_layer(channels)
+    if not isinstance(norm, nn.Module):
         raise TypeError(
-            f"norm_layer: got {norm_layer.__name__}, expected one for (B, C, H, W) maps, also of 1 x 1, such as "
+            f"norm_layer: got {norm_layer!r}, expected what makes a norm of (B, C, H, W) maps, also of 1 x 1, such as "
             "torch.nn.BatchNorm2d or lambda channels: torch.nn.GroupNorm(1, channels)"
         )
-    norm = norm_layer(channels)
-    if not isinstance(norm, nn.Module):
-        raise TypeError(f"norm_layer: got a callable that returns {type(norm).__name__}, expected a torch.nn.Module")
     return norm
