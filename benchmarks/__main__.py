@@ -6,21 +6,13 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from benchmarks import curves, host, kernels, loss, matching, queue, regions, render, step, tune
 from benchmarks.transfer import suite as transfer
 
-
-class Command(Protocol):
-    """A suite, or a module that measures or writes something of its own kind."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def main(self, arguments: argparse.Namespace) -> None: ...
-
-
-COMMANDS: dict[str, tuple[Command, str]] = {
+# Suites, and modules that measure or write something of their own kind: add_arguments(parser), main(arguments).
+COMMANDS: dict[str, tuple[Any, str]] = {
     "loss": (loss.SUITE, "the loss against its rivals: time, memory, error"),
     "matching": (matching.SUITE, "feature matching against its rivals"),
     "queue": (queue.SUITE, "enqueueing against slice and clone"),

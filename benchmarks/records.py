@@ -91,11 +91,11 @@ class Suite(NamedTuple):
 
 
 @contextmanager
-def busy(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def busy(count: int) -> Iterator[None]:
     """So many processes that do nothing but compute, as data loaders do beside a training."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
-        yield processes
+        yield
     finally:
         for process in processes:
             process.kill()
