@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from hypothesis import HealthCheck, settings
 collect_ignore = [] if "PTX_TARGET" in os.environ else ["ptx"]  # `make execute` sets it
 if not (Path(__file__).parents[1] / "benchmarks" / "results").exists():  # the sdist leaves the records out
     collect_ignore += ["test_benchmarks.py", "test_pages.py"]
+if find_spec("triton") is None:  # the benchmarks import it
+    collect_ignore += ["test_benchmarks.py", "test_gpu.py", "test_transfer.py"]
 
 settings.register_profile(
     "repeatable",
@@ -40,6 +43,12 @@ SLOW = re.compile(
     |test_transfer\.py::test_(suite|arms|probe)|test_triton\.py::(?!test_ties|test_loss\[exclude)""",
     re.VERBOSE,
 )
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Import errors are ignored for kernels without Triton; of a test file pytest would only say that it is skipped."""
+    if report.skipped and report.nodeid.startswith("tests/") and "unable to import module" in str(report.longrepr):
+        raise pytest.UsageError(f"{report.nodeid} cannot be imported")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

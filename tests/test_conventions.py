@@ -1,4 +1,4 @@
-"""docs/conventions.md, line by line, on the libraries that are installed."""
+"""Tables and initialisation of docs/conventions.md, on the libraries that are installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pages import DOCS
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from densecl_ops import DenseProjectionHead, MomentumQueue
@@ -62,31 +62,6 @@ def test_averaged_weights(wrapper: str, rows: str, position: str, count: str) ->
     assert [what("rows"), what("position"), what("count")] == [rows, position, count]
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_lightning_averages_batch_norm_in_one_more_epoch(norm: bool) -> None:
-    lightning = pytest.importorskip("lightning")
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4) if norm else nn.Identity())
-            self.queue = MomentumQueue(64, 4, init="empty")
-
-        def training_step(self, batch: Tensor, step: int) -> Tensor:
-            self.queue.enqueue(batch)
-            return self.net(batch).square().mean()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    module, data = Module(), torch.utils.data.DataLoader(torch.randn(6, 4), batch_size=2)
-    callback = lightning.pytorch.callbacks.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", callbacks=[callback], **dict.fromkeys(off, False))
-    trainer.fit(module, data)
-    assert int(module.queue.count) == (4 if norm else 3) * 6
-
-
 # ---- backbones ------------------------------------------------------------------------------------------------------
 
 MODELS = table("Backbones")
@@ -126,25 +101,6 @@ def test_backbones(model: str, form: str, unused: str) -> None:
 
 
 # ---- hosts ----------------------------------------------------------------------------------------------------------
-
-
-def test_accelerate_leaves_other_methods_and_returns_float32() -> None:
-    accelerate = pytest.importorskip("accelerate")
-
-    class Host(nn.Sequential):
-        def forward(self, features: Tensor) -> Any:
-            projection = self.encode(features)
-            self.inside = projection.dense.dtype
-            return projection
-
-        def encode(self, features: Tensor) -> Any:
-            return self[0](features)
-
-    host = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(Host(DenseProjectionHead(8, 8, 4)))
-    features = torch.randn(2, 8, 3, 3)
-    assert {x.dtype for x in host(features)} == {torch.float32}
-    assert host.inside == torch.bfloat16
-    assert host.encode(features).dense.dtype == torch.float32
 
 
 def test_transformers_initialises_branches_apart(tmp_path: Any) -> None:
