@@ -159,6 +159,34 @@ def test_low_precision_features_are_accumulated_in_float32(backend: str) -> None
     check_match(backend, (300 * query).to(torch.float16), (300 * key).to(torch.float16), mutual=True)
 
 
+@pytest.mark.parametrize(("channels", "grid"), [(2048, 7), (512, 14)])
+@pytest.mark.parametrize("structure", ["smooth", "clustered", "sparse"])
+def test_bfloat16_maps_like_those_of_a_network(backend: str, structure: str, channels: int, grid: int) -> None:
+    """float64's index of the rounded maps but for cosines within 1e-6; a product in bfloat16 errs at some percent."""
+    rank = {"smooth": 8, "clustered": 20, "sparse": 200}[structure]
+    basis, generator = features(rank, channels), torch.Generator().manual_seed(1)
+
+    def view() -> Tensor:
+        amounts = torch.randn(2, rank, 4, 4, dtype=torch.float64, generator=generator)
+        if structure == "clustered":  # a cell shows one of few things
+            amounts = (8 * amounts).softmax(1)
+        smooth = torch.nn.functional.interpolate(amounts, (grid, grid), mode="bilinear")
+        noise = torch.randn(2, channels, grid, grid, dtype=torch.float64, generator=generator)
+        x = torch.einsum("brhw,rc->bchw", smooth, basis) + 0.3 * noise
+        return (x - 1 if structure == "sparse" else x).relu().bfloat16()
+
+    query, key = view(), view()
+    q, k = (torch.nn.functional.normalize(x.double().flatten(2), dim=1) for x in (query, key))
+    best = torch.bmm(q.mT, k).topk(2, dim=2)
+    clear = best.values[..., 0] - best.values[..., 1] > 1e-6
+    assert clear.double().mean() > 0.99
+    for layout in ("contiguous", "channels_last"):
+        seen = helpers.match(backend, lay_out(query, layout), lay_out(key, layout))
+        assert torch.equal(seen.index[clear], best.indices[..., 0][clear])
+    rounded = torch.bmm(query.flatten(2).mT, key.flatten(2)) / key.flatten(2).norm(dim=1)[:, None]
+    assert (rounded.argmax(2) != best.indices[..., 0]).double().mean() > 0.01
+
+
 def test_no_gradient_and_no_change_of_inputs(backend: str) -> None:
     query, key = pair(5)
     match = helpers.match(backend, query.clone().requires_grad_(), key.clone().requires_grad_(), mutual=True)

@@ -38,24 +38,20 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     def compute(part: slice) -> None:
         q, k = query[part].to(dtype), key[part].to(dtype)
         q_inverse, k_inverse = _inverse_norm(q), _inverse_norm(k)
-        back_score = q.new_full((len(q), keys), float("-inf"))
-        back_index = index.new_zeros((len(q), keys))
+        back: tuple[Tensor, Tensor] | None = None  # the nearest query position of every key position so far
         per_strip = max(1, budget // (len(q) * keys))
         for top in range(0, queries, per_strip):
             strip = slice(top, top + per_strip)
             products = _products(q[:, :, strip].transpose(1, 2), k)
             if mutual:
                 best, where = (products * q_inverse[:, 0, strip, None]).max(dim=1)
-                better = best > back_score  # strictly: the lowest index keeps a tie
-                better |= best.isnan() & ~back_score.isnan()
-                back_score = torch.where(better, best, back_score)
-                back_index = torch.where(better, where + top, back_index)
+                back = _better(back, best, where + top)
             best, where = products.mul_(k_inverse).max(dim=2)
             index[part, strip] = where
             score[part, strip] = best.mul_(q_inverse[:, 0, strip]).float()
-        if mutual:
+        if back is not None:
             here = torch.arange(queries, device=index.device)
-            agreed[part] = back_index.gather(1, index[part]) == here
+            agreed[part] = back[1].gather(1, index[part]) == here
 
     per_tile = max(1, budget // (queries * keys))
     if on_cpu:
@@ -64,6 +60,14 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
         for first in range(0, images, per_tile):
             compute(slice(first, first + per_tile))
     return index, score, agreed
+
+
+def _better(before: tuple[Tensor, Tensor] | None, score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    if before is None:
+        return score, index
+    better = score > before[0]  # strictly: the lowest index keeps a tie
+    better |= score.isnan() & ~before[0].isnan()
+    return torch.where(better, score, before[0]), torch.where(better, index, before[1])
 
 
 def _products(rows: Tensor, columns: Tensor) -> Tensor:
