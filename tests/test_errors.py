@@ -85,15 +85,7 @@ COUNTS = [*map(torch.tensor, (-1, 6, 2**40, [3], 1.5, True)), torch.tensor(3, de
 STRANGE = [None, ROWS.numpy(), ROWS[0], ROWS.int(), ROWS.to_sparse(), ROWS.to(META)]
 QUEUES = [SimpleNamespace(rows=ROWS, count=count) for count in COUNTS]
 QUEUES += [SimpleNamespace(rows=rows, count=torch.tensor(1)) for rows in STRANGE]
-NORMS = [
-    "batch",
-    nn.InstanceNorm2d,
-    lambda channels: None,
-    nn.BatchNorm2d(3),
-    nn.BatchNorm1d,
-    nn.LayerNorm,
-    nn.GroupNorm,
-]
+NORMS = ["batch", lambda channels: None, nn.BatchNorm2d(3), nn.BatchNorm1d, nn.LayerNorm, nn.InstanceNorm2d]
 BAD_BOXES = [BOXES * 0, BOXES * torch.inf, BOXES.bool(), torch.tensor([[-1e308, 0, 1e308, 1]] * 2).double()]
 
 PAIRS = {"query": MAP, "key": KEY, "correspondence": INDEX, "weight": SCORE}
@@ -215,7 +207,7 @@ WORDS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: HEAD(MAP.half()), T, "expected torch.float32, which the head has, or a call under torch.autocast"),
     (lambda: HEAD(MAP.to(META)), V, "features: got a tensor on meta, expected cpu, where the head is"),
     (lambda: a_head(norm_layer="batch"), T, "norm_layer: got 'batch', expected what makes a norm of (B, C, H, W) maps"),
-    (lambda: a_head(norm_layer=nn.LayerNorm), T, "or lambda channels: torch.nn.GroupNorm(1, channels)"),
+    (lambda: a_head(norm_layer=nn.GroupNorm), T, "or lambda channels: torch.nn.GroupNorm(1, channels)"),
     (lambda: MomentumQueue(dtype="float32"), T, "dtype: got 'float32', expected float16, bfloat16, float32 or float64"),
     (lambda: MomentumQueue(process_group="gloo"), T, "process_group: got str, expected a torch.distributed.Proc"),
     (lambda: QUEUE.enqueue(MAP), V, "keys: got shape (2, 4, 2, 3), expected (n, 4); of a Projection enqueue `pooled`"),
