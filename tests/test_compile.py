@@ -139,7 +139,7 @@ def test_batches_and_temperatures_that_change(fused: str, dynamic: bool | None) 
 
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 OPS = torch.ops.densecl_ops
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
 @DTYPES

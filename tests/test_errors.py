@@ -86,9 +86,11 @@ STRANGE = [None, ROWS.numpy(), ROWS[0], ROWS.int(), ROWS.to_sparse(), ROWS.to(ME
 QUEUES = [SimpleNamespace(rows=ROWS, count=count) for count in COUNTS]
 QUEUES += [SimpleNamespace(rows=rows, count=torch.tensor(1)) for rows in STRANGE]
 NORMS = ["batch", lambda channels: None, nn.BatchNorm2d(3), nn.BatchNorm1d, nn.LayerNorm, nn.InstanceNorm2d]
+OUTSIDE = [INDEX + 9, INDEX - 1]
 BAD_BOXES = [BOXES * 0, BOXES * torch.inf, BOXES.bool(), torch.tensor([[-1e308, 0, 1e308, 1]] * 2).double()]
 
 PAIRS = {"query": MAP, "key": KEY, "correspondence": INDEX, "weight": SCORE}
+MATCH = {"index": INDEX, "valid": VALID}
 MAPS = {"query_features": MAP, "key_features": MAP}
 BOXED = {"query_boxes": BOXES, "key_boxes": BOXES}
 LOSS = {"temperature": TEMPERATURES, "reduction": NAMES, "backend": NAMES}
@@ -103,13 +105,13 @@ CALLS: Calls = {  # a call, its tensors, and what else it refuses
     "loss": (
         dense_info_nce,
         PAIRS | {"negatives": ROWS[:2], "exclude": torch.tensor([1, 0])},
-        LOSS | {"return_rank": FLAGS, "negatives": QUEUES},
+        LOSS | {"return_rank": FLAGS, "negatives": QUEUES, "correspondence": OUTSIDE},
     ),
-    "loss of a match": (lambda **x: loss(ROWS, match_of(**x)), {"index": INDEX, "valid": VALID}, {}),
+    "loss of a match": (lambda **x: loss(ROWS, match_of(**x)), MATCH, {"index": OUTSIDE}),
     "loss module": (DenseInfoNCELoss, {}, LOSS | {"learnable_temperature": FLAGS}),
-    "cosine": (dense_cosine, PAIRS, {"reduction": NAMES}),
-    "cosine of a match": (lambda **x: dense_cosine(MAP, KEY, match_of(**x)), {"index": INDEX, "valid": VALID}, {}),
-    "gathering": (gather_matches, {"key": KEY, "correspondence": INDEX}, {"correspondence": [None]}),
+    "cosine": (dense_cosine, PAIRS, {"reduction": NAMES, "correspondence": OUTSIDE}),
+    "cosine of a match": (lambda **x: dense_cosine(MAP, KEY, match_of(**x)), MATCH, {"index": OUTSIDE}),
+    "gathering": (gather_matches, {"key": KEY, "correspondence": INDEX}, {"correspondence": [None, *OUTSIDE]}),
     "matching": (dense_correspondence, MAPS, MATCHING),
     "matching module": (DenseCorrespondence, {}, MATCHING),
     "matching by place": (
