@@ -85,9 +85,7 @@ def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0, trace
     return None
 
 
-def call(
-    backend: str, operation: str, function: str, kind: tuple[object, ...], device: torch.device, *arguments: Any
-) -> Any:
+def call(backend: str, operation: str, function: str, query: Tensor, dtype: torch.dtype, *arguments: Any) -> Any:
     """Calls a function of the backend that `choose` chose, with autocast off; inside the operators, compiled or not.
 
     Under "auto", kernels that do not compile or launch are a warning with the reason, and the blockwise backend serves
@@ -97,16 +95,17 @@ def call(
         backend: "blockwise", "triton" or "auto".
         operation: Name of the package that holds the backends.
         function: Name of a function that each of them has.
-        kind: What the kernels are compiled for, such as a dtype.
-        device: Where the call runs.
+        query: Tells the device, and of how many channels the vectors are.
+        dtype: Of the products; with the channels, what the kernels are compiled for.
         arguments: Of the function.
     """
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            return call(backend, operation, function, kind, device, *arguments)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return call(backend, operation, function, query, dtype, *arguments)
     if backend != "auto":
         return getattr(_module(operation, backend), function)(*arguments)
-    kind = (f"{operation}.{function}", *kind)
+    kind = (f"{operation}.{function}", dtype, f"{query.shape[1]} channels")
     if kind not in _failed:
         try:
             return getattr(_module(operation, "triton"), function)(*arguments)

@@ -26,7 +26,7 @@ def version_of(negatives: Tensor) -> Tensor | None:
     """For a node of autograd, which keeps it as it is and saves it as tensors are saved; None where it has none."""
     if negatives.is_inference():
         return None
-    return torch.scalar_tensor(negatives._version, dtype=torch.int64, device="cpu")
+    return torch.full((), negatives._version, dtype=torch.int64, device="cpu")
 
 
 def compare(kept: Tensor | None, saved: Tensor | None) -> None:

@@ -349,5 +349,5 @@ def test_what_is_no_fault_of_the_kernels_does_not_retire_them(
     monkeypatch.setattr(_backends, "_failed", set())
     monkeypatch.setattr(fused_matching, "match", mock.Mock(side_effect=error))
     with pytest.raises(type(error), match=re.escape(str(error))):
-        _backends.call("auto", "correspondence", "match", (), torch.device("cpu"))
+        _backends.call("auto", "correspondence", "match", torch.empty(1, 1, 1), torch.float32)
     assert not _backends._failed

@@ -28,6 +28,6 @@ def serves(query: Tensor, key: Tensor, mutual: bool) -> bool:
 def match(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As in Backend, not mutual."""
     unit = normalize(torch.cat([query, key], 2), 1)
-    query, key = unit.split_with_sizes([query.shape[2], key.shape[2]], 2)
+    query, key = unit.tensor_split((query.shape[2],), 2)
     score, index = torch.bmm(query.mT, key).max(2)
     return index, score, torch.ones_like(index, dtype=torch.bool)

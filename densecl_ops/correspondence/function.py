@@ -137,5 +137,4 @@ def _flops_match(query: Tensor, key: Tensor, *_: Any) -> int:
     flops=_flops_match,
 )
 def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    kind = (query.dtype, key.dtype)
-    return _backends.call(backend, "correspondence", "match", kind, query.device, query, key, mutual)  # type: ignore[no-any-return]
+    return _backends.call(backend, "correspondence", "match", query, key.dtype, query, key, mutual)  # type: ignore[no-any-return]

@@ -30,23 +30,23 @@ def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> t
         backend: A fused one.
         traced: As `_tracing.is_traced` says of the call.
     """
-    learned = problem.learned_scale
+    enabled, learned = torch.is_grad_enabled(), problem.learned_scale
     want_query = problem.query.requires_grad or (learned is not None and learned.requires_grad)
-    want_query = want_query or (traced and inside_func())
-    if not (torch.is_grad_enabled() and (want_query or problem.key.requires_grad or problem.negatives.requires_grad)):
-        _refuse_tangents(problem, backend, traced)
-        loss, rank, *_ = _forward(*problem, False, want_rank, backend)
-        return loss, rank
+    want_query = enabled and (want_query or (traced and inside_func()))
+    wanted = want_query or (enabled and (problem.key.requires_grad or problem.negatives.requires_grad))
     arguments = (*problem, want_query, want_rank, backend)
-    if traced:
+    if traced or not wanted:
         _refuse_tangents(problem, backend, traced)
+    if not wanted:
+        loss, rank, *_ = _forward(*arguments)
+    elif traced:
         loss, rank, *_ = _InfoNCE.apply(*arguments, None)  # type: ignore[no-untyped-call]
-        return loss, rank
-    try:
-        loss, rank, *_ = _apply(*arguments, version_of(problem.negatives))  # type: ignore[no-untyped-call]
-    except NotImplementedError:  # what torch raises of a tangent, and others of a device
-        _refuse_tangents(problem, backend, traced)
-        raise
+    else:
+        try:
+            loss, rank, *_ = _apply(*arguments, version_of(problem.negatives))  # type: ignore[no-untyped-call]
+        except NotImplementedError:  # what torch raises of a tangent, and others of a device
+            _refuse_tangents(problem, backend, traced)
+            raise
     return loss, rank
 
 
@@ -146,11 +146,6 @@ def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     return (grad * row).masked_fill_(grad == 0, 0.0)
 
 
-def _call(backend: str, function: str, query: Tensor, dtype: torch.dtype, *arguments: Any) -> Any:
-    kind = (dtype, f"D = {query.shape[1]}")  # what the kernels are compiled for
-    return _backends.call(backend, "info_nce", function, kind, query.device, *arguments)
-
-
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, want_grad, want_rank, _ = arguments
     problem = Problem(*fields)
@@ -183,7 +178,9 @@ def _flops_forward(query: Tensor, key: Tensor, negatives: Tensor, *rest: Any) ->
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     *fields, want_grad, want_rank, backend = arguments
     problem = Problem(*fields)
-    return _call(backend, "forward", problem.query, problem.matmul_dtype, problem, want_grad, want_rank)  # type: ignore[no-any-return]
+    return _backends.call(  # type: ignore[no-any-return]
+        backend, "info_nce", "forward", problem.query, problem.matmul_dtype, problem, want_grad, want_rank
+    )
 
 
 def _fake_grad_negatives(*arguments: Any) -> Tensor:
@@ -205,8 +202,8 @@ def _flops_grad_negatives(query: Tensor, key: Tensor, negatives: Tensor, *_: Any
 def _grad_negatives(*arguments: Any) -> Tensor:
     *fields, log_sum_exp, row_weight, backend = arguments
     problem = Problem(*fields)
-    return _call(  # type: ignore[no-any-return]
-        backend, "grad_negatives", problem.query, problem.matmul_dtype, problem, log_sum_exp, row_weight
+    return _backends.call(  # type: ignore[no-any-return]
+        backend, "info_nce", "grad_negatives", problem.query, problem.matmul_dtype, problem, log_sum_exp, row_weight
     )
 
 
@@ -228,4 +225,6 @@ def _flops_grad_key(query: Tensor, *_: Any) -> int:
 def _grad_key(
     query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
 ) -> Tensor:
-    return _call(backend, "grad_key", query, query.dtype, query, key, index, row_weight, dtype)  # type: ignore[no-any-return]
+    return _backends.call(  # type: ignore[no-any-return]
+        backend, "info_nce", "grad_key", query, query.dtype, query, key, index, row_weight, dtype
+    )
