@@ -17,7 +17,7 @@ import pytest
 import recipes
 import standins
 import torch
-from helpers import assert_close, flat64, numpy64
+from helpers import assert_close, flat64
 from torch import Tensor, nn
 
 needs_lightly = pytest.mark.skipif(find_spec("lightly") is None, reason="no lightly")
@@ -110,25 +110,6 @@ def test_what_moco_scripts_read() -> None:
         assert torch.equal(query, key)
     with pytest.raises(ValueError, match=r"^base_encoder: got Sequential without avgpool, expected a torchvision"):
         module.backbone_map(nn.Sequential(nn.Identity()), torch.randn(1, 3, 8, 8))
-
-
-def test_fpn_level() -> None:
-    """From its equation: output(lateral(c_4) + each lateral(c_8) on 2 x 2 cells)."""
-    pyramid = recipes.example("with_fpn").Pyramid(6).double().eval()
-    images, _ = recipes.views()
-    c_8, level = pyramid(images)
-    coarse, fine = numpy64(pyramid.lateral_8(c_8)), numpy64(pyramid.lateral_4(pyramid.stage_4(images)))
-    merged = torch.from_numpy(fine + coarse.repeat(2, axis=2).repeat(2, axis=3))
-    assert_close(level, nn.functional.conv2d(merged, pyramid.output_4.weight, pyramid.output_4.bias, padding=1), 1e-12)
-
-
-def test_vit_tokens_are_a_view() -> None:
-    recipe = recipes.example("with_vit")
-    encoder = recipe.Encoder(recipe.ViT(), 96, False)
-    seen: list[Tensor] = []
-    encoder.vit.register_forward_hook(lambda _m, _i, out: seen.append(out))
-    features, _ = encoder(torch.rand(2, 3, 64, 64))
-    assert features.untyped_storage().data_ptr() == seen[0].untyped_storage().data_ptr()
 
 
 class Settings(dict):
