@@ -126,6 +126,14 @@ class Model:
             getattr(self, act)()
 
 
+@pytest.mark.parametrize("how", WRAPS)
+def test_backward_twice(how: str) -> None:
+    model = Model()
+    loss = WRAPS[how](DenseInfoNCELoss(), model.query, model.key, model.queue)
+    for retain in (True, False):
+        loss.backward(retain_graph=retain)
+
+
 @pytest.mark.parametrize("before", ["", "log", "log enqueue", "infer enqueue"])
 @pytest.mark.parametrize("between", ["", "log"])
 @pytest.mark.parametrize("after", ["log enqueue", "train enqueue"])
