@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -125,16 +125,11 @@ def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple
     return index, torch.empty_like(index, dtype=torch.float32), torch.empty_like(index, dtype=torch.bool)
 
 
-def _flops_match(query: Tensor, key: Tensor, *_: Any) -> int:
-    """Of the scores."""
-    return 2 * query.numel() * key.shape[2]
-
-
 @operator(
     "match",
     "(Tensor query, Tensor key, bool mutual, str backend) -> (Tensor, Tensor, Tensor)",
     _fake_match,
-    flops=_flops_match,
+    flops=lambda query, key, *_: 2 * query.numel() * key.shape[2],
 )
 def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _backends.call(backend, "correspondence", "match", query, key.dtype, query, key, mutual)  # type: ignore[no-any-return]

@@ -162,17 +162,12 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _flops_forward(query: Tensor, key: Tensor, negatives: Tensor, *rest: Any) -> int:
-    """Of the logits; the gradient to the queries takes as many."""
-    want_grad = rest[-3]
-    return 2 * query.numel() * (1 + len(negatives)) * (2 if want_grad else 1)
-
-
 @operator(
     "info_nce",
     f"({SCHEMA}, bool want_grad, bool want_rank, str backend) -> (Tensor {', Tensor '.join(Result._fields)})",
     _fake_forward,
-    flops=_flops_forward,
+    # Of the logits; the gradient to the queries takes as many.
+    flops=lambda query, key, negatives, *rest: 2 * query.numel() * (1 + len(negatives)) * (2 if rest[-3] else 1),
     when_traced=lambda query, key, negatives, *_: note_compiled(negatives),
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -188,16 +183,12 @@ def _fake_grad_negatives(*arguments: Any) -> Tensor:
     return problem.negatives.new_empty(problem.negatives.shape, dtype=problem.dtype)
 
 
-def _flops_grad_negatives(query: Tensor, key: Tensor, negatives: Tensor, *_: Any) -> int:
-    """Of the gradient. As in every count of a model's operations, what is computed again is not among them."""
-    return 2 * query.numel() * len(negatives)
-
-
 @operator(
     "info_nce_grad_negatives",
     f"({SCHEMA}, Tensor log_sum_exp, Tensor row_weight, str backend) -> Tensor",
     _fake_grad_negatives,
-    flops=_flops_grad_negatives,
+    # As in every count of a model's operations, what is computed again is not among them.
+    flops=lambda query, key, negatives, *_: 2 * query.numel() * len(negatives),
 )
 def _grad_negatives(*arguments: Any) -> Tensor:
     *fields, log_sum_exp, row_weight, backend = arguments
@@ -212,15 +203,11 @@ def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtyp
     return key.new_empty((batch, positions, channels), dtype=dtype)
 
 
-def _flops_grad_key(query: Tensor, *_: Any) -> int:
-    return 2 * query.numel()
-
-
 @operator(
     "info_nce_grad_key",
     "(Tensor query, Tensor key, Tensor? index, Tensor row_weight, ScalarType dtype, str backend) -> Tensor",
     _fake_grad_key,
-    flops=_flops_grad_key,
+    flops=lambda query, *_: 2 * query.numel(),
 )
 def _grad_key(
     query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
