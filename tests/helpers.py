@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
 
 from densecl_ops import Correspondence
 from densecl_ops.functional import dense_correspondence, dense_info_nce
@@ -124,6 +124,18 @@ def error(actual: Any, expected: Any, floor: float = 0.0) -> float:
 def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "", floor: float = 0.0) -> None:
     off = error(actual, expected, floor)
     assert off <= tolerance, f"{what}: relative error {off:.3g} above {tolerance:.3g}"
+
+
+def assert_same(seen: Any, wanted: Any) -> None:
+    """Names, types, shapes and bits of nested dictionaries."""
+    seen, wanted = ({keystr(path): x for path, x in tree_leaves_with_path(tree)} for tree in (seen, wanted))
+    assert seen.keys() == wanted.keys()
+    for name, x in wanted.items():
+        if isinstance(x, Tensor):
+            assert (seen[name].dtype, seen[name].shape) == (x.dtype, x.shape), name
+            assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (seen[name], x))), name
+        else:
+            assert seen[name] == x, name
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, assert_same
 from pages import DOCS, block_with, blocks
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
-from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from densecl_ops import DenseCorrespondence, DenseProjectionHead, MomentumQueue
 from densecl_ops.interop import Checkpoint, read_checkpoint, write_checkpoint
@@ -130,18 +129,6 @@ def modules(hidden: int = HIDDEN) -> dict[str, Any]:
     heads = {f"head_{x}": DenseProjectionHead(C, hidden, D) for x in "qk"}
     queues = {f"{x}_queue": MomentumQueue(K, D) for x in ("image", "dense")}
     return {"backbone_q": resnet(), "backbone_k": resnet(), **heads, **queues}
-
-
-def assert_same(seen: Any, wanted: Any) -> None:
-    """Names, types, shapes and bits of nested dictionaries."""
-    seen, wanted = ({keystr(path): x for path, x in tree_leaves_with_path(tree)} for tree in (seen, wanted))
-    assert seen.keys() == wanted.keys()
-    for name, x in wanted.items():
-        if isinstance(x, Tensor):
-            assert (seen[name].dtype, seen[name].shape) == (x.dtype, x.shape), name
-            assert torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (seen[name], x))), name
-        else:
-            assert seen[name] == x, name
 
 
 MODELS = {"densecl": densecl, "mmpretrain": mmpretrain, "moco": moco}

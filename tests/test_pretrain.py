@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_same
 from pages import DOCS, EXAMPLES, blocks
 from torch import nn
-from torch.utils._pytree import keystr, tree_leaves_with_path
 from torch.utils.checkpoint import checkpoint
 
 for module in ("kornia", "matplotlib", "PIL", "skimage", "tqdm"):
@@ -57,16 +57,6 @@ def train(out: Path, *arguments: str | Path, name: str = CHECKPOINT, **options: 
     """A run's last checkpoint."""
     pretrain.main([*TINY, "--out", str(out), *map(str, arguments)], **options)
     return load(out, name)
-
-
-def assert_same(actual: dict, expected: dict, atol: float = 0.0) -> None:
-    actual, expected = ({keystr(path): leaf for path, leaf in tree_leaves_with_path(x)} for x in (actual, expected))
-    assert actual.keys() == expected.keys()
-    for key, value in expected.items():
-        if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(actual[key], value, rtol=0, atol=atol, msg=key)
-        else:
-            assert actual[key] == value, key
 
 
 @pytest.fixture(scope="module", autouse=True)
