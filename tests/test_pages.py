@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pages import DOCS, EXAMPLES, PAGES, RECIPES, ROOT, blocks, name_of
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import render
 
@@ -43,22 +43,16 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
 # ---- code -----------------------------------------------------------------------------------------------------------
 
 
-class Backbone(nn.Module):
+def backbone() -> nn.Module:
     """Stands for a ResNet-50 without pooling: (B, 3, 224, 224) -> (B, 2048, 7, 7)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 32, 32), nn.Conv2d(8, 2048, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.body(images)
+    return nn.Sequential(nn.Conv2d(3, 8, 32, 32), nn.Conv2d(8, 2048, 1))
 
 
 def run_steps(page: Path, directory: Path) -> None:
     """The first block is the MoCo step that the second one replaces; a third one is a BYOL step."""
     view_q, view_k = torch.randn(2, 2, 3, 224, 224)
     space: dict[str, Any] = {"torch": torch, "F": F, "view_q": view_q, "view_k": view_k}
-    space |= {"backbone_q": Backbone(), "backbone_k": Backbone()}
+    space |= {"backbone_q": backbone(), "backbone_k": backbone()}
     _, moco, *byol = blocks(page)
     exec(moco, space)
     terms = space["image_loss"].item(), space["dense_loss"].item()
@@ -67,7 +61,7 @@ def run_steps(page: Path, directory: Path) -> None:
     assert [int(space[queue].position) for queue in ("image_queue", "dense_queue")] == [2, 2]
     if not byol:
         return
-    space |= {"online_backbone": Backbone(), "target_backbone": Backbone(), "target_head": space["head_k"]}
+    space |= {"online_backbone": backbone(), "target_backbone": backbone(), "target_head": space["head_k"]}
     space |= {"online_head": space["head_q"], "dense_predictor": nn.Conv2d(128, 128, 1)}
     space |= {"view_1": view_q, "view_2": view_k}
     exec(*byol, space)

@@ -159,18 +159,6 @@ def test_other_defaults(backend: str, defaults: None) -> None:
     torch.testing.assert_close([x.detach() for x in everything(backend, *given)], seen)
 
 
-def test_fake_tensors_beside_real_modules(backend: str) -> None:
-    """A queue made outside the mode, a backward pass outside it, and a text of what has no value."""
-    queue = MomentumQueue(32, 16)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        query = torch.randn(2, 16, requires_grad=True)
-        criterion = DenseInfoNCELoss(learnable_temperature=True, backend=backend)
-        loss = criterion(query, torch.randn(2, 16), queue)
-        assert "temperature=?" in str(criterion)
-    loss.backward()
-    assert query.grad.shape == (2, 16)
-
-
 @pytest.mark.parametrize("wanted", ["q", "qk", "qkn"])
 @pytest.mark.parametrize("backend", FUSED)
 def test_flop_counter_counts_the_products_of_the_textbook(
