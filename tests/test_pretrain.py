@@ -107,8 +107,8 @@ def test_a_folder_of_images(folder: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert (result["settings"]["images"], result["skipped"]) == ("folder, 10", 3)
     for name, row in result["rows"].items():
         assert 0 < row["close"] < 1
-        (close,) = re.findall(rf"^{name} +(\S+)", printed, re.MULTILINE)
-        assert float(close) == pytest.approx(row["close"], abs=1e-3)
+        close = re.search(rf"^{name} +(\d\S+)", printed, re.MULTILINE)
+        assert float(close[1]) == pytest.approx(row["close"], abs=1e-3)
     assert Image.open(out / "matches.png").width > 800
     written = printed.split("written:\n  ")[1].split()
     assert sorted(written) == sorted(map(str, [*out.iterdir(), result_file]))
