@@ -61,6 +61,7 @@ def cases(draw: st.DrawFn) -> helpers.Case:
 
 
 CASES = loss_cases(torch.float64)
+CASES["two blocks of 300 rows"] = make_case(2, batch=20, query_grid=(5, 6), negatives=70, exclude=torch.arange(20))
 
 
 @pytest.mark.parametrize("name", CASES)
