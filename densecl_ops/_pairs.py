@@ -20,6 +20,9 @@ def parts(match: Correspondence | Tensor | None) -> Parts:
         return match, None, "correspondence", None
     index, valid = getattr(match, "index", None), getattr(match, "valid", None)
     if not isinstance(index, Tensor) or not isinstance(valid, Tensor):
+        if isinstance(match, Correspondence):
+            _checks.require_tensor("correspondence.index", index)
+            _checks.require_tensor("correspondence.valid", valid)
         raise TypeError(
             f"correspondence: got {type(match).__name__}, expected a Correspondence, an integer tensor or None"
         )
