@@ -216,8 +216,15 @@ def test_paired_differences() -> None:
     assert page.paired([0.01, 0.02, 0.03]) == "+0.020 (-0.005 to +0.045), 3 of 3 up"
 
 
-@pytest.mark.parametrize("folder", ["transfer_cpu", "transfer_short_cpu"])
-def test_records_are_complete(folder: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "wanted"),
+    [
+        ("transfer_cpu", {"random", "image", "nearest", "mutual", "place"}),
+        ("transfer_short_cpu", {"random", "image", "nearest", "mutual", "place"}),
+        ("transfer_byol_cpu", {"byol", "byol_dense", "byol_contrast"}),
+    ],
+)
+def test_records_are_complete(folder: str, wanted: set[str]) -> None:
     """Three seeds of every arm, one setting, commits without changes, rates as the search chose them."""
     reported, searched = (suite.load(RESULTS / folder / part) for part in ("", "search"))
     assert not any("dirty" in record["environment"]["commit"] for record in reported + searched)
@@ -225,7 +232,7 @@ def test_records_are_complete(folder: str) -> None:
     for setting in (record["setting"] for record in reported):
         assert setting["rate"] == (0 if setting["arm"] == "random" else suite.chosen_rate(searched, setting["arm"]))
     arms = page.by_arm(reported)
-    assert arms.keys() >= {"random", "image", "nearest", "place"}
+    assert arms.keys() == wanted
     (seeds,) = {frozenset(runs) for runs in arms.values()}
     assert len(seeds) >= 3
     assert not seeds & {record["setting"]["seed"] for record in searched}
