@@ -86,15 +86,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_run_resumes_to_the_same_end(whole: Path, tmp_path: Path) -> None:
-    """Losses, weights and queues; on the same two processes to the bit, on one, in two parts, to rounding."""
-    killed, alone = tmp_path / "killed", tmp_path / "alone"
-    killed.mkdir()
-    with torchrun(killed, STALL_AT) as launcher:
-        wait_until(lambda: (killed / "image-and-dense.pt").exists() and load(killed)["step"] == 4, launcher, killed)
-    assert load(killed)["step"] == 4
+    """On the same two processes to the bit, on one, in two parts, to rounding.
+
+    The ranks have no disk in common: rank 0's checkpoint is the one that all go on from.
+    """
+    killed, alone, apart = tmp_path / "node0", tmp_path / "alone", ["--out", str(tmp_path / "node{rank}")]
+    with torchrun(tmp_path, STALL_AT, *apart) as launcher:  # the last --out counts
+        wait_until(lambda: (killed / "image-and-dense.pt").exists() and load(killed)["step"] == 4, launcher, tmp_path)
     shutil.copytree(killed, alone)
 
-    finish(killed, "--resume")
+    finish(tmp_path, *apart, "--resume")
     assert_same_run(killed, whole)
 
     pretrain.main([*SETTINGS.split(), "--out", str(alone), "--resume", "--accumulate", "2"])
@@ -115,17 +116,11 @@ def test_sigterm_on_one_rank_stops_all_after_the_same_step(whole: Path, tmp_path
     assert_same_run(tmp_path, whole)
 
 
-def test_ranks_without_a_shared_disk(whole: Path, tmp_path: Path) -> None:
-    """Rank 0's checkpoint is the one that all go on from; ranks that see other images all stop, in the same words."""
-    (tmp_path / "node0").mkdir()
-    shutil.copyfile(whole / "image-and-dense.previous.pt", tmp_path / "node0" / "image-and-dense.pt")
-    apart = ["--out", str(tmp_path / "node{rank}")]  # the last --out counts
-    finish(tmp_path, *apart, "--resume")
-    assert_same_run(tmp_path / "node0", whole)
-
+def test_ranks_that_see_other_images_all_stop(tmp_path: Path) -> None:
+    """In the same words."""
     for rank, names in enumerate(("ab", "ac")):
         (tmp_path / f"images{rank}").mkdir()
         for name in names:
             Image.new("RGB", (40, 40)).save(tmp_path / f"images{rank}" / f"{name}.png")
-    finish(tmp_path, *apart, "--overwrite", "--images", str(tmp_path / "images{rank}"), status=1)
+    finish(tmp_path, "--images", str(tmp_path / "images{rank}"), status=1)
     assert (tmp_path / "errors").read_text().count("processes differ in names of images: rank 0: ") == 2
