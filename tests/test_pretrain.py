@@ -425,6 +425,7 @@ TURNED[0x0112] = 6  # by 90 degrees
         ("32 of 32.tif", GREY, GREY.astype(np.uint32) * 0x01010101, {}, "up to 4294967295"),
         ("white is 0.tif", GREY, 4095 - GREY.astype(np.uint16) * 16, {"photometric": "miniswhite"}, "up to 4095"),
         ("signed 16.tif", GREY, GREY.astype(np.int16) * 10 - 1000, {}, "from -1000 to 1550"),
+        ("signed 8.tif", GREY, (GREY - 128).astype(np.int8), {}, "from -128 to 127"),
         ("stated.tif", GREY, GREY.astype(np.uint16) * 2, WHITE, None),
         ("12 of 16.pgm", GREY, GREY.astype(np.uint16) * 16, {}, None),
         ("colours, 12 of 16.tif", RGB, RGB.astype(np.uint16) * 16, {}, "up to 4095"),

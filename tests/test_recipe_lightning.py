@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
+import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ import pytest
 import recipes
 import torch
 from helpers import assert_close, numpy64
+from pages import EXAMPLES
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("lightning.pytorch")
@@ -107,6 +110,7 @@ def test_resumes_bit_for_bit(recipe: ModuleType, tmp_path: Path, precision: str)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_command_runs(recipe: ModuleType, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe.main(["--steps", "1", "--precision", precision])
+def test_command_runs(precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["with_lightning.py", "--steps", "1", "--precision", precision])
+    runpy.run_path(str(EXAMPLES / "with_lightning.py"), run_name="__main__")
     assert "dense_loss" in capsys.readouterr().out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -40,13 +42,14 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_command_runs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_runs(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As the pages show it, but for the number of steps."""
-    name, *arguments = command.split()
+    name, *_ = arguments = command.split()
     for host in ("lightly", "byol_pytorch"):
         if host in name and find_spec(host) is None:
             pytest.skip(f"no {host}")
-    recipes.example(name.removesuffix(".py")).main([*arguments, "--steps", "1"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "1"])
+    runpy.run_path(str(pages.EXAMPLES / name), run_name="__main__")
     assert re.search(r"(image|byol)(_loss)? -?\d+\.\d+, dense(_loss)? \d+\.\d+", capsys.readouterr().out)
 
 
