@@ -171,7 +171,7 @@ JUNK = st.recursive(
 
 
 @settings(max_examples=400)
-@given(params=JUNK)
+@given(params=JUNK | TENSORS)
 def test_fuzz_crop_parameters(params: Any) -> None:
     """Junk gives an error or, where it has the form of parameters by chance, (B, 4) numbers."""
     readers = boxes_from_torchvision, boxes_from_kornia, partial(boxes_from_matrix, size=8)
