@@ -170,7 +170,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(params=JUNK | TENSORS)
 def test_fuzz_crop_parameters(params: Any) -> None:
     """Junk gives an error or, where it has the form of parameters by chance, (B, 4) numbers."""
