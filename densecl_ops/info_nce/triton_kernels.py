@@ -2,8 +2,9 @@
 
 Shared vocabulary: N = B * P query rows; row n is position n % P of image n // P. Logits are kept in units of log 2
 (queries are scaled by log2(e) / t), so that the exponential is the hardware's exp2. Raw projections come as (B, D, P)
-with their three strides; the negatives and everything that kernels hand to each other are contiguous. A pointer that
-is None stands for something not asked for: code that needs it is not compiled.
+with their three strides, and prepare_kernel alone reads them; the negatives and everything that kernels hand to each
+other are contiguous. A pointer that is None stands for something not asked for: code that needs it is not compiled.
+Offsets within a tile are 32-bit; only where it starts is 64-bit, which saves a fifth of attend_kernel's start and end.
 
 For the rank, a negative counts 2 where it scores above the positive and 1 where it ties with it; the sum is halved at
 the end. Only for that comparison is the positive's key rounded as the rows of the queue are.
@@ -37,58 +38,22 @@ def _load_tile(pointer, row, channel, exists, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(base, offset, channel, channel_stride, exists, CHANNELS: tl.constexpr, POSITION_FASTEST: tl.constexpr):
-    """(rows, BLOCK_D) float32 from `base`, one row per element of `offset`; zero where nothing exists.
+def _load_columns(base, offset, channel, channel_stride, exists, CHANNELS: tl.constexpr):
+    """(BLOCK_D, rows) from `base`, one column per element of `offset`; zero where nothing exists.
 
-    In an NCHW map neighbouring rows, not neighbouring channels, lie side by side: such a tile is read transposed, so
-    that a warp reads 64 bytes in one piece instead of 32 pieces of 2.
+    In an NCHW map neighbouring rows, not neighbouring channels, lie side by side: a warp then reads 64 bytes in one
+    piece instead of 32 pieces of 2. In other layouts the compiler sees that channels lie side by side.
     """
-    step = channel.to(tl.int64) * channel_stride
-    mask = _mask(exists, channel, CHANNELS)
-    if POSITION_FASTEST:
-        rows = tl.trans(tl.load(base + offset[None, :] + step[:, None], mask=tl.trans(mask), other=0.0))
-    else:
-        rows = tl.load(base + offset[:, None] + step[None, :], mask=mask, other=0.0)
-    return rows.to(tl.float32)
+    pointers = base + offset[None, :] + (channel.to(tl.int64) * channel_stride)[:, None]
+    return tl.load(pointers, mask=tl.trans(_mask(exists, channel, CHANNELS)), other=0.0)
 
 
 @triton.jit
-def _inverse_norm(rows):
-    """1 / |row|, 0 for a row with no direction, NaN for one whose square overflows."""
-    squares = tl.sum(rows * rows, 1)
+def _inverse_norm(vectors, AXIS: tl.constexpr):
+    """1 / |vector|, 0 for one with no direction, NaN for one whose square overflows."""
+    squares = tl.sum(vectors * vectors, AXIS)
     inverse = tl.where(squares > NORM_EPS_SQUARED, 1.0 / tl.sqrt(squares), 0.0)
     return tl.where(squares == float("inf"), float("nan"), inverse)
-
-
-@triton.jit
-def _load_queries(
-    base, row, rows, positions, channel, stride_b, stride_d, stride_p,
-    CHANNELS: tl.constexpr, POSITION_FASTEST: tl.constexpr,
-):  # fmt: skip
-    """Unit rows of the query map and their inverse norms."""
-    offset = (row // positions) * stride_b + (row % positions) * stride_p
-    found = _load_rows(base, offset, channel, stride_d, row < rows, CHANNELS, POSITION_FASTEST)
-    inverse_norm = _inverse_norm(found)
-    return found * inverse_norm[:, None], inverse_norm
-
-
-@triton.jit
-def _load_matches(
-    base, index_ptr, row, rows, positions, key_positions, channel, stride_b, stride_d, stride_p,
-    CHANNELS: tl.constexpr, POSITION_FASTEST: tl.constexpr,
-):  # fmt: skip
-    """Unit rows of the key map, each at the position that its query row matches; NaN where the index has no such."""
-    position = row % positions
-    if index_ptr is not None:
-        index = tl.load(index_ptr + row, mask=row < rows, other=0)
-        inside = (index >= 0) & (index < key_positions)
-        position = tl.where(inside, index, 0)
-    offset = (row // positions) * stride_b + position * stride_p
-    found = _load_rows(base, offset, channel, stride_d, row < rows, CHANNELS, POSITION_FASTEST)
-    inverse_norm = _inverse_norm(found)
-    if index_ptr is not None:
-        inverse_norm = tl.where(inside, inverse_norm, float("nan"))
-    return found * inverse_norm[:, None]
 
 
 @triton.jit
@@ -110,13 +75,15 @@ def _operand(values, PRECISION: tl.constexpr):
 
 @triton.jit
 def _compare(logits, per_tie, offset):
-    """2 where a logit lies above the positive's, 1 where they tie, 0 below and for NaN.
+    """(N, K / 2), of each pair the sum of: 2 where a logit lies above the positive's, 1 where they tie, else 0.
 
-    The difference in units of 4 ties, plus 1/2, cut to [0, 1], is rounded to a multiple of 1/2 by adding 2^22, and what
-    that makes of the bits is the answer. 2.5 instructions (FFMA.SAT, FADD, half an IADD3); two comparisons take 4.5.
+    The difference in units of 4 ties, plus 1/2, is cut to [0, 1]. Two of them are added, and rounded to a multiple of
+    1/2 by adding 2^22; what that makes of the bits is the answer. 2.25 instructions a logit (FFMA.SAT, FADD, a quarter
+    of an IADD3); two comparisons take 4.5. Four would round wrong where all tie: a tie is off by up to 1/16.
     """
     place = tl.minimum(tl.maximum(logits * per_tie + offset, 0.0), 1.0)
-    return (place + 4194304.0).to(tl.int32, bitcast=True) - 0x4A800000
+    pairs = tl.sum(tl.reshape(place, [logits.shape[0], logits.shape[1] // 2, 2]), 2)
+    return (pairs + 4194304.0).to(tl.int32, bitcast=True) - 0x4A800000
 
 
 @triton.jit
@@ -126,6 +93,8 @@ def prepare_kernel(
     index_ptr,  # (B, P) int64 or None: position i matches position i
     scale_ptr,  # 0-d or None: 1 / t when learned
     scaled_ptr,  # out (N, D) in the product dtype: unit query times log2(e) / t
+    query_rows_ptr,  # out (N, D): raw query; or None
+    key_rows_ptr,  # out (N, D): the raw key that it matches, NaN where the index has none; or None
     positive_ptr,  # out (N,) float32: logit of the positive, in units of log 2
     rank_positive_ptr,  # out (N,) float32: the same with the key rounded as a negative is; None: no rank
     scale,  # 1 / t when constant
@@ -134,31 +103,42 @@ def prepare_kernel(
     key_positions,  # P_k
     query_stride_b, query_stride_d, query_stride_p,
     key_stride_b, key_stride_d, key_stride_p,
-    QUERY_POSITION_FASTEST: tl.constexpr, KEY_POSITION_FASTEST: tl.constexpr,
     ROW_DTYPE: tl.constexpr,  # in which the negatives are kept
     PRECISION: tl.constexpr,  # input_precision of the products
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program i: BLOCK_N rows, read once in the layout the user has, so that every split of the queue reads fast."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = tl.arange(0, BLOCK_D)
-    query, _ = _load_queries(
-        query_ptr, row, rows, positions, channel, query_stride_b, query_stride_d, query_stride_p,
-        CHANNELS, QUERY_POSITION_FASTEST,
-    )  # fmt: skip
-    key = _load_matches(
-        key_ptr, index_ptr, row, rows, positions, key_positions, channel, key_stride_b, key_stride_d, key_stride_p,
-        CHANNELS, KEY_POSITION_FASTEST,
-    )  # fmt: skip
-    query *= _inverse_temperature(scale, scale_ptr) * LOG2_E
+    """Program i: BLOCK_N rows, read once in the layout the user has, so that all other reads are contiguous."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists, channel = row < rows, tl.arange(0, BLOCK_D)
+    image, position = (row // positions).to(tl.int64), row % positions
+    offset = image * query_stride_b + position.to(tl.int64) * query_stride_p
+    query_raw = _load_columns(query_ptr, offset, channel, query_stride_d, exists, CHANNELS)
+    match = position.to(tl.int64)
+    if index_ptr is not None:
+        index = tl.load(index_ptr + row, mask=exists, other=0)
+        inside = (index >= 0) & (index < key_positions)
+        match = tl.where(inside, index, 0)
+    key_raw = _load_columns(
+        key_ptr, image * key_stride_b + match * key_stride_p, channel, key_stride_d, exists, CHANNELS
+    )
+    if index_ptr is not None:
+        key_raw = tl.where(inside[None, :], key_raw, float("nan"))
+
+    query, key = query_raw.to(tl.float32), key_raw.to(tl.float32)
+    key *= _inverse_norm(key, 0)[None, :]
+    query *= (_inverse_norm(query, 0) * (_inverse_temperature(scale, scale_ptr) * LOG2_E))[None, :]
     scaled = query.to(scaled_ptr.dtype.element_ty)
-    mask = _mask(row < rows, channel, CHANNELS)
-    tl.store(scaled_ptr + row[:, None] * CHANNELS + channel[None, :], scaled, mask=mask)
-    tl.store(positive_ptr + row, tl.sum(query * key, 1), mask=row < rows)
+    out = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] * CHANNELS + channel[:, None]
+    mask = tl.trans(_mask(exists, channel, CHANNELS))
+    tl.store(scaled_ptr + out, scaled, mask=mask)
+    if query_rows_ptr is not None:
+        tl.store(query_rows_ptr + out, query_raw, mask=mask)
+        tl.store(key_rows_ptr + out, key_raw, mask=mask)
+    tl.store(positive_ptr + row, tl.sum(query * key, 0), mask=exists)
     if rank_positive_ptr is not None:
         negative = key.to(ROW_DTYPE).to(scaled.dtype)
-        positive = tl.sum(_operand(scaled, PRECISION) * _operand(negative, PRECISION), 1)
-        tl.store(rank_positive_ptr + row, positive, mask=row < rows)
+        positive = tl.sum(_operand(scaled, PRECISION) * _operand(negative, PRECISION), 0)
+        tl.store(rank_positive_ptr + row, positive, mask=exists)
 
 
 @triton.jit
@@ -184,11 +164,12 @@ def attend_kernel(
     CHUNK_D: tl.constexpr,  # channels per step of the first product; BLOCK_D keeps the queries in place instead
 ):  # fmt: skip
     """Program (i, s): BLOCK_N query rows over the s-th part of the queue."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_row, channel = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    row = tl.program_id(0) * BLOCK_N + tile_row
     row_exists = row < rows
-    channel = tl.arange(0, BLOCK_D)
+    scaled_ptr += tl.program_id(0).to(tl.int64) * (BLOCK_N * CHANNELS)
     if CHUNK_D == BLOCK_D:
-        scaled = _load_tile(scaled_ptr, row, channel, row_exists, CHANNELS)
+        scaled = _load_tile(scaled_ptr, tile_row, channel, row_exists, CHANNELS)
     if exclude_ptr is not None:
         excluded = tl.load(exclude_ptr + row // positions, mask=row_exists, other=-1)
         excluded = tl.where((excluded >= 0) & (excluded < size), excluded, -1).to(tl.int32)
@@ -221,10 +202,10 @@ def attend_kernel(
         ):
             column = first + tl.arange(0, BLOCK_K)
             exists = column < stop if MASKED else tl.full([BLOCK_K], True, tl.int1)
-            place = column.to(tl.int64)
+            tile_ptr, tile_column = negatives_ptr + first.to(tl.int64) * CHANNELS, tl.arange(0, BLOCK_K)
             if CHUNK_D == BLOCK_D:  # one load feeds both products
                 if MASKED or negatives_descriptor is None:
-                    negatives = _load_tile(negatives_ptr, place, channel, exists, CHANNELS)
+                    negatives = _load_tile(tile_ptr, tile_column, channel, exists, CHANNELS)
                 else:
                     negatives = negatives_descriptor.load([first, 0])
                 logits = tl.dot(scaled, tl.trans(negatives), input_precision=PRECISION)
@@ -232,11 +213,11 @@ def attend_kernel(
                 logits = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
                 for first_channel in tl.range(0, CHANNELS, CHUNK_D):
                     part = first_channel + tl.arange(0, CHUNK_D)
-                    left = _load_tile(scaled_ptr, row, part, row_exists, CHANNELS)
-                    right = _load_tile(negatives_ptr, place, part, exists, CHANNELS)
+                    left = _load_tile(scaled_ptr, tile_row, part, row_exists, CHANNELS)
+                    right = _load_tile(tile_ptr, tile_column, part, exists, CHANNELS)
                     logits = tl.dot(left, tl.trans(right), logits, input_precision=PRECISION)
                 if numerator_ptr is not None:
-                    negatives = _load_tile(negatives_ptr, place, channel, exists, CHANNELS)
+                    negatives = _load_tile(tile_ptr, tile_column, channel, exists, CHANNELS)
             if MASKED:
                 logits = tl.where(exists[None, :], logits, float("-inf"))
             if exclude_ptr is not None:
@@ -258,24 +239,22 @@ def attend_kernel(
             if numerator_ptr is not None:
                 numerator = tl.dot(weight.to(negatives.dtype), negatives, numerator, input_precision=PRECISION)
 
-    out = tl.program_id(1).to(tl.int64) * rows + row
-    tl.store(denominator_ptr + out, denominator, mask=row_exists)
+    out = tl.program_id(1).to(tl.int64) * rows + tl.program_id(0) * BLOCK_N
+    tl.store(denominator_ptr + out + tile_row, denominator, mask=row_exists)
     if shift_ptr is not None:
-        tl.store(shift_ptr + out, shift, mask=row_exists)
+        tl.store(shift_ptr + out + tile_row, shift, mask=row_exists)
     if above_ptr is not None:
-        tl.store(above_ptr + out, above, mask=row_exists)
+        tl.store(above_ptr + out + tile_row, above, mask=row_exists)
     if numerator_ptr is not None:
-        pointers = numerator_ptr + out[:, None] * CHANNELS + channel[None, :]
+        pointers = numerator_ptr + out * CHANNELS + tile_row[:, None] * CHANNELS + channel[None, :]
         tl.store(pointers, numerator, mask=_mask(row_exists, channel, CHANNELS))
 
 
 @triton.jit
 def combine_kernel(
-    query_ptr,  # (B, D, P) raw
-    key_ptr,  # (B, D, P_k) raw
-    index_ptr,  # (B, P) int64 or None
     scale_ptr,  # 0-d or None: 1 / t when learned
-    positive_ptr, rank_positive_ptr,  # as prepare_kernel left them; no rank_positive_ptr: no rank
+    query_rows_ptr, key_rows_ptr,  # as prepare_kernel left them, or None, as numerator_ptr
+    positive_ptr, rank_positive_ptr,  # likewise; no rank_positive_ptr: no rank
     denominator_ptr, shift_ptr, numerator_ptr, above_ptr,  # as attend_kernel left them, or None
     loss_ptr,  # out (N,)
     rank_ptr,  # out (N,) int64; or None, as above_ptr and rank_positive_ptr
@@ -283,12 +262,9 @@ def combine_kernel(
     pull_ptr,  # out (N,): 1 - p+
     grad_query_ptr,  # out (N, D); or None, as numerator_ptr
     grad_scale_ptr,  # out (N,); or None, as numerator_ptr
-    scale, rows, positions, key_positions,
+    scale, rows,
     size,  # K
     splits,  # S
-    query_stride_b, query_stride_d, query_stride_p,
-    key_stride_b, key_stride_d, key_stride_p,
-    QUERY_POSITION_FASTEST: tl.constexpr, KEY_POSITION_FASTEST: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program i: adds the splits of BLOCK_N rows in a fixed order, then loss and gradient as in blockwise.py."""
@@ -334,14 +310,11 @@ def combine_kernel(
         positive = tl.load(rank_positive_ptr + row, mask=row_exists, other=0.0)
         tl.store(rank_ptr + row, tl.where(positive == positive, above // 2, size), mask=row_exists)  # NaN ranks last
     if grad_query_ptr is not None:
-        query, inverse_norm = _load_queries(
-            query_ptr, row, rows, positions, channel, query_stride_b, query_stride_d, query_stride_p,
-            CHANNELS, QUERY_POSITION_FASTEST,
-        )  # fmt: skip
-        key = _load_matches(
-            key_ptr, index_ptr, row, rows, positions, key_positions, channel, key_stride_b, key_stride_d, key_stride_p,
-            CHANNELS, KEY_POSITION_FASTEST,
-        )  # fmt: skip
+        query = _load_tile(query_rows_ptr, row, channel, row_exists, CHANNELS).to(tl.float32)
+        key = _load_tile(key_rows_ptr, row, channel, row_exists, CHANNELS).to(tl.float32)
+        inverse_norm = _inverse_norm(query, 1)
+        query *= inverse_norm[:, None]
+        key *= _inverse_norm(key, 1)[:, None]
         mean = numerator / tl.where(denominator == 0, 1.0, denominator)[:, None]
         grad = (mean - key) * pull[:, None]
         along = tl.sum(grad * query, 1)

@@ -25,19 +25,24 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
     plan = triton_plan.plan_forward(problem, splits)
     batch, channels, positions = problem.query.shape
     rows, new = batch * positions, problem.query.new_empty
-    maps = {
-        "query_ptr": problem.query,
-        "key_ptr": problem.key,
-        "index_ptr": _flat(problem.matches),
-        "scale_ptr": problem.learned_scale,
-        "scale": problem.scale or 0.0,
-    }
+    scale = {"scale_ptr": problem.learned_scale, "scale": problem.scale or 0.0}
     scaled = new((rows, channels), dtype=problem.matmul_dtype)
     positive = new((batch, positions), dtype=torch.float32)
-    rank_positive = torch.empty_like(positive) if want_rank else None
+    prepared = {
+        "query_rows_ptr": new((rows, channels)) if want_grad else None,
+        "key_rows_ptr": problem.key.new_empty((rows, channels)) if want_grad else None,
+        "positive_ptr": positive,
+        "rank_positive_ptr": torch.empty_like(positive) if want_rank else None,
+    }
     with torch.cuda.device(problem.query.get_device()):
         kernels.prepare_kernel[plan.prepare_grid](
-            scaled_ptr=scaled, positive_ptr=positive, rank_positive_ptr=rank_positive, **maps, **plan.prepare
+            query_ptr=problem.query,
+            key_ptr=problem.key,
+            index_ptr=_flat(problem.matches),
+            scaled_ptr=scaled,
+            **prepared,
+            **scale,
+            **plan.prepare,
         )
         # What the first kernel does not need is made while it runs.
         denominator = new((plan.splits, rows), dtype=torch.float32)
@@ -59,27 +64,25 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
         negatives = _operand(problem)
         kernels.attend_kernel[plan.attend_grid](
             scaled_ptr=scaled,
-            rank_positive_ptr=rank_positive,
-            scale_ptr=problem.learned_scale,
-            scale=problem.scale or 0.0,
+            rank_positive_ptr=prepared["rank_positive_ptr"],
             negatives_ptr=negatives,
             negatives_descriptor=_descriptor(negatives, plan.tile),
             exclude_ptr=_flat(problem.exclude),
             count_ptr=problem.existing,
             **parts,
+            **scale,
             **plan.attend,
         )
         kernels.combine_kernel[plan.combine_grid](
-            positive_ptr=positive,
-            rank_positive_ptr=rank_positive,
             loss_ptr=result.loss,
             rank_ptr=result.rank if want_rank else None,
             log_sum_exp_ptr=result.log_sum_exp,
             pull_ptr=result.pull,
             grad_query_ptr=result.grad_query if want_grad else None,
             grad_scale_ptr=result.grad_scale if want_grad else None,
+            **prepared,
             **parts,
-            **maps,
+            **scale,
             **plan.combine,
         )
     return result

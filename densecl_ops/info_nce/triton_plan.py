@@ -131,14 +131,7 @@ def _plan_forward(
     most = max(1, size * dtype.itemsize // (2 * rows))
     per_split = plan_split(rows, size, config.block_n, config.block_k, slots, splits, most)
     splits = triton.cdiv(size, per_split)
-    shape = {"rows": rows, "positions": positions, "CHANNELS": channels, "BLOCK_D": width}
-    maps_arguments = {
-        "key_positions": key_shape[2],
-        **_triton.strides("query", query_stride, "bdp"),
-        **_triton.strides("key", key_stride, "bdp"),
-        "QUERY_POSITION_FASTEST": _position_fastest(query_shape, query_stride),
-        "KEY_POSITION_FASTEST": _position_fastest(key_shape, key_stride),
-    }
+    shape = {"rows": rows, "CHANNELS": channels, "BLOCK_D": width}
     # prepare: 4,096 elements fit 4 warps' registers. combine: with more than 4 elements a thread, those of bfloat16
     # maps and float32 parts cannot both be read in whole sectors; and few rows a program leave more programs.
     prepare_rows, combine_rows = max(1, 4096 // width), max(1, 1024 // width)
@@ -152,11 +145,15 @@ def _plan_forward(
             "ROW_DTYPE": getattr(tl, str(row_dtype).removeprefix("torch.")),
             "PRECISION": precision,
             "BLOCK_N": prepare_rows,
+            "positions": positions,
+            "key_positions": key_shape[2],
             **shape,
-            **maps_arguments,
+            **_triton.strides("query", query_stride, "bdp"),
+            **_triton.strides("key", key_stride, "bdp"),
             **_triton.OPTIONS,
         },
         attend={
+            "positions": positions,
             "size": size,
             "per_split": per_split,
             "PRECISION": precision,
@@ -170,7 +167,6 @@ def _plan_forward(
             "BLOCK_N": combine_rows,
             "num_warps": 8,
             **shape,
-            **maps_arguments,
             **_triton.OPTIONS,
         },
     )
@@ -241,11 +237,6 @@ def _tf32_is_allowed() -> bool:
     if hasattr(matmul, "fp32_precision"):
         return bool(matmul.fp32_precision == "tf32")
     return torch.get_float32_matmul_precision() != "highest"
-
-
-def _position_fastest(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether neighbouring positions, not channels, lie side by side, as in an NCHW map."""
-    return shape[2] > 1 and stride[2] < stride[1]
 
 
 def tile_by_descriptor(architecture: str, config: Config, channels: int) -> list[int] | None:

@@ -23,8 +23,8 @@ NUMBERS = "relative error|^assert"  # the comparison with the oracle
 PLANTED = {  # in the source: module, text, what takes its place, what is seen
     "a store without its mask": (
         loss,
-        "tl.store(denominator_ptr + out, denominator, mask=row_exists)",
-        "tl.store(denominator_ptr + out, denominator)",
+        "tl.store(denominator_ptr + out + tile_row, denominator, mask=row_exists)",
+        "tl.store(denominator_ptr + out + tile_row, denominator)",
         "wrote too|outside every tensor",
     ),
     "a load without its mask": (
@@ -44,16 +44,16 @@ PLANTED = {  # in the source: module, text, what takes its place, what is seen
     "a column too many": (loss, "exists = column < stop if", "exists = column <= stop if", NUMBERS),
     "the wrong stride": (
         loss,
-        "(row // positions) * stride_b + position * stride_p",
-        "(row // positions) * stride_b + position * stride_d",
+        "image * key_stride_b + match * key_stride_p",
+        "image * key_stride_b + match * key_stride_d",
         NUMBERS + "|outside every tensor",
     ),
     "a shift that is not rescaled": (loss, "numerator *= rescale[:, None]", "numerator *= 1.0", NUMBERS),
     "a split left out": (loss, "in tl.range(0, splits)", "in tl.range(1, splits)", NUMBERS + "|where program"),
     "two programs that write one row": (
         loss,
-        "out = tl.program_id(1).to(tl.int64) * rows + row\n",
-        "out = tl.program_id(1).to(tl.int64) * (rows - 1) + row\n",
+        "out = tl.program_id(1).to(tl.int64) * rows + tl",
+        "out = tl.program_id(1).to(tl.int64) * (rows - 1) + tl",
         "which program .* wrote too",
     ),
     "a last tile of channels left out": (
