@@ -207,7 +207,37 @@ def versions(folder: str) -> str:
     return table(["target", "kernel", *sorted(records)], ([*key, *cells] for key, cells in lines.items()))
 
 
-OWN = (cost, loss, grid, others, demo, curves, versions)
+def counts(suite: str) -> str:
+    """What tests/ptx/count.py counted: now, and before where a record of that lies beside it and differs."""
+
+    def read(name: str) -> dict[tuple[str, str], dict[str, Any]]:
+        path = RESULTS / "counts" / f"{name}.json"
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return {(row["case"], row["kernel"].removesuffix("_kernel")): row for row in rows}
+
+    shown: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
+        ("instructions", "sm_80", lambda row: f"{row['instructions']:,}"),
+        ("instructions", "sm_90", lambda row: f"{row['instructions']:,}"),
+        (
+            "read",
+            "sm_90",
+            lambda row: f"{row['bytes read'] / 1e6:.2f} MB, {row['bytes asked for'] / row['bytes read']:.0%}",
+        ),
+        ("wavefronts", "sm_90", lambda row: f"x{row['wavefronts'] / max(1, row['without conflicts']):.2f}"),
+    ]
+    now, before = ({target: read(f"{suite}{when}_{target}") for _, target, _ in shown} for when in ("", "_before"))
+    lines = []
+    for case, kernel in now["sm_90"]:
+        cells = []
+        for _, target, form in shown:
+            row = now[target][case, kernel]
+            pair = form(before[target].get((case, kernel), row)), form(row)
+            cells.append(" → ".join(dict.fromkeys(pair)))
+        lines.append([kernel, case, *cells])
+    return table(["kernel", "case", *(f"{name}, {target}" for name, target, _ in shown)], lines)
+
+
+OWN = (cost, loss, grid, others, demo, curves, versions, counts)
 KINDS: dict[str, Callable[[str], str]] = {kind.__name__: kind for kind in OWN} | transfer.KINDS
 MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 

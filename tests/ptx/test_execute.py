@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,10 @@ import oracle
 import pytest
 import torch
 from helpers import LAYOUTS, Case, assert_close, error, expected, flat64, lay_out, make_case, match, run
-from ptx import executor
+from ptx import count, executor
 
 from benchmarks import kernels, tune
+from benchmarks.records import RESULTS
 from densecl_ops import selftest
 from densecl_ops.info_nce import triton_launch as fused
 from densecl_ops.info_nce import triton_plan
@@ -177,3 +179,10 @@ def test_the_selftest_runs_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("grids", [((7, 7), (7, 7)), ((10, 9), (7, 12)), ((1, 1), (9, 9))], ids=str)
 def test_layouts_of_matching(layout: str, grids: tuple[tuple[int, int], ...]) -> None:
     test_matching(torch.bfloat16, 70, *grids, layout)
+
+
+@pytest.mark.parametrize("form", ["bfloat16, no shift", "bfloat16, channels_last"])
+def test_the_record_of_counts_is_up_to_date(form: str) -> None:
+    """Else: `python -m ptx.count loss`, for both targets, and `python -m benchmarks render`."""
+    record = json.loads((RESULTS / "counts" / f"loss_sm_{executor.TARGET}.json").read_text())
+    assert [row for row in record if row["case"].startswith(form)] == count.count("loss", form)
