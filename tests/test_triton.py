@@ -19,15 +19,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    Case,
-    check,
-    expected,
-    loss_cases,
-    make_case,
-    match,
-    run,
-)
+from helpers import Case, check, expected, loss_cases, make_case, match, run
 from torch import Tensor
 
 triton = pytest.importorskip("triton", minversion="3.6")
@@ -231,22 +223,6 @@ def test_grids_end_at_65535_programs_but_for_the_first_axis(monkeypatch: pytest.
     grids = [call.args[0] for kernel in launched for call in kernel.__getitem__.call_args_list]
     assert len(grids) == 6
     assert all(grid[0] >= images > max(grid[1:], default=0) for grid in grids)
-
-
-def test_operators() -> None:
-    query = torch.randn(2, 16, 9, device=DEVICE)
-    negatives = torch.nn.functional.normalize(torch.randn(70, 16, device=DEVICE), dim=1)
-    index = torch.randint(9, (2, 9), device=DEVICE)
-    problem = (query, query, negatives, 5.0, None, index, None, None, False, torch.float32, torch.float32)
-    rows, operators = torch.rand(2, 9, device=DEVICE), torch.ops.densecl_ops
-    for operator, arguments in (
-        (operators.info_nce, (*problem, True, True)),
-        (operators.info_nce, (*problem, False, False)),
-        (operators.info_nce_grad_negatives, (*problem, rows, rows)),
-        (operators.info_nce_grad_key, (query, query, index, rows, torch.float32)),
-        (operators.match, (query, query, True)),
-    ):
-        torch.library.opcheck(operator, (*arguments, "triton"))
 
 
 # ---- when they cannot serve ----------------------------------------------------------------------------------------
