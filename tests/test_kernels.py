@@ -25,6 +25,9 @@ SPILLS = {
     **{(f"sm_{n}", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 48 for n in (120, 121)},
     **{(f"sm_{n}", "attend_kernel", "float32", 128, "running max, rank, exclude"): 16 for n in (100, 103)},
     **{(f"sm_{n}", "attend_kernel", "bfloat16", 128, "descriptor, running max, rank, exclude"): 8 for n in (100, 103)},
+    # Rows that only the tuner tries: a rank that compares two logits at a time needs some registers more.
+    ("sm_90", "attend_kernel", "bfloat16", 128, "pointers, rank"): 32,
+    **{(f"sm_{n}", "attend_kernel", "bfloat16", 128, "pointers, running max, rank, exclude"): 160 for n in (100, 103)},
     ("gfx90a", "attend_kernel", "bfloat16", 512, "running max, rank, exclude"): 4,
     ("gfx942", "match_kernel", "float32", 2048, "7x7 mutual"): 8,  # scalar registers
     ("gfx950", "attend_kernel", "bfloat16", 128, "unaligned"): 2,

@@ -28,6 +28,7 @@ FORMS = {  # dtype, layout, whether the rows are known to be unit rows (no shift
     "bfloat16, shift, rank": (torch.bfloat16, torch.contiguous_format, False, True),
     "bfloat16, channels_last": (torch.bfloat16, torch.channels_last, True, False),
     "float32, no shift": (torch.float32, torch.contiguous_format, True, False),
+    "bfloat16, K = 65,536": (torch.bfloat16, torch.contiguous_format, True, False),
 }
 
 
@@ -35,8 +36,9 @@ def loss() -> Calls:
     for name, (dtype, layout, unit, rank) in FORMS.items():
         torch.manual_seed(0)
         query, key = (torch.randn(8, 128, 7, 7).to(dtype, memory_format=layout) for _ in range(2))
-        rows = normalize(torch.randn(4096, 128), dim=1).to(dtype)
-        queue = SimpleNamespace(rows=rows, count=torch.tensor(4096), unit_rows=True) if unit else rows
+        size = 65536 if "K" in name else 4096
+        rows = normalize(torch.randn(size, 128), dim=1).to(dtype)
+        queue = SimpleNamespace(rows=rows, count=torch.tensor(size), unit_rows=True) if unit else rows
         index = torch.randint(49, (8, 49))
         arguments = (query.requires_grad_(), key, queue, index)
         yield name, lambda a=arguments, rank=rank: dense_info_nce(*a, return_rank=rank, backend="triton")
