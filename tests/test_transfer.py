@@ -41,11 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def photographs() -> views.Photographs:
+def photographs() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     sizes = [(3, 40, 70), (3, 55, 41), (3, 64, 64)]
-    images = [torch.randint(0, 256, size, generator=generator).to(torch.uint8) for size in sizes]
-    return views.Photographs(images, torch.device("cpu"))
+    return [torch.randint(0, 256, size, generator=generator).to(torch.uint8) for size in sizes]
 
 
 def cells(frames: int, generator: torch.Generator) -> tasks.Cells:

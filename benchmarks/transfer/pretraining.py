@@ -6,6 +6,7 @@ same heads and queues, too. Every arm takes one pass of one view per network and
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.transfer.encoder import WIDTHS, autocast, encode, resnet
-from benchmarks.transfer.views import Photographs, Views, draw
+from benchmarks.transfer.views import Views, draw
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import dense_cosine, in_batch_negatives, location_correspondence
 
@@ -118,30 +119,29 @@ def predictor(width: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def learning_rate_at(step: int, setting: Setting) -> float:
-    """Linear warm-up over the first twentieth, half a cosine over all."""
-    done = step / setting.steps
-    return setting.rate * min(1.0, 20 * (step + 1) / setting.steps) * 0.5 * (1 + math.cos(math.pi * done))
-
-
 def pretrain(
-    setting: Setting, photographs: Photographs, say: Callable[[str], None]
+    setting: Setting, photographs: list[Tensor], say: Callable[[str], None]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Trains; returns the backbone and what happened. After initialisation only the views' generator is drawn from."""
     torch.manual_seed(setting.seed)
-    model = Siamese(setting).to(photographs.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = Siamese(setting).to(photographs[0].device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     generator = torch.Generator().manual_seed(setting.seed)
+    views = functools.partial(draw, photographs, setting.batch, setting.window, setting.view, generator)
     if setting.arm == RANDOM:
-        return settled(model, setting, photographs, generator), {}
+        with torch.no_grad():  # batch norm statistics of the views: as good as random weights can be used
+            for _ in range(SETTLING):
+                encode(model.backbone_q, views()[0].images)
+        return model.backbone_q, {}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, setting.rate, momentum=0.9, weight_decay=1e-4)
     history = torch.zeros(setting.steps, 2)
     began = time.perf_counter()
     for step in range(setting.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, setting)
-        query, key = draw(photographs, setting.batch, setting.window, setting.view, generator)
+        done = step / setting.steps  # linear warm-up over the first twentieth, half a cosine over all
+        rate = min(1.0, 20 * (step + 1) / setting.steps) * 0.5 * (1 + math.cos(math.pi * done))
+        optimizer.param_groups[0]["lr"] = setting.rate * rate
+        query, key = views()
         image_loss, dense_loss = model(query, key, setting.momentum)
         joined = setting.arm in DENSE and step >= setting.dense_from * setting.steps
         weight = setting.dense_weight if joined else 0.0
@@ -161,12 +161,3 @@ def pretrain(
     if setting.arm in DENSE:
         facts["dense_loss"] = [round(value, 4) for value in dense]
     return model.backbone_q, facts
-
-
-@torch.no_grad()
-def settled(model: Siamese, setting: Setting, photographs: Photographs, generator: torch.Generator) -> nn.Module:
-    """The initial weights, with batch norm statistics of the views: as good as random weights can be used."""
-    for _ in range(SETTLING):
-        query, _ = draw(photographs, setting.batch, setting.window, setting.view, generator)
-        encode(model.backbone_q, query.images)
-    return model.backbone_q

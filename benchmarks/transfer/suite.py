@@ -23,7 +23,6 @@ from benchmarks.records import write
 from benchmarks.transfer import data
 from benchmarks.transfer.pretraining import ARMS, RANDOM, Setting, pretrain
 from benchmarks.transfer.tasks import TASKS, measure
-from benchmarks.transfer.views import Photographs
 
 Record = dict[str, Any]
 OPTIONS = [field for field in fields(Setting) if field.name not in ("arm", "seed", "rate")]
@@ -81,7 +80,7 @@ def main(arguments: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     described = environment()  # before hours of work may have changed what is checked out
     train, val, test = (data.load_split(arguments.camvid, split) for split in ("train", "val", "test"))
-    photographs = Photographs([*data.load_photographs(arguments.photographs), *train.images], arguments.device)
+    photographs = [x.to(arguments.device) for x in (*data.load_photographs(arguments.photographs), *train.images)]
     for setting in settings(arguments):
         path = arguments.out / arguments.part / f"{setting.name}.json"
         if path.exists():
@@ -94,7 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
         network, facts = pretrain(setting, photographs, say)
         began = time.perf_counter()
         results = measure(network.eval(), train, val, None if arguments.part else test)
-        facts["photographs"] = len(photographs.images)
+        facts["photographs"] = len(photographs)
         facts["measured_seconds"] = round(time.perf_counter() - began, 1)
         how = {"command": arguments.command, "environment": described, "pretraining": facts}
         write(path, {"setting": asdict(setting)} | how | results)

@@ -19,33 +19,26 @@ class Views(NamedTuple):
     boxes: Tensor
 
 
-class Photographs:
-    """Images of any size."""
-
-    def __init__(self, images: list[Tensor], device: torch.device) -> None:
-        self.images, self.device = [image.to(device) for image in images], device
-        self.smallest = min(min(image.shape[1:]) for image in images)
-
-    def windows(self, uniform: Tensor, side: int) -> Tensor:
-        """(B, 3, side, side) uint8; `uniform` (B, 3) chooses photograph, top and left."""
-        if side > self.smallest:
-            raise ValueError(f"window: got {side}, expected at most {self.smallest}, the smallest photograph's side")
-        found = []
-        for which, down, right in uniform.tolist():
-            image = self.images[int(which * len(self.images))]
-            top, left = (int(x * (n - side + 1)) for x, n in zip((down, right), image.shape[1:], strict=True))
-            found.append(image[:, top : top + side, left : left + side])
-        return torch.stack(found)
-
-
 def draw(
-    photographs: Photographs, batch: int, window: int, view: int, generator: torch.Generator
+    photographs: list[Tensor], batch: int, window: int, view: int, generator: torch.Generator
 ) -> tuple[Views, Views]:
     """Two views of the same windows. All random numbers come from the (CPU) generator: equal seeds, equal views."""
     place = torch.rand(batch, 3, generator=generator)
-    first, second = torch.rand(2, batch, 14, generator=generator).to(photographs.device)
-    windows = photographs.windows(place, window).float() / 255
+    first, second = torch.rand(2, batch, 14, generator=generator).to(photographs[0].device)
+    windows = cut(photographs, place, window).float() / 255
     return augment(windows, first, view), augment(windows, second, view)
+
+
+def cut(photographs: list[Tensor], uniform: Tensor, side: int) -> Tensor:
+    """(B, 3, side, side) uint8; `uniform` (B, 3) chooses photograph, top and left."""
+    found = []
+    for which, down, right in uniform.tolist():
+        image = photographs[int(which * len(photographs))]
+        if side > min(image.shape[1:]):
+            raise ValueError(f"window: got {side}, and a photograph of {min(image.shape[1:])} pixels")
+        top, left = (int(x * (n - side + 1)) for x, n in zip((down, right), image.shape[1:], strict=True))
+        found.append(image[:, top : top + side, left : left + side])
+    return torch.stack(found)
 
 
 def augment(windows: Tensor, uniform: Tensor, view: int) -> Views:
