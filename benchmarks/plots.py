@@ -71,19 +71,17 @@ def _panel(axes: Axes, cases: list[dict[str, Any]], along: str, value: str, titl
             along_x, along_y = zip(*points, strict=True)
             lowest = 0.1 if value == "peak_extra_mib" else 0  # the scale is a logarithm's
             axes.plot(along_x, [max(y, lowest) for y in along_y], label=label, **style)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set(xscale="log", yscale="log")
     ticks = sorted({case["shape"][along] for case in cases})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(along.upper())
-    axes.set_ylabel(unit)
-    _plain(axes)
+    _finish(axes, title, 10, along.upper(), unit)
 
 
-def _plain(axes: Axes) -> None:
+def _finish(axes: Axes, title: str, size: int, x: str = "", y: str = "") -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_title(title, fontsize=size)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -129,10 +127,7 @@ def draw_curves(source: Path, styles: dict[str, dict[str, Any]]) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
         axes.minorticks_off()
-        axes.set_title(title, fontsize=11)
-        axes.set_xlabel("step (log scale)")
-        axes.set_ylabel(unit)
-        _plain(axes)
+        _finish(axes, title, 11, "step (log scale)", unit)
     _legend(figure)
     return figure
 
@@ -154,6 +149,7 @@ def draw_runs(source: Path) -> Figure:
             axes.plot(line, marker=marker, color="#0072b2", lw=0.8, ms=4.5, alpha=0.75)
         for i, column in enumerate(every):
             axes.hlines(statistics.mean(column), i - 0.32, i + 0.32, color="#d55e00", lw=2.4)
+        _finish(axes, heading, 9)
         if "propagation" in heading:
             axes.axhline(records[0]["test.unmoved"]["miou"], color="#666666", ls=":", lw=1)
             axes.set_xlabel("dotted: labels left\nwhere they were", fontsize=8)
@@ -161,8 +157,6 @@ def draw_runs(source: Path) -> Figure:
         axes.set_xticks(range(len(arms)), labels, fontsize=8, rotation=45)
         axes.set_xlim(-0.6, len(arms) - 0.4)
         axes.tick_params(axis="y", labelsize=8)
-        axes.set_title(heading, fontsize=9)
-        _plain(axes)
     return figure
 
 
