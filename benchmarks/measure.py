@@ -205,8 +205,10 @@ def environment() -> dict[str, Any]:
     cpu = models[0] if models else platform.processor()
     gpu = torch.cuda.is_available()
     versions = {package.name: package.version for package in distributions()}
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "device": f"{cpu}, {torch.get_num_threads()} threads",
+        "instructions": [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(name)],
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if gpu else None,
         "cuda": torch.version.cuda,

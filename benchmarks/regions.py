@@ -82,7 +82,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    sizes = ["256,4096", "1568,4096", "1568,65536", "32,2048,7,7", "32,1024,14,14"]
+    sizes = ["256,4096", "1568,4096", "12544,4096", "1568,65536", "32,2048,7,7", "32,1024,14,14"]
     parser.add_argument("--sizes", nargs="+", default=sizes, help="N,K of a loss, or B,C,S,S of two maps to match")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
 

@@ -125,6 +125,41 @@ def grid(folder: str) -> str:
     return "\n\n".join(parts)
 
 
+def quiet(folder: str) -> str:
+    """Whole calls on a CPU that does nothing else."""
+    return calls(folder, "regions", lambda row: _ms(row["milliseconds"][1]))
+
+
+def busy(folder: str) -> str:
+    """The same beside two processes that compute, with the number of times that all threads are waited for."""
+    return calls(folder, "regions-busy2", lambda row: f"{_ms(row['milliseconds'][1])}, {row['regions']}")
+
+
+def calls(folder: str, suite: str, cell: Callable[[dict[str, Any]], str]) -> str:
+    """Loss and matching in milliseconds, then the cells where another form is faster."""
+    record = load(folder, suite)
+    environment = record["runs"][0]["environment"]
+    which = " and ".join(environment["instructions"][-2:]) or "no AVX"
+    parts = [f"{environment['device']}, {which}, torch {environment['torch']}, commit {environment['commit']}:"]
+    faster = []
+    for operation, commas in ("loss, N x K, forward and backward", 1), ("matching", 3):
+        lines = []
+        for case in record["cases"]:
+            size, dtype = case["shape"]["size"], case["shape"]["dtype"]
+            if size.count(",") == commas:
+                title = " x ".join(f"{int(number):,}" for number in size.split(",")) + f", {dtype}"
+                lines.append([title, *map(cell, case["rows"].values())])
+                faster += [
+                    f"{title}: {name} ({row['ratio']:.2f})"
+                    for name, row in case["rows"].items()
+                    if row["ratio"] < 0.995
+                ]
+                heads = [operation, *case["rows"]]
+        parts.append(table(heads, lines))
+    parts.append(f"Faster than ours, and its share of our time: {'; '.join(faster) or 'none'}.")
+    return "\n\n".join(parts)
+
+
 def others(folder: str) -> str:
     """Matching, queue and step."""
     parts = []
@@ -237,7 +272,7 @@ def counts(suite: str) -> str:
     return table(["kernel", "case", *(f"{name}, {target}" for name, target, _ in shown)], lines)
 
 
-OWN = (cost, loss, grid, others, demo, curves, versions, counts)
+OWN = (cost, loss, grid, quiet, busy, others, demo, curves, versions, counts)
 KINDS: dict[str, Callable[[str], str]] = {kind.__name__: kind for kind in OWN} | transfer.KINDS
 MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
 
