@@ -32,7 +32,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs libgomp and gcc")
 def test_parallel_regions(tmp_path: Path) -> None:
     """At the end of each, a call waits for its slowest thread."""
-    sizes = "256,4096", "600,9000", "4,2048,7,7", "3,1024,14,14"
+    sizes = "256,4096", "300,66000", "4,2048,7,7", "3,1024,14,14"
     command = [sys.executable, "-m", "benchmarks", "regions", "--seconds", "0", "--device", "cpu", "--sizes", *sizes]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     subprocess.run([*command, "--out", tmp_path], env=environment, check=True)

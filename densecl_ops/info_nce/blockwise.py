@@ -197,13 +197,13 @@ def _choose(problem: Problem, want_grad: bool, want_rank: bool) -> tuple[str, to
 
 def _longest(rows: Tensor) -> float:
     """The largest norm, NaN if one is, to the digits of the rows' own dtype: another one would take a copy of them."""
-    norms = rows.new_zeros(len(rows) + 1)
+    norms = [rows.new_zeros(())]
 
     def compute(part: slice) -> None:
-        torch.linalg.vector_norm(rows[part], dim=1, out=norms[part])
+        norms.append(torch.linalg.vector_norm(rows[part], dim=1).max())
 
     for_blocks(compute, len(rows), max(1, len(rows)), 2048)
-    return float(norms.max())
+    return float(torch.stack(norms).max())
 
 
 # ---- one block of query rows ----------------------------------------------------------------------------------------
