@@ -95,7 +95,7 @@ def cost(folder: str) -> str:
     if "arithmetic" in rows:
         floor = rows["arithmetic"]["milliseconds"][1]
         lines[-1] += (
-            f" The arithmetic alone (both matrix products and one exp, tile by tile, in torch operations) takes "
+            f" The arithmetic alone (both products and one exponential, all rows at once, in torch operations) takes "
             f"{floor / first:.2f}; the loss takes {rows[OURS]['milliseconds'][1] / floor:.2f} times as long."
         )
     return "\n".join(lines)
@@ -126,7 +126,7 @@ def grid(folder: str) -> str:
 
 
 def quiet(folder: str) -> str:
-    """Whole calls on a CPU that does nothing else."""
+    """Whole calls on a CPU."""
     return calls(folder, "regions", lambda row: _ms(row["milliseconds"][1]))
 
 
@@ -139,8 +139,10 @@ def calls(folder: str, suite: str, cell: Callable[[dict[str, Any]], str]) -> str
     """Loss and matching in milliseconds, then the cells where another form is faster."""
     record = load(folder, suite)
     environment = record["runs"][0]["environment"]
-    which = " and ".join(environment["instructions"][-2:]) or "no AVX"
-    parts = [f"{environment['device']}, {which}, torch {environment['torch']}, commit {environment['commit']}:"]
+    parts = [
+        f"{environment['device']}, instructions {' '.join(environment['instructions'])}, torch {environment['torch']}, "
+        f"commit {environment['commit']}, load {environment['load']} before it began:"
+    ]
     faster = []
     for operation, commas in ("loss, N x K, forward and backward", 1), ("matching", 3):
         lines = []
@@ -149,11 +151,8 @@ def calls(folder: str, suite: str, cell: Callable[[dict[str, Any]], str]) -> str
             if size.count(",") == commas:
                 title = " x ".join(f"{int(number):,}" for number in size.split(",")) + f", {dtype}"
                 lines.append([title, *map(cell, case["rows"].values())])
-                faster += [
-                    f"{title}: {name} ({row['ratio']:.2f})"
-                    for name, row in case["rows"].items()
-                    if row["ratio"] < 0.995
-                ]
+                rivals = {name: row["ratio"] for name, row in case["rows"].items() if not name.startswith(OURS)}
+                faster += [f"{title}: {name} ({ratio:.2f})" for name, ratio in rivals.items() if ratio < 0.995]
                 heads = [operation, *case["rows"]]
         parts.append(table(heads, lines))
     parts.append(f"Faster than ours, and its share of our time: {'; '.join(faster) or 'none'}.")
