@@ -144,6 +144,38 @@ def reduces_narrowly(ttir: str) -> bool:
     return any(re.search(r"x(bf16|f16)>", operands) for operands in reductions)
 
 
+def overwrites(ttgir: str) -> bool:
+    """Whether a loop copies a tile into a buffer that a wgmma in flight still reads.
+
+    A loop that copies n tiles ahead fills buffer (i + n) mod B in its step i, while products of step i and of the one
+    before may be in flight. The steps are played in the order of the text.
+    """
+    view_of = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
+    buffers = {x: int(n) for x, n in re.findall(r"(%\w+) = ttg\.local_alloc : .*?memdesc<(\d+)x\d+x\d+x", ttgir)}
+
+    def base(view: str) -> str:
+        return base(view_of[view]) if view in view_of else view
+
+    events = re.compile(
+        r"async_(?:copy_global_to_local %\w+,|tma_copy_global_to_local %\w+\[.*?\]) (?P<copy>%\w+)"
+        r"|warp_group_dot (?P<left>%\w+), (?P<right>%\w+)|warp_group_dot_wait .*?pendings = (?P<pending>\d+)"
+    )
+    copied = [base(event["copy"]) for event in events.finditer(ttgir) if event["copy"]]
+    for body in re.findall(r"scf\.for((?:(?!scf\.for).)*?)scf\.yield", ttgir, re.S):
+        in_flight: list[tuple[int, set[str]]] = []
+        for step in range(4):
+            for event in events.finditer(body):
+                if event["pending"] is not None:
+                    in_flight = in_flight[max(0, len(in_flight) - int(event["pending"])) :]
+                elif event["left"]:
+                    in_flight.append((step, {base(event["left"]), base(event["right"])}))
+                elif (to := base(event["copy"])) in buffers:
+                    ahead = copied.count(to) - 1
+                    if any(to in read and (step + ahead - at) % buffers[to] == 0 for at, read in in_flight):
+                        return True
+    return False
+
+
 def _read_nvidia(target: str, compiled: Any) -> dict[str, Any]:
     import triton
 
@@ -165,6 +197,7 @@ def _read_nvidia(target: str, compiled: Any) -> dict[str, Any]:
         "matrix": found[0] if found else "none",
         "copies": "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly),
         "serialised": "C751" in report,
+        "racing": overwrites(compiled.asm["ttgir"]),
     }
 
 
@@ -174,7 +207,8 @@ def _read_amd(target: str, compiled: Any) -> dict[str, Any]:
     spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
     instructions = len(re.findall(r"^\t[a-z]+_\w+", assembly, re.M))
     found = {"registers": fields["vgpr_count"], "spills": spills, "instructions": instructions}
-    return found | {"matrix": "mfma" if "v_mfma" in assembly else "none", "copies": "", "serialised": False}
+    matrix = "mfma" if "v_mfma" in assembly else "none"
+    return found | {"matrix": matrix, "copies": "", "serialised": False, "racing": False}
 
 
 def _problem(case: Case) -> Any:
@@ -297,9 +331,9 @@ def main(arguments: argparse.Namespace) -> None:
     heads = (*Case._fields, "config", *KEPT, "matrix", "copies", "")
     lines = []
     for row in rows:
-        marks = row["error"] or "SERIALISED " * row["serialised"] + "NARROW" * row["narrow"]
+        flags = " ".join(name.upper() for name in ("serialised", "racing", "narrow") if row.get(name))
         found = [str(row.get(name, "")) for name in heads[len(Case._fields) : -1]]
-        lines.append([*map(str, row["case"].values()), *found, marks.strip()])
+        lines.append([*map(str, row["case"].values()), *found, row["error"] or flags])
     print(table(heads, lines))
     if arguments.json:
         write(arguments.json, rows)

@@ -82,6 +82,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         f"{row['shared']} bytes of shared memory": row["shared"] > TARGETS[target][1],
         f"products by {row['matrix']}": kernel in PRODUCTS and row["matrix"] not in expected_instructions(row),
         "serialised wgmma": row["serialised"],
+        "a copy lands under a wgmma": row["racing"],
         "a reduction in 16 bits": row["narrow"],
         f"copies by {row['copies']}": kernel == "attend_kernel" and target[:2] == "sm" and row["copies"] != copies,
     }
