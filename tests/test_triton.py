@@ -157,11 +157,12 @@ show(torch.bfloat16)
 # ---- matching ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("positions", [9, 100], ids=["one tile", "many tiles"])
-def test_matching_ties_and_nan(positions: int) -> None:
+def test_matching_ties_and_nan(positions: int, dtype: torch.dtype) -> None:
     """Ties go to the lowest index, within a tile and across; NaN wins over everything and shows in the score."""
-    key = torch.ones(1, 16, positions)
-    query = torch.ones(1, 16, positions)
+    key = torch.ones(1, 16, positions, dtype=dtype)
+    query = torch.ones(1, 16, positions, dtype=dtype)
     assert not match("triton", query, key).index.any()
     key[0, 2, 70 % positions] = float("nan")
     seen = match("triton", query, key)
@@ -176,9 +177,12 @@ def test_matching_ties_and_nan(positions: int) -> None:
 
 @pytest.mark.parametrize("grids", [((7, 7), (7, 7)), ((3, 3), (14, 14))], ids=str)
 @pytest.mark.parametrize("mutual", [False, True])
-def test_an_infinite_feature_matches_inside_the_grid(grids: tuple[tuple[int, int], ...], mutual: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_feature_matches_inside_the_grid(
+    dtype: torch.dtype, grids: tuple[tuple[int, int], ...], mutual: bool
+) -> None:
     """Every key is negative in its channel: -inf is below the nothing beyond the grid, if that is inf * 0 = NaN."""
-    query, key = (torch.randn(2, 16, *grid) for grid in grids)
+    query, key = (torch.randn(2, 16, *grid).to(dtype) for grid in grids)
     key[:, 5] = -key[:, 5].abs()
     finite = match("triton", query, key)
     query[1, 5, 1, 2] = float("inf")

@@ -133,6 +133,7 @@ def test_order_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     ("channels", "grid", "key_grid"),
     [
         (256, (7, 7), (7, 7)),
+        (96, (5, 5), (5, 5)),
         (256, (8, 8), (8, 8)),
         (100, (4, 4), (5, 8)),
         (256, (14, 14), (14, 14)),

@@ -58,8 +58,8 @@ PLANTED = {  # in the source: module, text, what takes its place, what is seen
     ),
     "a last tile of channels left out": (
         matching,
-        "tl.range(0, channels, BLOCK_C):\n            channel = first_channel",
-        "tl.range(0, channels - BLOCK_C, BLOCK_C):\n            channel = first_channel",
+        "for first_channel in tl.range(0, channels, BLOCK_C)",
+        "for first_channel in tl.range(0, channels - BLOCK_C, BLOCK_C)",
         NUMBERS,
     ),
 }
@@ -132,7 +132,7 @@ def test_a_second_use_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why match_kernel finds norms by products on sm_90. When this passes without GRAM, GRAM can go."""
     if executor.TARGET < 90:
         pytest.skip("no wgmma before sm_90")
-    monkeypatch.setattr(matching._triton, "family", lambda _: "mma")
+    monkeypatch.setattr(matching._triton, "family", lambda _: "mfma")  # tiles by cp.async, no GRAM
     query = lay_out(torch.randn(1, 256, 7, 7), "channels_last").bfloat16()
     with pytest.raises(executor.FaultError, match="under a pending wgmma"):
         dense_correspondence(query, query, backend="triton")
