@@ -27,7 +27,10 @@ SPILLS = {
     **{(f"sm_{n}", "attend_kernel", "bfloat16", 128, "pointers, running max, rank, exclude"): 160 for n in (100, 103)},
     ("gfx90a", "attend_kernel", "bfloat16", 512, "running max, rank, exclude"): 4,
     ("gfx950", "attend_kernel", "bfloat16", 128, "unaligned"): 2,
+    ("sm_90", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 24,  # on Triton 3.6; 3.7.1 and 3.9 spill nothing there
     # Only on Triton 3.9; 3.6 and 3.7.1 spill nothing there.
+    ("sm_80", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 100,
+    ("sm_80", "match_kernel", "bfloat16", 2048, "8x8 mutual"): 24,
     **{("gfx942", "attend_kernel", "bfloat16", 512, v): 6 for v in ("no shift", "autocast", "columns", "slice")},
     ("gfx942", "attend_kernel", "bfloat16", 256, "running max, rank, exclude"): 1,
     # Exact float32 with 512 channels: three split operands of the smallest tile exceed the registers. Correct, slow,
