@@ -169,10 +169,11 @@ def test_autocast_rounds_only_the_products_with_negatives(backend: str, autocast
 
 
 @pytest.mark.parametrize("form", ["tiles", "tiles, oneDNN", "flash", "at once"])
+@pytest.mark.parametrize("images", [1, 3])  # the rows of one image are its map, transposed, where nothing copies
 @pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5000, 4300)])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 def test_every_form(
-    monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype, negatives: int, count: int | None
+    monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype, images: int, negatives: int, count: int | None
 ) -> None:
     """Any processor can do what another one is given: products in float32, or in bfloat16 where the input is."""
     for product in {torch.float32, dtype} - {torch.float16}:
@@ -182,8 +183,8 @@ def test_every_form(
         monkeypatch.setattr(blockwise, "_choose", lambda *_, chosen=chosen: chosen)
         monkeypatch.setattr(_processor, "processor", lambda: Processor(True, False, form == "tiles, oneDNN", True))
         monkeypatch.setattr(at_once, "serves", lambda *_: form == "at once")
-        case = make_case(21, channels=32, negatives=negatives, count=count).to(dtype)
-        case.query[0, :, 0, 0] = case.key[1, :, 0, 0] = case.negatives[0] = 0
+        case = make_case(21, images, channels=32, negatives=negatives, count=count).to(dtype)
+        case.query[0, :, 0, 0] = case.key[-1, :, 0, 0] = case.negatives[0] = 0
         truth = expected(case)
         seen, usual = (run(backend, case, rank=False) for backend in ("blockwise", "eager"))
         without = run("blockwise", case, wanted=(), rank=False)

@@ -290,12 +290,13 @@ def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention
     """By torch's attention operator, whose tiles never leave the registers; what it returns of each part is merged."""
     log_sum_exp = scaled.new_full((len(scaled), 1), float("-inf"))
     mean = torch.zeros_like(scaled)
+    operand = scaled.to(plan.logits).contiguous()[None, None]  # it reads rows, and keys, as if they were
     width = len(plan.negatives) if plan.negatives.dtype == plan.logits == scaled.dtype else 4096  # for small copies
     for start in range(0, len(plan.negatives), max(1, width)):
         rows = plan.negatives[start : start + width].to(plan.problem.matmul_dtype).to(plan.logits)
-        rows = rows.contiguous()[None, None]  # it reads rows as if they were
+        rows = rows.contiguous()[None, None]
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        part_mean, part_sum = attention(scaled.to(plan.logits)[None, None], rows, rows, 0.0, False, scale=1.0)
+        part_mean, part_sum = attention(operand, rows, rows, 0.0, False, scale=1.0)
         part_sum = part_sum.view(-1, 1)
         both = torch.logaddexp(log_sum_exp, part_sum)
         if want_mean:
