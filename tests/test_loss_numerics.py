@@ -40,6 +40,9 @@ def extremes() -> dict[str, tuple[helpers.Case, float]]:
     query = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
     negatives = torch.tensor([[-100.0, 0.0], [-101.0, 0.5], [-100.0, 1.0]], dtype=torch.float64)
     cases["underflow"] = helpers.Case(query, -query, negatives, temperature=0.1), 1e-4
+    few = make_case(2, channels=16, negatives=64)
+    few.negatives[0] = -1e5  # at s = -1e6
+    cases["one far below"] = replace(few, query=few.query.abs()), 1e-5
     zero = make_case(10)
     cases["all zero"] = replace(zero, query=0 * zero.query, key=0 * zero.key, negatives=0 * zero.negatives), 1e-6
     return cases

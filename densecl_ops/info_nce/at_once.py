@@ -44,7 +44,7 @@ def forward(problem: Problem, want_grad: bool) -> Result:
         log_share, log_sum_exp = logits, torch.full_like(positive, float("-inf"))
     else:
         log_share = logits.log_softmax(1)  # one pass; logsumexp takes six, and gives the shares in another
-        log_sum_exp = (logits.select(1, 0) - log_share.select(1, 0)).view_as(positive)
+        log_sum_exp = (logits.amax(1) - log_share.amax(1)).view_as(positive)  # any column's, but others lose digits
     margin = log_sum_exp - positive
     loss = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
     pull, rank = margin.sigmoid(), loss.new_empty(0, dtype=torch.int64)
