@@ -47,8 +47,9 @@ def normalize(x: Tensor, dim: int) -> Tensor:
 
 
 def normalize_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, D) keys as negatives: unit rows in `dtype`, normalised in the accumulation dtype, autocast or not."""
-    return normalize(keys.to(accumulation_dtype(keys)), dim=1).to(dtype)
+    """(n, D) keys as negatives: unit rows in `dtype`, autocast or not."""
+    # As exact as the loss is beside such rows, to which a key and its own row are a tie.
+    return normalize(keys.to(torch.promote_types(accumulation_dtype(keys), dtype)), dim=1).to(dtype)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:

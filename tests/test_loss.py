@@ -110,7 +110,7 @@ ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MIXTURES = [
     *((dtype, dtype, None) for dtype in ALL_DTYPES),
     (torch.bfloat16, torch.float32, None),
-    (torch.float32, torch.bfloat16, None),
+    *((torch.float32, rows, None) for rows in (torch.bfloat16, torch.float64)),
     (torch.float32, torch.float32, torch.bfloat16),
 ]
 

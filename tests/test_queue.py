@@ -60,7 +60,7 @@ def test_queue_and_its_copies_are_deques(
     duplicate: Any, queue: MomentumQueue, key_dtype: torch.dtype, batches: list[int], copied_at: int, seed: int
 ) -> None:
     model, dtype = model_of(queue), queue.rows.dtype
-    eps = max(EPS[dtype], 1e-6 if key_dtype != torch.float64 else 0)
+    eps = EPS[dtype]
     same(queue, model, eps)
     left = []  # a queue stays as it is once its copy goes on
     for step, n in enumerate(batches):
