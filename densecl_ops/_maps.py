@@ -53,9 +53,12 @@ def flatten_map(name: str, value: object) -> Tensor:
 
 
 def transposed(x: Tensor, channels: int) -> str | None:
-    """How to bring x, whose last dimension has so many channels, into the order of the contract; None if it has not."""
-    if x.ndim not in (3, 4) or x.shape[-1] != channels or x.shape[1] == channels:
+    """How to bring x, which has so many channels elsewhere, into the order of the contract; None if it has not."""
+    if x.ndim not in (3, 4) or x.shape[1] == channels:
         return None
+    if x.shape[-1] != channels:
+        one = x.ndim == 3 and x.shape[0] == channels
+        return "a (C, H, W) map of one image: pass .unsqueeze(0)" if one else None
     if x.ndim == 3:
         return "(B, P, C) tokens: pass .transpose(1, 2)"
     return "a (B, H, W, C) map: pass .permute(0, 3, 1, 2)"

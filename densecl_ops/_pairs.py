@@ -48,7 +48,7 @@ def require_pairs(query: Tensor, key: Tensor, weight: Tensor | None, match: Part
         if index.ndim == 2 and index.shape[1] != positions:
             raise ValueError(
                 f"{index_name}: got shape {_checks.shape_of(index)}, expected {rows}, one for each position of query; "
-                "give matching and head the same grid_size"
+                + _likely_cause(query, swapped=index.shape[1] == key_positions)
             )
         _checks.require_index(index_name, index, rows, "query", query)
     if grids is not None and both_maps:
@@ -57,7 +57,8 @@ def require_pairs(query: Tensor, key: Tensor, weight: Tensor | None, match: Part
             (h, w), (i, j) = grids
             raise ValueError(
                 f"correspondence: got a match from a {h} x {w} grid into {i} x {j}, expected {tuple(expected[0])} and "
-                f"{tuple(expected[1])}, the grids of query and key; give matching and head the same grid_size"
+                f"{tuple(expected[1])}, the grids of query and key; "
+                + _likely_cause(query, swapped=grids == expected[::-1])
             )
     if valid is not None:
         _checks.require_mask("correspondence.valid", valid, rows, "query", query)
@@ -66,6 +67,16 @@ def require_pairs(query: Tensor, key: Tensor, weight: Tensor | None, match: Part
             _checks.require_float("weight", weight)
         _checks.require_shape("weight", weight, rows)
         _checks.require_same_device("weight", weight, "query", query)
+
+
+def _likely_cause(query: Tensor, swapped: bool) -> str:
+    if query.ndim == 2:
+        return "an image loss, of (B, D) vectors, takes no correspondence"
+    if swapped:
+        return "it looks like a match from key to query: give the matching the map of the query first"
+    if query.ndim == 3:
+        return "give matching and loss (B, C, P); of (B, P, C) tokens that is .transpose(1, 2)"
+    return "give matching and head the same grid_size"
 
 
 def row_weight(weight: Tensor | None, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -86,7 +86,7 @@ class DenseProjectionHead(nn.Module):
             way = _maps.transposed(features, self.in_channels)
             raise ValueError(
                 f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
-                + (f"; it looks like {way}" if way else "")
+                + (f"; it looks like {way}" if way else f", or a head with in_channels={flat.shape[1]}")
             )
         self._require_like_parameters(features)
         if features.ndim == 2 and not torch.compiler.is_compiling():

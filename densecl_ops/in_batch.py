@@ -75,7 +75,7 @@ def _of_all_ranks(keys: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tenso
 def _unit_keys(keys: Tensor) -> Tensor:
     _checks.require_float("keys", keys)
     if keys.ndim != 2:
-        raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (B, D)")
+        raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (B, D); of a Projection pass `pooled`")
     return normalize_keys(keys, keys.dtype)
 
 

@@ -20,7 +20,7 @@ def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = No
     The mean of rank_i < top_k over the valid rows i. A collapsed network ranks K / 2, and so scores 0.
 
     Args:
-        rank: (B, P) or, image-level, (B,) integers, as the loss returns them for return_rank=True.
+        rank: (B, P) integers, as the loss returns them for return_rank=True, image-level (B, 1); (B,) also works.
         top_k: 1 (default) asks the positive to beat every negative, 5 all but four.
         valid: bool of rank's shape, the rows that count, such as `Correspondence.valid`. Default: all.
 

@@ -112,13 +112,13 @@ def dense_info_nce(
 
         Gradients flow to query, to key, negatives and temperature where they require grad, and to weight. The
         products run in the autocast dtype under autocast, else in the wider of the query's and the negatives' dtype.
-        Except in "eager", nothing of size (B P_q) x K is held, `negatives` may change before backward(), and the result
-        can be differentiated once.
+        Except in "eager", nothing of size (B P_q) x K is held, `negatives` may change before backward(), and there are
+        no second derivatives.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
         ValueError: Shapes, devices or values do not fit, or the backend cannot serve; names the argument.
-        RuntimeError: backward() differentiates twice, or activation checkpointing computes the loss again after the
+        RuntimeError: create_graph=True outside "eager", or activation checkpointing computes the loss again after the
             queue was written.
 
     Example:
@@ -190,7 +190,13 @@ def _negatives(negatives: Tensor | NegativeQueue) -> tuple[Tensor, Tensor | None
         return negatives, None, False
     rows, count = getattr(negatives, "rows", None), getattr(negatives, "count", None)
     if not isinstance(rows, Tensor) or not isinstance(count, Tensor):
-        raise TypeError(f"negatives: got {type(negatives).__name__}, expected a (K, D) tensor or a MomentumQueue")
+        hint = ""
+        if isinstance(negatives, Correspondence):
+            hint = "; the order is query, key, negatives, correspondence"
+        elif isinstance(negatives, tuple):
+            hint = "; in_batch_negatives returns a pair: negatives, own = in_batch_negatives(keys), with exclude=own"
+        expected = "expected a (K, D) tensor or a MomentumQueue"
+        raise TypeError(f"negatives: got {type(negatives).__name__}, {expected}{hint}")
     return rows, count, getattr(negatives, "unit_rows", False) is True
 
 

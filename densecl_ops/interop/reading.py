@@ -109,15 +109,15 @@ def _require_flat(state: Mapping[Any, Any], path: str) -> None:
     if any(isinstance(value, Mapping) for value in state.values()):
         raise ValueError(
             "source: got a mapping of mappings, expected one state dict. With content = torch.load(path), pass the one "
-            f"you mean to read_checkpoint: {', '.join(_state_dicts(state, path)) or 'none of them holds tensors'}"
+            f"you mean to read_checkpoint: {', '.join(_state_dicts(state, path)) or 'none of them holds weights'}"
         )
     wrong = [f"{name}: got {type(x).__name__}, expected a tensor" for name, x in state.items() if not _entry(name, x)]
     raise_all("checkpoint", wrong)
 
 
 def _state_dicts(content: Mapping[Any, Any], path: str) -> Iterator[str]:
-    """Every mapping inside that holds tensors, as the expression that reaches it."""
-    if any(_entry(name, value) for name, value in content.items()):
+    """Every mapping inside that holds weights, as the expression that reaches it; an optimizer's names have no dot."""
+    if any(_entry(name, value) and "." in name for name, value in content.items()):
         yield path
     for name, value in content.items():
         if isinstance(value, Mapping):
@@ -148,7 +148,7 @@ def _not_recognised(inside: State, before: str, expected: str) -> str:
     return (
         f"format: got names such as {', '.join(list(inside)[:3])}, expected those of {expected}. Known networks: "
         f'{", ".join(NETWORKS)}. Any other is read with format="backbone" and the prefix= before its names, of '
-        f"{', '.join(map(repr, [*roots, before]))}"
+        f"{', '.join(map(repr, [before, *roots]))}"
     )
 
 
