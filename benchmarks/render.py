@@ -229,16 +229,20 @@ def curves(folder: str, last: int = 20) -> str:
 
 
 def versions(folder: str) -> str:
-    """What each version of Triton makes of the same kernels."""
+    """What each version of Triton makes of the same kernels; targets of which it makes the same share a row."""
     records = {path.stem.removeprefix("triton_"): json.loads(path.read_text()) for path in (RESULTS / folder).iterdir()}
-    lines: dict[tuple[str, ...], list[str]] = {}
+    made: dict[tuple[str, str], dict[str, str]] = {}
     for version in sorted(records):
         for row in records[version]:
             kernel = f"{row['kernel'].removesuffix('_kernel')}, {row['dtype']}, {row['variant']}"
             spilled = f" ({row['spills']} spilled)" if row["spills"] else ""
             cell = f"{row['registers']}{spilled}, {row['shared'] / 1024:.0f} KiB, {row['instructions']:,}"
-            lines.setdefault((row["target"], kernel), []).append(cell)
-    return table(["target", "kernel", *sorted(records)], ([*key, *cells] for key, cells in lines.items()))
+            made.setdefault((kernel, row["target"]), {})[version] = cell
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for (kernel, target), cells in made.items():
+        lines.setdefault((kernel, *(cells.get(version, "") for version in sorted(records))), []).append(target)
+    rows = ([kernel, ", ".join(targets), *cells] for (kernel, *cells), targets in lines.items())
+    return table(["kernel", "target", *sorted(records)], sorted(rows, key=lambda row: row[0]))
 
 
 def counts(suite: str) -> str:
