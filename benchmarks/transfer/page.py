@@ -126,7 +126,7 @@ def study(folder: str) -> str:
     rows = []
     for change, arms in sorted(runs.items(), key=lambda item: (item[0] != "none", item[0])):
         found = [
-            [f"{value(arms[arm]):.3f}" if arm in arms else "" for arm in ("image", "nearest", "place")]
+            [f"{value(arms[arm]):.3f}" if arm in arms else "\N{EN DASH}" for arm in ("image", "nearest", "place")]
             for value in STUDIED.values()
         ]
         rows.append([change, *map(" / ".join, found)])
