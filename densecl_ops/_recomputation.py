@@ -69,7 +69,7 @@ def note(negatives: Tensor) -> None:
     memory = negatives.untyped_storage().data_ptr()  # slices of a queue share it, as they share its version
     frame = inspect.currentframe()
     while frame is not None:  # torch does not tell inside of which Function it is; 60 frames take 3 us
-        if frame.f_code.co_varnames[:1] == ("ctx",) and isinstance(ctx := frame.f_locals["ctx"], FunctionCtx):
+        if frame.f_code.co_varnames[:1] == ("ctx",) and isinstance(ctx := frame.f_locals.get("ctx"), FunctionCtx):
             versions = ctx.__dict__.setdefault("_densecl_ops_versions", {})
             first = versions.setdefault(memory, negatives._version)
             if first != negatives._version and frame.f_code.co_name == "backward":

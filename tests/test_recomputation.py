@@ -175,3 +175,11 @@ def test_a_backward_hook_may_log_a_loss(wrap: Wrap, act: str) -> None:
         model.enqueue()
         loss.backward()
     assert len(logged) == 2
+
+
+def test_a_caller_may_delete_its_ctx() -> None:
+    def validate(ctx: Any) -> None:
+        del ctx  # as a Function does that has no use for it
+        Model().log()
+
+    validate(None)
