@@ -241,8 +241,8 @@ def versions(folder: str) -> str:
     lines: dict[tuple[str, ...], list[str]] = {}
     for (kernel, target), cells in made.items():
         lines.setdefault((kernel, *(cells.get(version, "") for version in sorted(records))), []).append(target)
-    rows = ([kernel, ", ".join(targets), *cells] for (kernel, *cells), targets in lines.items())
-    return table(["kernel", "target", *sorted(records)], sorted(rows, key=lambda row: row[0]))
+    rows = sorted([kernel, ", ".join(targets), *cells] for (kernel, *cells), targets in lines.items())
+    return table(["kernel", "target", *sorted(records)], rows)
 
 
 def counts(suite: str) -> str:
