@@ -210,6 +210,7 @@ def environment() -> dict[str, Any]:
         "device": f"{cpu}, {torch.get_num_threads()} threads",
         "instructions": [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if capabilities.get(name)],
         "load": round(os.getloadavg()[0], 1),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if gpu else None,
         "cuda": torch.version.cuda,
