@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densecl_ops._numerics import accumulation_dtype, inverse_root
+from densecl_ops._numerics import accumulation_dtype, inverse_norm
 from densecl_ops._parallel import for_blocks
 from densecl_ops._processor import by_onednn, matmul
 from densecl_ops.correspondence import at_once
@@ -37,7 +37,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
 
     def compute(part: slice) -> None:
         q, k = query[part].to(dtype), key[part].to(dtype)
-        q_inverse, k_inverse = _inverse_norm(q), _inverse_norm(k)
+        q_inverse, k_inverse = inverse_norm(q, 1), inverse_norm(k, 1)
         back: tuple[Tensor, Tensor] | None = None  # the nearest query position of every key position so far
         per_strip = max(1, budget // (len(q) * keys))
         for top in range(0, queries, per_strip):
@@ -75,10 +75,3 @@ def _products(rows: Tensor, columns: Tensor) -> Tensor:
     if not by_onednn(rows):
         return torch.bmm(rows, columns)
     return torch.stack([matmul(a, b) for a, b in zip(rows, columns, strict=True)])
-
-
-def _inverse_norm(x: Tensor) -> Tensor:
-    """As inverse_norm along dim 1, where a sum of squares is as exact: x is in the accumulation dtype."""
-    if x.stride(1) == 1:
-        return inverse_root(torch.linalg.vector_norm(x, dim=1, keepdim=True).square())
-    return inverse_root(torch.mul(x, x).sum(1, keepdim=True))
