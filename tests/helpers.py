@@ -64,9 +64,9 @@ def match(backend: str, *args: Any, **kwargs: Any) -> Correspondence:
     return Correspondence(*(x.cpu() for x in result))
 
 
-def refused(call: Callable[[], Any]) -> pytest.ExceptionInfo[Exception]:
-    """By an error that names the argument, what came and what was expected."""
-    with pytest.raises((TypeError, ValueError)) as caught:
+def refused(call: Callable[[], Any], words: str = "") -> pytest.ExceptionInfo[Exception]:
+    """By an error that names the argument, what came and what was expected, in `words` (" ... ": anything)."""
+    with pytest.raises((TypeError, ValueError), match=".*".join(map(re.escape, words.split(" ... ")))) as caught:
         call()
     assert HOUSE_FORM.match(str(caught.value)), str(caught.value)
     return caught

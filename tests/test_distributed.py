@@ -27,6 +27,6 @@ def test_group_of_one(tmp_path: Path) -> None:
     """A process group with a single rank changes nothing."""
     torch.distributed.init_process_group("gloo", init_method=(tmp_path / "rendezvous").as_uri(), rank=0, world_size=1)
     try:
-        worker.check_rounds(worker.new_queue(0, "empty"), worker.new_deque(0, "empty"), range(1), "even")
+        worker.Both(range(1), "empty").feed(name="even")
     finally:
         torch.distributed.destroy_process_group()
