@@ -31,6 +31,16 @@ HOUSE_FORM = re.compile(r"^[a-z_.]+(\[.*\])?(: [a-z_]+)?: got .+, expected |^key
 EPS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of unit rows
 GRADIENTS = ("query", "key", "negatives", "temperature", "weight")
 LAYOUTS = ("contiguous", "channels_last", "tokens", "slice", "every_other", "swapped")
+GUISES = (*LAYOUTS, "one image", "overlapping", "negative")
+VALUES: dict[str, Callable[[Tensor], Tensor]] = {
+    "as they are": lambda x: x,
+    "float32": lambda x: x.float(),
+    "zeros": torch.zeros_like,
+    "NaN": lambda x: x.index_fill(0, torch.tensor(0), np.nan),
+    "inf": lambda x: x.index_fill(0, torch.tensor(len(x) - 1), np.inf),
+    "huge": lambda x: x * 1e100,
+    "tiny": lambda x: x * 1e-9,
+}
 
 
 def to_device(backend: str, *values: Any) -> Any:
@@ -102,7 +112,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 def numpy64(x: Tensor) -> np.ndarray:
-    return x.detach().cpu().double().numpy()
+    return x.detach().cpu().double().resolve_neg().numpy()
 
 
 def flat64(x: Tensor) -> np.ndarray:
@@ -139,7 +149,10 @@ def assert_same(seen: Any, wanted: Any) -> None:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The same (B, C, H, W) values with other strides, as a leaf. "tokens" is (B, C, P) seen through (B, P, C)."""
+    """The same (B, C, H, W) values with other strides, as a leaf. "tokens" is (B, C, P) seen through (B, P, C).
+
+    "one image" and "overlapping" hold fewer values than elements: what is returned counts.
+    """
     batch, channels, height, width = x.shape
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
@@ -153,6 +166,12 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         x = x.new_full((batch, channels, height, 2 * width), float("nan"))[..., ::2].copy_(x)
     elif layout == "swapped":
         x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    elif layout == "one image":
+        x = x[:1].expand_as(x)
+    elif layout == "overlapping":
+        x = x.contiguous().as_strided(x.shape, (1,) * 4)
+    elif layout == "negative":
+        x = torch._neg_view(-x)
     return x.detach()
 
 
@@ -269,7 +288,7 @@ def expected(case: Case, autocast: torch.dtype | None = None) -> oracle.LossResu
 def run(backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: bool = True) -> SimpleNamespace:
     """Loss, rank and the wanted gradients of one call, all on the host."""
     leaves = {name: getattr(case, name) for name in GRADIENTS if getattr(case, name) is not None}
-    leaves["temperature"] = torch.tensor(case.temperature, dtype=torch.float64)
+    leaves["temperature"] = torch.as_tensor(case.temperature, dtype=torch.float64)
     leaves = {name: x.detach().requires_grad_(name in wanted and x.is_floating_point()) for name, x in leaves.items()}
     negatives: Any = leaves["negatives"]
     if case.count is not None:

@@ -93,8 +93,8 @@ def info_nce(
             q_rounded, k_rounded = to_operand(q), to_operand(to_row(k))
             margin[b, i] = np.where(left_out, -np.inf, operands @ q_rounded - q_rounded @ k_rounded)
             rank[b, i] = _rank(margin[b, i], tie)
-            if np.isnan(q_rounded @ k_rounded):
-                rank[b, i] = len(negatives)
+            if np.isnan(q @ k):
+                loss[b, i], rank[b, i] = np.nan, len(negatives)
             p = np.exp(margins - loss[b, i])  # exp(s_j) / (exp(s+) + sum exp(s_j)); their sum is 1 - p+
             seen = p > 0  # a masked row of negatives may hold anything
             d_row_q[b, i] = (p[seen] @ negatives[seen] - p.sum() * k) / temperature

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import refused
+from helpers import HOUSE_FORM, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from densecl_ops import (
@@ -23,6 +25,10 @@ from densecl_ops import (
     _checks,
 )
 from densecl_ops.functional import (
+    boxes_from_albumentations,
+    boxes_from_kornia,
+    boxes_from_matrix,
+    boxes_from_torchvision,
     dense_correspondence,
     dense_cosine,
     dense_info_nce,
@@ -244,3 +250,32 @@ def test_a_match_carries_its_grids_and_still_unpacks() -> None:
     assert dense_correspondence(TURNED, WHOLE, grid_size=2).grids == ((2, 2), (2, 2))
     assert location_correspondence(BOXES, BOXES, (2, 3)).grids == ((2, 3), (2, 3))
     assert torch.isfinite(dense_info_nce(MAP, MAP, ROWS, match._replace(index=index * 0)))
+
+
+# ---- junk -----------------------------------------------------------------------------------------------------------
+
+TENSORS = st.builds(
+    lambda shape, dtype: torch.ones(shape).to(dtype),
+    st.lists(st.integers(0, 4), max_size=4),
+    st.sampled_from([torch.float32, torch.int64, torch.bool, torch.complex64, torch.uint8]),
+)
+FIELDS = st.sampled_from(["top", "left", "height", "width", "needs_pad"])
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | TENSORS,
+    lambda inner: st.lists(inner, max_size=5) | st.tuples(inner, inner) | st.dictionaries(FIELDS, inner, min_size=3),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200)
+@given(params=JUNK | TENSORS)
+def test_junk_as_crop_parameters(params: Any) -> None:
+    """An error or, where it has the form of parameters by chance, (B, 4) numbers."""
+    readers = boxes_from_torchvision, boxes_from_kornia, partial(boxes_from_matrix, size=8)
+    for convert in (*readers, partial(boxes_from_albumentations, image_size=(8, 8))):
+        try:
+            boxes = convert(params)
+        except (TypeError, ValueError) as error:
+            assert HOUSE_FORM.match(str(error)), error  # noqa: PT017
+        else:
+            assert (boxes.dtype, boxes.ndim, boxes.shape[1]) == (torch.float32, 2, 4)

@@ -12,7 +12,19 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import GRADIENTS, LAYOUTS, assert_close, check, expected, lay_out, loss_cases, make_case, run
+from helpers import (
+    GRADIENTS,
+    GUISES,
+    VALUES,
+    assert_close,
+    check,
+    expected,
+    flat64,
+    lay_out,
+    loss_cases,
+    make_case,
+    run,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,7 +33,7 @@ from densecl_ops import MomentumQueue
 from densecl_ops._numerics import normalize_keys
 
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
-LAYOUT = st.sampled_from(LAYOUTS)
+GUISE = st.sampled_from(GUISES)
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "float64": lambda x: x,
     "float32": lambda x: x.float(),
@@ -54,10 +66,10 @@ def cases(draw: st.DrawFn) -> helpers.Case:
         case.exclude = torch.randint(negatives, (batch,), generator=generator)
     if draw(st.booleans()):
         case.count = draw(st.integers(0, negatives))
-    case.negatives = lay_out(case.negatives[:, :, None, None], draw(LAYOUT)).flatten(1)
+    case.negatives = lay_out(case.negatives[:, :, None, None], draw(GUISE)).flatten(1)
     if draw(st.booleans()):
         case.negatives = case.negatives.t().contiguous().t()  # (D, K) transposed
-    return replace(case, query=lay_out(case.query, draw(LAYOUT)), key=lay_out(case.key, draw(LAYOUT)))
+    return replace(case, query=lay_out(case.query, draw(GUISE)), key=lay_out(case.key, draw(GUISE)))
 
 
 CASES = loss_cases(torch.float64)
@@ -79,6 +91,42 @@ def test_any_mixture_of_options(backend: str, case: helpers.Case, wanted: set[st
     # Logits up to 1 / t, each off by 1e-7; of D = 1 the gradient is nothing but that (eager: 2.6e-5).
     tolerance = 4e-5 if case.temperature > 0.05 else 2e-4
     check(backend, case.to(torch.float32), tolerance, tuple(wanted - {"temperature", "weight"}), rank)
+
+
+@settings(max_examples=120)
+@given(case=cases(), data=st.data())
+def test_any_values(backend: str, case: helpers.Case, data: st.DataObject) -> None:
+    """The loss, and the gradient to the query where everything is finite."""
+    for name in ("query", "key", "negatives", *(() if case.weight is None else ("weight",))):
+        x = getattr(case, name)
+        kinds = [*VALUES] if x.is_floating_point() else ["as they are"]
+        setattr(case, name, VALUES[data.draw(st.sampled_from(kinds), label=name)](x))
+    case.temperature = data.draw(st.sampled_from([0.2, 0.01, 1e-18, 1e30, np.float32(0.5), 1, torch.tensor(0.3)]))
+    seen = run(backend, case, ("query",), data.draw(st.booleans()))
+    maps = case.query, case.key, case.negatives
+    assert (seen.loss.dtype == torch.float64) == any(x.dtype == torch.float64 for x in maps)
+    case.temperature = float(case.temperature)
+    weight = torch.ones(case.index.shape) if case.weight is None else case.weight
+    weight = weight if case.valid is None else weight.masked_fill(~case.valid, 0)
+    if not weight.to(seen.loss.dtype).isfinite().all():
+        assert not seen.loss.isfinite().all(), "weights beyond the dtype of the loss must show"
+        return
+    with np.errstate(all="ignore"):
+        truth = expected(case)
+    tolerance = 2e-5 if torch.float32 in (x.dtype for x in (*maps, weight)) else 1e-9
+    finite = truth.margin[np.isfinite(truth.margin)] / case.temperature
+    terms = max(1.0, float(np.abs(finite).max(initial=0)))  # a loss is a difference of such, times its weight
+    if case.reduction != "mean":
+        terms *= max(1.0, float(weight.max()))
+    np.testing.assert_allclose(seen.loss.numpy(), truth.loss, rtol=tolerance, atol=terms * tolerance / 10)
+    if case.temperature < 1e-9:  # 1 / t swallows the log of a number of ties, and the oracle's probabilities with it
+        return
+    lengths = np.linalg.norm(flat64(case.query), axis=1)
+    # test_loss_numerics.py says which gradients NaN may reach.
+    if all(x.isfinite().all() for x in maps) and np.abs(truth.query).max() < 1e38 and (lengths > 0).all():
+        longest = np.linalg.norm(helpers.numpy64(case.negatives), axis=1).max()
+        floor = 1e-2 * max(1.0, longest) / case.temperature / lengths.min()
+        assert_close(seen.query, truth.query, tolerance, "gradient to query", floor)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
