@@ -1,32 +1,42 @@
 """What the compiler makes of every Triton kernel, for GPUs that need not be here: registers, spills, shared memory.
 
-The launchers of the package run on meta tensors, with the target in the place of the device. Triton's just-in-time
-compiler then specialises and compiles as it would there, and launches nothing.
+Public calls run on CPU tensors, with the target in the place of the device. Triton's just-in-time compiler then
+specialises and compiles the kernel in question as it would there, and nothing is launched.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
+from triton.runtime.jit import JITFunction
 
 from benchmarks import tune
 from benchmarks.measure import Row
-from benchmarks.records import RESULTS, table, write
+from benchmarks.records import RESULTS, print_rows, write
+from densecl_ops import _backends, _triton
+from densecl_ops.functional import dense_correspondence, dense_info_nce
+from densecl_ops.info_nce import triton_plan
 
 TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
     "sm_80": (108, 166_912),
@@ -42,9 +52,7 @@ TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
     "gfx950": (256, 163_840),
 }
 COPY_INSTRUCTIONS = {"LDGSTS": "cp.async", "UTMALDG": "tma"}
-MATRIX_INSTRUCTIONS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "v_mfma": "mfma", "UTCQMMA": "tcgen05"}
-
-
+MATRIX_INSTRUCTIONS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "UTCQMMA": "tcgen05"}
 # Names in a variant: the tuner's first two candidates, in place of the table's row.
 TUNED = {"pointers": tune.CANDIDATES[0], "descriptor": tune.CANDIDATES[1]}
 
@@ -71,77 +79,144 @@ RECORDED = (
 )
 
 
-def stand_in(name: str) -> Any:
-    """In the place of Triton's driver on a machine with the target.
+class Compiled(BaseException):
+    """The kernel of the case, and the options of its launch: nothing after it is of interest."""
+
+
+@contextmanager
+def in_place_of(target: str, run: Callable[..., Any]) -> Iterator[None]:
+    """The library takes the CPU for a device of this architecture, where launching a kernel is to call `run`.
 
     Each target has a device number of its own, since Triton keeps binders by device.
     """
-    from triton.backends.compiler import GPUTarget
-
-    target = GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
-    return SimpleNamespace(
-        get_current_device=lambda: list(TARGETS).index(name),
+    family = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    stand_in = SimpleNamespace(
+        get_current_device=lambda: list(TARGETS).index(target),
         get_current_stream=lambda device: 0,
-        get_current_target=lambda: target,
+        get_current_target=lambda: family,
         get_active_torch_device=lambda: torch.device("cpu"),
     )
+    with (
+        mock.patch.object(driver, "_active", stand_in),
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(_triton, "describe", return_value=_triton.Device(target, TARGETS[target][0])),
+        mock.patch.object(_backends, "KERNEL_DEVICES", ("cuda", "cpu")),
+    ):
+        yield
 
 
 def compile_case(case: Case) -> Row:
     """What came out; `error` says why if nothing did."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
+    compile_only = JITFunction.run
 
-    from densecl_ops import _triton
-    from densecl_ops.info_nce import triton_plan
-
-    caught: list[tuple[Any, dict[str, Any]]] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         if self.__name__ == case.kernel:
-            caught.append((run(self, *args, grid=grid, warmup=True, **options), options))
+            raise Compiled(compile_only(self, *args, grid=grid, warmup=True, **options), options)
 
-    device = _triton.Device(case.target, TARGETS[case.target][0])
-    driver.set_active(stand_in(case.target))
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        patches.enter_context(mock.patch.object(_triton, "describe", return_value=device))
-        for form, row in TUNED.items():
-            if form in case.variant:
-                patches.enter_context(mock.patch.object(triton_plan, "choose", return_value=row))
-        try:
-            LAUNCHES[case.kernel](case)
-            compiled, options = caught[0]
-            assert options["enable_fp_fusion"], "where a launch does not say, Triton 3.9 warns and 3.10 does not fuse"
-        except Exception as error:  # a report, not a crash: the table shows it
-            return {"case": case._asdict(), "error": f"{type(error).__name__}: {str(error)[-300:]}"}
+    row = next((row for form, row in TUNED.items() if form in case.variant), None)
+    chosen = mock.patch.object(triton_plan, "choose", return_value=row) if row else nullcontext()
+    try:
+        with in_place_of(case.target, run), chosen:
+            call(case)
+        raise RuntimeError("not launched")
+    except Compiled as found:
+        compiled, options = found.args
+        assert options["enable_fp_fusion"], "where a launch does not say, Triton 3.9 warns and 3.10 does not fuse"
+    except Exception as error:  # a report, not a crash: the table shows it
+        return {"case": case._asdict(), "error": f"{type(error).__name__}: {str(error)[-300:]}"}
     blocks = "x".join(str(options[name]) for name in ("BLOCK_N", "BLOCK_K", "BLOCK_P", "BLOCK_D") if name in options)
     config = f"{blocks} w{options.get('num_warps', 4)} s{options.get('num_stages', '-')}"
     return {"case": case._asdict(), "config": config, **read(case.target, compiled), "error": ""}
 
 
+def call(case: Case) -> None:
+    """The call of a user that launches the kernel."""
+    dtype, channels, has = getattr(torch, case.dtype), case.channels, case.variant.__contains__
+    if found := re.match(r"(\d+)x\1", case.variant):
+        layout = torch.channels_last if has("channels_last") else torch.contiguous_format
+        maps = torch.zeros(32, channels, *map(int, (found[1], found[1])), dtype=dtype).to(memory_format=layout)
+        dense_correspondence(maps, maps, mutual=has("mutual"), backend="triton")
+        return
+    batch, positions, size = (1, 1, 1) if has("size 1") else (32, 1 if has("vectors") else 49, 65536)
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        start = int(has("unaligned"))
+        return torch.zeros(start + math.prod(shape), dtype=dtype)[start:].view(shape)
+
+    def projections() -> torch.Tensor:
+        if has("tokens"):  # channels_last maps and token sequences
+            return zeros(batch, positions, channels).mT
+        return zeros(batch, channels, positions)
+
+    rows = zeros(size, channels, dtype=torch.float32 if has("autocast") else dtype)
+    if has("columns"):
+        rows = zeros(channels, size).t()
+    elif has("slice"):
+        rows = zeros(size, channels + 8)[:, 8:]
+    rows.requires_grad_(case.kernel == "grad_negatives_kernel")
+    unit = case.kernel == "attend_kernel" and not has("running")
+    queue = SimpleNamespace(rows=rows, count=torch.tensor(size - 1), unit_rows=unit)  # a full one's is known on a CPU
+    with torch.autocast("cpu", torch.bfloat16, enabled=has("autocast")):
+        loss = dense_info_nce(
+            projections().requires_grad_(not has("forward")),
+            projections().requires_grad_(case.kernel == "grad_key_kernel"),
+            queue,
+            torch.zeros(batch, positions, dtype=torch.int64),
+            temperature=torch.tensor(0.2) if has("learned") else 0.2,
+            exclude=torch.zeros(batch, dtype=torch.int64) if has("exclude") else None,
+            return_rank=has("rank"),
+            backend="triton",
+        )
+    torch.autograd.backward(loss)
+
+
 def read(target: str, compiled: Any) -> dict[str, Any]:
-    """Registers, memory, instructions, and what is wrong with them.
-
-    Kept in build/kernels by Triton's hash of source, arguments, options and compiler, and by this file.
-    """
+    """Registers, memory, instructions, and what is wrong with them; kept in Triton's cache beside the binary."""
     key = hashlib.sha256(compiled.hash.encode() + Path(__file__).read_bytes()).hexdigest()
-    path = Path(__file__).parent.parent / "build" / "kernels" / f"{key}.json"
-    if not path.exists():
-        found = (_read_amd if target.startswith("gfx") else _read_nvidia)(target, compiled)
-        found |= {"shared": compiled.metadata.shared, "narrow": reduces_narrowly(compiled.asm["ttir"])}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:  # other processes read meanwhile
-            json.dump(found, file)
-        Path(file.name).replace(path)
-    return dict(json.loads(path.read_text()))
+    cache = get_cache_manager(key)
+    path = cache.get_file("facts.json")
+    if path is None:
+        found = _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(int(target[3:]), compiled)
+        # tl.sum of a bfloat16 tile adds in bfloat16.
+        reduced = re.findall(r'"tt\.reduce".*?\}\) : \((.*?)\) ->', compiled.asm["ttir"], re.S)
+        found |= {
+            "shared": compiled.metadata.shared,
+            "racing": overwrites(compiled.asm["ttgir"]),
+            "narrow": any(re.search(r"x(bf16|f16)>", operands) for operands in reduced),
+        }
+        path = cache.put(json.dumps(found), "facts.json", binary=False)
+    return dict(json.loads(Path(path).read_text()))
 
 
-def reduces_narrowly(ttir: str) -> bool:
-    """Whether a reduction takes 16-bit floats: tl.sum of a bfloat16 tile adds in bfloat16."""
-    reductions = re.findall(r'"tt\.reduce".*?\}\) : \((.*?)\) ->', ttir, re.S)
-    return any(re.search(r"x(bf16|f16)>", operands) for operands in reductions)
+def _read_nvidia(architecture: int, compiled: Any) -> dict[str, Any]:
+    assembly = compiled.asm["sass"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(compiled.asm["ptx"])
+        source.flush()
+        name = f"--gpu-name={sm_arch_from_capability(architecture)}"
+        command = [get_ptxas(architecture).path, "-v", name, source.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
+        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "instructions": assembly.count(";"),
+        "matrix": next((x for mark, x in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)), "none"),
+        "copies": "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly),
+        "serialised": "C751" in report,
+    }
+
+
+def _read_amd(compiled: Any) -> dict[str, Any]:
+    assembly = compiled.asm["amdgcn"]
+    fields = {key: int(value) for key, value in re.findall(r"\.([sv]gpr\w*count):\s+(\d+)", assembly)}
+    return {
+        "registers": fields["vgpr_count"],
+        "spills": fields["vgpr_spill_count"] + fields["sgpr_spill_count"],
+        "instructions": len(re.findall(r"^\t[a-z]+_\w+", assembly, re.M)),
+        "matrix": "mfma" if "v_mfma" in assembly else "none",
+        "copies": "",
+        "serialised": False,
+    }
 
 
 def overwrites(ttgir: str) -> bool:
@@ -174,116 +249,6 @@ def overwrites(ttgir: str) -> bool:
                     if any(to in read and (step + ahead - at) % buffers[to] == 0 for at, read in in_flight):
                         return True
     return False
-
-
-def _read_nvidia(target: str, compiled: Any) -> dict[str, Any]:
-    import triton
-
-    assembly = compiled.asm["sass"]
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    newest = int(target[3:]) >= 100 or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)  # PTX 8.8 and later
-    ptxas = folder / ("ptxas-blackwell" if newest else "ptxas")
-    suffix = "a" if int(target[3:]) >= 90 else ""
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "kernel.ptx"
-        source.write_text(compiled.asm["ptx"])
-        command = [str(ptxas), "-v", f"--gpu-name={target}{suffix}", str(source), "-o", os.devnull]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = [label for mark, label in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)]
-    return {
-        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
-        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-        "instructions": assembly.count(";"),
-        "matrix": found[0] if found else "none",
-        "copies": "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly),
-        "serialised": "C751" in report,
-        "racing": overwrites(compiled.asm["ttgir"]),
-    }
-
-
-def _read_amd(target: str, compiled: Any) -> dict[str, Any]:
-    assembly = compiled.asm["amdgcn"]
-    fields = {key: int(value) for key, value in re.findall(r"\.([sv]gpr\w*count):\s+(\d+)", assembly)}
-    spills = fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
-    instructions = len(re.findall(r"^\t[a-z]+_\w+", assembly, re.M))
-    found = {"registers": fields["vgpr_count"], "spills": spills, "instructions": instructions}
-    matrix = "mfma" if "v_mfma" in assembly else "none"
-    return found | {"matrix": matrix, "copies": "", "serialised": False, "racing": False}
-
-
-def _problem(case: Case) -> Any:
-    from densecl_ops.info_nce.problem import Problem
-
-    dtype, channels = getattr(torch, case.dtype), case.channels
-    batch, positions, size = (1, 1, 1) if "size 1" in case.variant else (32, 49, 65536)
-    if "vectors" in case.variant:
-        positions = 1
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def unaligned(x: torch.Tensor) -> torch.Tensor:
-        if "unaligned" not in case.variant:
-            return x
-        return empty(1 + x.numel(), dtype=x.dtype)[1:].view(x.shape)
-
-    def projections() -> torch.Tensor:
-        if "tokens" in case.variant:  # channels_last maps and token sequences
-            return empty(batch, positions, channels).transpose(1, 2)
-        return unaligned(empty(batch, channels, positions))
-
-    negatives = empty(size, channels, dtype=torch.float32 if "autocast" in case.variant else dtype)
-    if "columns" in case.variant:
-        negatives = empty(channels, size).t()
-    elif "slice" in case.variant:
-        negatives = empty(size, channels + 8)[:, 8:]
-    return Problem(
-        query=projections(),
-        key=projections(),
-        negatives=unaligned(negatives),
-        scale=None if "learned" in case.variant else 5.0,
-        learned_scale=empty(dtype=torch.float32) if "learned" in case.variant else None,
-        matches=empty(batch, positions, dtype=torch.int64),
-        exclude=empty(batch, dtype=torch.int64) if "exclude" in case.variant else None,
-        existing=empty(dtype=torch.int64),
-        unit_negatives="running" not in case.variant,
-        dtype=torch.float32,
-        matmul_dtype=dtype,
-    )
-
-
-def _loss(case: Case) -> None:
-    from densecl_ops.info_nce import triton_launch
-
-    problem, rows = _problem(case), torch.empty(32, 49, device="meta")
-    if case.kernel == "grad_negatives_kernel":
-        triton_launch.grad_negatives(problem, rows, rows)
-    elif case.kernel == "grad_key_kernel":
-        triton_launch.grad_key(problem.query, problem.key, problem.matches, rows, torch.float32)
-    else:
-        triton_launch.forward(problem, "forward" not in case.variant, "rank" in case.variant)
-
-
-def _match(case: Case) -> None:
-    """7x7 maps are one tile, larger ones many. 14x14 positions are no multiple of 16 bytes."""
-    from densecl_ops.correspondence import triton_launch
-
-    side = int(case.variant.split("x")[0])
-    layout = torch.channels_last if "channels_last" in case.variant else torch.contiguous_format
-    maps = torch.empty(32, case.channels, side, side, dtype=getattr(torch, case.dtype), device="meta")
-    features = maps.to(memory_format=layout).flatten(2)
-    triton_launch.match(features, features, "mutual" in case.variant)
-
-
-LAUNCHES: dict[str, Callable[[Case], None]] = {
-    "match_kernel": _match,
-    "inverse_norm_kernel": _match,
-    "prepare_kernel": _loss,
-    "attend_kernel": _loss,
-    "combine_kernel": _loss,
-    "grad_negatives_kernel": _loss,
-    "grad_key_kernel": _loss,
-}
 
 
 BOTH, BFLOAT16 = ("bfloat16", "float32"), ("bfloat16",)
@@ -328,17 +293,9 @@ def main(arguments: argparse.Namespace) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         wanted = [case for case in cases(arguments.target) if case[1:] in RECORDED or not arguments.record]
         rows = list(pool.map(compile_case, wanted))
-    heads = (*Case._fields, "config", *KEPT, "matrix", "copies", "")
-    lines = []
-    for row in rows:
-        flags = " ".join(name.upper() for name in ("serialised", "racing", "narrow") if row.get(name))
-        found = [str(row.get(name, "")) for name in heads[len(Case._fields) : -1]]
-        lines.append([*map(str, row["case"].values()), *found, row["error"] or flags])
-    print(table(heads, lines))
+    print_rows("", {" ".join(map(str, row["case"].values())): {**row, "case": ""} for row in rows})
     if arguments.json:
         write(arguments.json, rows)
     if arguments.record:
-        import triton
-
         record = [row["case"] | {name: row[name] for name in KEPT} for row in rows]
         write(RESULTS / "kernels" / f"triton_{triton.__version__}.json", record)

@@ -34,6 +34,7 @@ SPILLS = {
     # Only on Triton 3.9; 3.6 and 3.7.1 spill nothing there.
     ("sm_80", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 100,
     ("sm_80", "match_kernel", "bfloat16", 2048, "8x8 mutual"): 24,
+    ("sm_80", "match_kernel", "bfloat16", 2048, "14x14"): 16,
     **{("gfx942", "attend_kernel", "bfloat16", 512, v): 6 for v in ("no shift", "autocast", "columns", "slice")},
     ("gfx942", "attend_kernel", "bfloat16", 256, "running max, rank, exclude"): 1,
     # Exact float32 with 512 channels: three split operands of the smallest tile exceed the registers. Correct, slow,

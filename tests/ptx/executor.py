@@ -12,13 +12,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 from ptx.program import Program, build
 from torch import Tensor
 
-from benchmarks.kernels import TARGETS, stand_in
+from benchmarks.kernels import in_place_of
 
 TARGET = int(os.environ.get("PTX_TARGET", "90"))  # 80 or 90
 STATS = ("count", "lanes", "sectors", "bytes", "waves", "ideal")  # of every instruction, in the order of core.cpp
@@ -117,10 +116,7 @@ def _map(descriptor: Any) -> tuple[int, ...]:
 def installed() -> Iterator[None]:
     """Launches of Triton kernels on CPU tensors compile for sm_<TARGET> and run in the executor."""
     from triton.runtime import jit
-    from triton.runtime.driver import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-    from densecl_ops import _backends, _triton
 
     compile_only = jit.JITFunction.run
 
@@ -156,12 +152,5 @@ def installed() -> Iterator[None]:
         LAUNCHES.append(execute(program, arguments, grid, kernel.metadata.num_warps, memory, tensors, maps))
         return kernel
 
-    name = f"sm_{TARGET}"
-    device = _triton.Device(name, TARGETS[name][0])
-    with (
-        mock.patch.object(driver, "_active", stand_in(name)),
-        mock.patch.object(jit.JITFunction, "run", run),
-        mock.patch.object(_triton, "describe", return_value=device),
-        mock.patch.object(_backends, "KERNEL_DEVICES", ("cuda", "cpu")),
-    ):
+    with in_place_of(f"sm_{TARGET}", run):
         yield
