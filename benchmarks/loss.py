@@ -26,6 +26,7 @@ from densecl_ops.functional import dense_info_nce
 
 NS, KS, DS = (256, 1568, 12544, 50176), (4096, 65536, 1048576), (64, 128, 256)
 PLAIN = f"{OURS}, negatives in a plain tensor"
+Contestants = Callable[[torch.device, torch.dtype], dict[str, Loss]]
 HEADLINE = {"n": 12544, "k": 65536, "d": 128}
 HEADLINE_CPU = {"n": 1568, "k": 65536, "d": 128}
 # Forms that hold N x K logits: copies alive at once, in elements of the input's type (measured at N = 1,568).
@@ -124,13 +125,13 @@ def arithmetic(inputs: Inputs, train: bool, tile: int = 512) -> None:
             mean += matmul(powers, rows)
 
 
-def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
+def measure(shape: Shape, arguments: argparse.Namespace, losses: Contestants = contestants) -> dict[str, Row]:
     device: torch.device = arguments.device
     n, k, d, dtype, train = shape["n"], shape["k"], shape["d"], getattr(torch, shape["dtype"]), shape["mode"] == "train"
     run = step if train else evaluate
     inputs = [make_inputs(n, k, d, dtype, device, seed) for seed in range(2)]
     entries: dict[str, Callable[[Inputs], Any]] = {
-        name: functools.partial(run, loss) for name, loss in contestants(device, dtype).items()
+        name: functools.partial(run, loss) for name, loss in losses(device, dtype).items()
     }
     if device.type == "cpu" and k >= 512:
         entries["arithmetic"] = lambda one: arithmetic(one, train)

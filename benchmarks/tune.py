@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import loss
-from benchmarks.measure import Row, compare, relative_error
 from benchmarks.records import OURS, Shape, Suite
-from benchmarks.rivals import Inputs
+from benchmarks.rivals import Inputs, Loss
 from densecl_ops.info_nce import triton_plan
 from densecl_ops.info_nce.triton_plan import Config
 
@@ -32,26 +30,19 @@ CANDIDATES = (
 
 
 def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
+    dtype = "float32" if arguments.toy else "bfloat16"
     for n, k, d in [(33, 100, 16)] if arguments.toy else [(12544, 65536, 128), (1568, 65536, 128)]:
-        yield {"n": n, "k": k, "d": d, "dtype": "float32" if arguments.toy else "bfloat16", "mode": "train"}
+        yield {"n": n, "k": k, "d": d, "dtype": dtype, "mode": "train", "cache": "warm"}
 
 
-def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
-    dtype = getattr(torch, shape["dtype"])
-    inputs = [loss.make_inputs(shape["n"], shape["k"], shape["d"], dtype, arguments.device, seed) for seed in range(2)]
-
-    def ours(config: Config | None, one: Inputs) -> tuple[Tensor, Tensor | None]:
-        chosen = mock.patch.object(triton_plan, "choose", return_value=config) if config else nullcontext()
-        with chosen:
-            return loss.step(lambda x: loss.ours(x, "triton"), one)
-
-    entries = {OURS: partial(ours, None)} | {str(tuple(config)): partial(ours, config) for config in CANDIDATES}
-    rows = compare(entries, inputs, arguments.device, seconds=arguments.seconds)
-    exact, _ = loss.exact(inputs[0])
-    for name, row in rows.items():
-        if "failed" not in row:
-            row["error_loss"] = relative_error(entries[name](inputs[0])[0], exact)
-    return rows
+def with_tile(config: Config, inputs: Inputs) -> Tensor:
+    with mock.patch.object(triton_plan, "choose", return_value=config):
+        return loss.ours(inputs, "triton")
 
 
-SUITE = Suite("tune", "N = {n:,}, K = {k:,}, D = {d}, {dtype}", shapes, measure)
+def contestants(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
+    tried = {str(tuple(config)): partial(with_tile, config) for config in CANDIDATES}
+    return {OURS: partial(loss.ours, backend="triton"), **tried}
+
+
+SUITE = Suite("tune", loss.TITLE, shapes, partial(loss.measure, losses=contestants))
