@@ -24,28 +24,11 @@ OLDEST_TRITON = (3, 6)  # the oldest that the kernels were compiled with
 KERNEL_DEVICES = ("cuda",)  # ROCm devices, too; tests add "cpu", where they execute what was compiled
 
 
-def triton_version() -> tuple[int, int] | None:
-    """None without Triton. It is imported, since it comes in distributions of many names."""
-    if not HAS_TRITON:
-        return None
-    import triton
-
-    major, minor, *_ = triton.__version__.split(".")
-    return int(major), int(minor)
-
-
 def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int, traced: bool = False) -> str:
     """Turns a `backend` argument into "eager", "blockwise", "triton", or "auto" for triton if it can.
 
-    Args:
-        requested: As the user gave it.
-        tensor: Any input; tells the device.
-        dtype: The accumulation dtype of the call.
-        channels: D, for the loss, whose kernels hold whole rows; else 0.
-        traced: As `is_traced` says of the call.
-
-    Raises:
-        ValueError: There is no such backend, or it cannot serve this call; says why.
+    `tensor` tells the device and `dtype` is that of the accumulation. The loss gives its `channels`, since its kernels
+    hold whole rows; the matching 0. `traced` is as `is_traced` says of the call.
     """
     require_choice("backend", requested, BACKENDS)
     if requested == "auto" and tensor.device.type != "cuda":  # torch calls ROCm devices cuda too
@@ -65,12 +48,14 @@ def choose(requested: str, tensor: Tensor, dtype: torch.dtype, channels: int, tr
 
 
 def triton_obstacle(tensor: Tensor, dtype: torch.dtype, channels: int = 0, traced: bool = False) -> str | None:
-    """Why the kernels cannot serve a call, or None. The arguments are those of `choose`."""
+    """Why the kernels cannot serve a call, or None."""
     if tensor.device.type not in KERNEL_DEVICES:
         return f"it runs on CUDA and ROCm devices, not on {tensor.device.type}"
-    version = triton_version()
-    if version is None:
+    if not HAS_TRITON:
         return "the triton package is not installed (pip install 'densecl-ops[triton]')"
+    import triton  # its distributions have many names
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
     if version < OLDEST_TRITON:
         return "it needs triton {}.{}, and {}.{} is installed".format(*OLDEST_TRITON, *version)
     # Code being traced cannot ask the device: there the launchers refuse it, with the same words.
@@ -89,15 +74,8 @@ def call(backend: str, operation: str, function: str, query: Tensor, dtype: torc
     """Calls a function of the backend that `choose` chose, with autocast off; inside the operators, compiled or not.
 
     Under "auto", kernels that do not compile or launch are a warning with the reason, and the blockwise backend serves
-    this call and, without another try, every later one of its kind. Under "triton" the error is raised.
-
-    Args:
-        backend: "blockwise", "triton" or "auto".
-        operation: Name of the package that holds the backends.
-        function: Name of a function that each of them has.
-        query: Tells the device, and of how many channels the vectors are.
-        dtype: Of the products; with the channels, what the kernels are compiled for.
-        arguments: Of the function.
+    this call and, without another try, every later one of its kind: for `dtype` (of the products) and the channels of
+    `query`, which also tells the device. Under "triton" the error is raised.
     """
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
@@ -129,15 +107,13 @@ def _module(operation: str, backend: str) -> ModuleType:
 def _is_no_fault_of_the_kernels(error: Exception) -> bool:
     """Whether another call may well succeed (no memory was free), or no call could (an earlier kernel, also a user's
     own, has failed since, and the driver tells whoever asks next).
-
-    torch says so by types of their own; Triton raises a RuntimeError with the driver's words.
     """
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
         return True
     return isinstance(error, RuntimeError) and _SYMPTOMS.search(str(error)) is not None
 
 
-# Of the driver: no memory, and the errors after which a process can use its device no more.
+# The driver's words, in an error of Triton's.
 _SYMPTOMS = re.compile(
     "out of memory|(cuda|hip) error|illegal (memory access|address|instruction)|misaligned address"
     "|invalid program counter|device-side assert|launch (failure|timed out)|ecc error",

@@ -109,9 +109,9 @@ def test_an_index_out_of_range_gives_the_row_nan() -> None:
             if name != "log_sum_exp":  # of the negatives alone
                 wish[1, 3] = float("nan")
             torch.testing.assert_close(seen, wish, rtol=0, atol=0, equal_nan=True, msg=name)
-        grad = fused.grad_key(query, key, broken, result.pull, torch.float32)
+        grad = fused.grad_key(problem._replace(matches=broken), result.pull)
         assert grad[1].isnan().any()
-        assert torch.equal(grad[0], fused.grad_key(query, key, index, whole.pull, torch.float32)[0])
+        assert torch.equal(grad[0], fused.grad_key(problem, whole.pull)[0])
 
 
 def test_plan_uses_the_device() -> None:
@@ -220,9 +220,10 @@ def test_grids_end_at_65535_programs_but_for_the_first_axis(monkeypatch: pytest.
     monkeypatch.setattr(fused_matching, "kernels", kernels)
     for positions in (1, 65):  # one tile, and several
         maps = torch.zeros(1, 1, 1).expand(images, 1, positions)
-        index = torch.zeros(1, 1, dtype=torch.int64).expand(images, positions)
+        index, float32 = torch.zeros(1, 1, dtype=torch.int64).expand(images, positions), torch.float32
+        problem = Problem(maps, maps, maps[0], 5.0, None, index, None, None, True, float32, float32)
         fused_matching.match(maps, maps, False)
-        fused.grad_key(maps, maps, index, maps[:, 0], torch.float32)
+        fused.grad_key(problem, maps[:, 0])
     launched = (kernels.match_kernel, kernels.inverse_norm_kernel, kernels.grad_key_kernel)
     grids = [call.args[0] for kernel in launched for call in kernel.__getitem__.call_args_list]
     assert len(grids) == 6

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,14 +23,7 @@ from densecl_ops.info_nce.problem import SCHEMA, Problem, Result
 
 
 def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> tuple[Tensor, Tensor]:
-    """As eager.row_loss, without its memory: loss (B, P_q) and rank (B, P_q), (0,) if not wanted.
-
-    Args:
-        problem: What to compute.
-        want_rank: Whether to count the rank.
-        backend: A fused one.
-        traced: As `_tracing.is_traced` says of the call.
-    """
+    """As eager.row_loss, without its memory, by a fused backend; `traced` as `_tracing.is_traced` says of the call."""
     enabled, learned = torch.is_grad_enabled(), problem.learned_scale
     want_query = problem.query.requires_grad or (learned is not None and learned.requires_grad)
     want_query = enabled and (want_query or (traced and inside_func()))
@@ -71,7 +65,7 @@ class _InfoNCE(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    def forward(*arguments: Any) -> Any:
         return _forward(*arguments[:-1])
 
     @staticmethod
@@ -110,18 +104,17 @@ _apply = super(torch.autograd.Function, _InfoNCE).apply
 def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     log_sum_exp, pull, grad_query, grad_scale, learned_scale, query, key, matches, negatives, exclude, existing = saved
     needs_query, needs_key, needs_negatives, _, needs_scale, *not_differentiable = ctx.needs_input_grad
-    row_weight = _weigh(grad_loss, pull) if needs_key or needs_negatives else None
+    if needs_key or needs_negatives:
+        row_weight = _weigh(grad_loss, pull)
+        rows = query.new_empty(0, query.shape[1]) if negatives is None else negatives  # the key's gradient reads none
+        problem = (query, key, rows, ctx.scale, learned_scale, matches, exclude, existing, *ctx.numbers)
     to_query = to_key = to_negatives = to_scale = None
     if needs_query:
-        to_query = _weigh(grad_loss[:, :, None], grad_query).transpose(1, 2).to(ctx.query_dtype)
+        to_query = _weigh(grad_loss[:, :, None], grad_query).mT.to(ctx.query_dtype)
     if needs_key:
-        scale = ctx.scale if learned_scale is None else learned_scale
-        grad = _grad_key(query, key, matches, row_weight * scale, grad_loss.dtype, ctx.backend)
-        to_key = grad.transpose(1, 2).to(key.dtype)
+        to_key = _grad_key(*problem, row_weight, ctx.backend).mT.to(key.dtype)
     if needs_negatives:
-        problem = (query, key, negatives, ctx.scale, learned_scale, matches, exclude, existing, *ctx.numbers)
-        grad = _grad_negatives(*problem, log_sum_exp, row_weight, ctx.backend)
-        to_negatives = grad.to(negatives.dtype)
+        to_negatives = _grad_negatives(*problem, log_sum_exp, row_weight, ctx.backend).to(negatives.dtype)
     if needs_scale:
         to_scale = _weigh(grad_loss, grad_scale).sum().to(learned_scale.dtype)
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
@@ -146,9 +139,26 @@ def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     return (grad * row).masked_fill_(grad == 0, 0.0)
 
 
-def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *fields, want_grad, want_rank, _ = arguments
-    problem = Problem(*fields)
+def _operator(
+    name: str, arguments: str, returns: str, fake: Callable[..., Any], **options: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function `name` of a backend as an operator: the fields of a Problem, further arguments, which backend."""
+    fields = len(Problem._fields)
+
+    def body(*given: Any) -> Any:
+        problem = Problem(*given[:fields])
+        *rest, backend = given[fields:]
+        return _backends.call(backend, "info_nce", name, problem.query, problem.matmul_dtype, problem, *rest)
+
+    def fake_body(*given: Any) -> Any:
+        return fake(Problem(*given[:fields]), *given[fields:])
+
+    operator_name = "info_nce" if name == "forward" else f"info_nce_{name}"
+    schema = f"({SCHEMA}, {arguments}, str backend) -> {returns}"
+    return operator(operator_name, schema, fake_body, **options)(body)
+
+
+def _fake_forward(problem: Problem, want_grad: bool, want_rank: bool, backend: str) -> Result:
     batch, channels, positions = problem.query.shape
     row = problem.query.new_empty((batch, positions), dtype=problem.dtype)
     none = (0,)
@@ -162,56 +172,27 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-@operator(
-    "info_nce",
-    f"({SCHEMA}, bool want_grad, bool want_rank, str backend) -> (Tensor {', Tensor '.join(Result._fields)})",
+_forward = _operator(
+    "forward",
+    "bool want_grad, bool want_rank",
+    f"(Tensor {', Tensor '.join(Result._fields)})",
     _fake_forward,
     # Of the logits; the gradient to the queries takes as many.
     flops=lambda query, key, negatives, *rest: 2 * query.numel() * (1 + len(negatives)) * (2 if rest[-3] else 1),
     when_traced=lambda query, key, negatives, *_: note_compiled(negatives),
 )
-def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *fields, want_grad, want_rank, backend = arguments
-    problem = Problem(*fields)
-    return _backends.call(  # type: ignore[no-any-return]
-        backend, "info_nce", "forward", problem.query, problem.matmul_dtype, problem, want_grad, want_rank
-    )
-
-
-def _fake_grad_negatives(*arguments: Any) -> Tensor:
-    problem = Problem(*arguments[:-3])
-    return problem.negatives.new_empty(problem.negatives.shape, dtype=problem.dtype)
-
-
-@operator(
-    "info_nce_grad_negatives",
-    f"({SCHEMA}, Tensor log_sum_exp, Tensor row_weight, str backend) -> Tensor",
-    _fake_grad_negatives,
+_grad_negatives = _operator(
+    "grad_negatives",
+    "Tensor log_sum_exp, Tensor row_weight",
+    "Tensor",
+    lambda problem, *_: problem.negatives.new_empty(problem.negatives.shape, dtype=problem.dtype),
     # As in every count of a model's operations, what is computed again is not among them.
     flops=lambda query, key, negatives, *_: 2 * query.numel() * len(negatives),
 )
-def _grad_negatives(*arguments: Any) -> Tensor:
-    *fields, log_sum_exp, row_weight, backend = arguments
-    problem = Problem(*fields)
-    return _backends.call(  # type: ignore[no-any-return]
-        backend, "info_nce", "grad_negatives", problem.query, problem.matmul_dtype, problem, log_sum_exp, row_weight
-    )
-
-
-def _fake_grad_key(query: Tensor, key: Tensor, index: Any, row_weight: Any, dtype: torch.dtype, backend: str) -> Tensor:
-    batch, channels, positions = key.shape
-    return key.new_empty((batch, positions, channels), dtype=dtype)
-
-
-@operator(
-    "info_nce_grad_key",
-    "(Tensor query, Tensor key, Tensor? index, Tensor row_weight, ScalarType dtype, str backend) -> Tensor",
-    _fake_grad_key,
+_grad_key = _operator(
+    "grad_key",
+    "Tensor row_weight",
+    "Tensor",
+    lambda problem, *_: problem.key.mT.new_empty(problem.key.mT.shape, dtype=problem.dtype),
     flops=lambda query, *_: 2 * query.numel(),
 )
-def _grad_key(
-    query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype, backend: str
-) -> Tensor:
-    return _backends.call(  # type: ignore[no-any-return]
-        backend, "info_nce", "grad_key", query, query.dtype, query, key, index, row_weight, dtype
-    )

@@ -134,12 +134,13 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     return grad
 
 
-def grad_key(query: Tensor, key: Tensor, matches: Tensor | None, row_weight: Tensor, dtype: torch.dtype) -> Tensor:
+def grad_key(problem: Problem, row_weight: Tensor) -> Tensor:
     """As in Backend: by d loss_i / d k^ = -(1 - p+) q^ / t, then through the key's norm."""
-    unit_query, _ = unit_vectors(query, dtype)
-    unit_key, inverse = unit_vectors(key, dtype)
-    weight = row_weight[:, :, None]
-    grad = scatter_matches((unit_query * -weight).masked_fill(weight == 0, 0.0), matches, key.shape[2])
+    unit_query, _ = unit_vectors(problem.query, problem.dtype)
+    unit_key, inverse = unit_vectors(problem.key, problem.dtype)
+    weight = (row_weight * problem.inverse_temperature)[:, :, None]
+    pushed = (unit_query * -weight).masked_fill(weight == 0, 0.0)
+    grad = scatter_matches(pushed, problem.matches, problem.key.shape[2])
     return through_norm(grad, unit_key, inverse)
 
 

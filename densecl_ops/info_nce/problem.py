@@ -97,18 +97,8 @@ class Backend(Protocol):
             row_weight: (B, P_q), upstream gradient times `pull`; a row of weight 0 is left out, whatever it holds.
         """
 
-    def grad_key(
-        self, query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """d (sum_i w_i loss_i) / d key, (B, P_k, D) in `dtype`.
-
-        Args:
-            query: As in the problem.
-            key: As in the problem.
-            index: As in the problem.
-            row_weight: (B, P_q), upstream gradient times `pull` times `scale`; as above.
-            dtype: As in the problem.
-        """
+    def grad_key(self, problem: Problem, row_weight: Tensor) -> Tensor:
+        """d (sum_i w_i loss_i) / d key, (B, P_k, D) in problem.dtype, by `row_weight` as above. Reads no negatives."""
 
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:

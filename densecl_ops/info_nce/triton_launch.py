@@ -138,15 +138,16 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor, sp
     return parts.sum(0) * (peak * problem.inverse_temperature)
 
 
-def grad_key(query: Tensor, key: Tensor, index: Tensor | None, row_weight: Tensor, dtype: torch.dtype) -> Tensor:
+def grad_key(problem: Problem, row_weight: Tensor) -> Tensor:
     """As in Backend, and as blockwise.py does it, but sorted: float atomics would add in an order that changes."""
+    query, key, index = problem.query, problem.key, problem.matches
     if index is None:
-        return blockwise.grad_key(query, key, index, row_weight, dtype)
+        return blockwise.grad_key(problem, row_weight)
     batch, channels, positions = query.shape
     key_positions, width = key.shape[2], triton_plan.block_d(channels)
     unit_query, _ = unit_vectors(query, torch.float32)
     unit_key, inverse = unit_vectors(key, torch.float32)
-    weight = row_weight[:, :, None]
+    weight = (row_weight * problem.inverse_temperature)[:, :, None]
     # The weight of a row whose index is out of range is NaN, which then reaches the first or the last key of its image.
     matched, order = index.contiguous().clamp(0, key_positions - 1).sort(dim=1, stable=True)
     targets = torch.arange(key_positions + 1, device=index.device).expand(batch, -1).contiguous()
