@@ -75,23 +75,16 @@ def require_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def require_float(name: str, value: object) -> Tensor:
-    return _require_dtype(name, value, FLOAT_DTYPES, "float16, bfloat16, float32 or float64")
-
-
-def require_real(name: str, value: object) -> Tensor:
-    return _require_dtype(name, value, FLOAT_DTYPES + INTEGER_DTYPES, "a float or integer dtype")
-
-
-def require_integer(name: str, value: object) -> Tensor:
-    return _require_dtype(name, value, INTEGER_DTYPES, "an integer dtype such as int64")
-
-
-def _require_dtype(name: str, value: object, dtypes: tuple[torch.dtype, ...], expected: str) -> Tensor:
+def require_dtype(dtypes: tuple[torch.dtype, ...], expected: str, name: str, value: object) -> Tensor:
     tensor = require_tensor(name, value)
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {expected}")
     return tensor
+
+
+require_float = functools.partial(require_dtype, FLOAT_DTYPES, "float16, bfloat16, float32 or float64")
+require_real = functools.partial(require_dtype, FLOAT_DTYPES + INTEGER_DTYPES, "a float or integer dtype")
+require_integer = functools.partial(require_dtype, INTEGER_DTYPES, "an integer dtype such as int64")
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -190,20 +183,21 @@ def require_grid_size(name: str, value: object) -> tuple[int, int] | None:
     return side, side
 
 
-def require_index(name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor) -> Tensor:
-    """An integer tensor of the given shape on the device of the reference."""
-    index = require_integer(name, value)
-    require_shape(name, index, shape)
-    require_same_device(name, index, reference_name, reference)
-    return index
+def require_one_each(
+    dtypes: tuple[torch.dtype, ...], expected: str, name: str, value: object, shape: tuple[int, ...], *reference: Any
+) -> Tensor:
+    """A tensor of such a dtype and the given shape, on the device of the reference, (its name, tensor)."""
+    tensor = require_dtype(dtypes, expected, name, value)
+    require_shape(name, tensor, shape)
+    require_same_device(name, tensor, *reference)
+    return tensor
 
 
-def require_mask(name: str, value: object, shape: tuple[int, ...], reference_name: str, reference: Tensor) -> Tensor:
-    """A bool tensor of the given shape on the device of the reference."""
-    mask = _require_dtype(name, value, (torch.bool,), "torch.bool")
-    require_shape(name, mask, shape)
-    require_same_device(name, mask, reference_name, reference)
-    return mask
+require_index = functools.partial(require_one_each, INTEGER_DTYPES, "an integer dtype such as int64")
+require_mask = functools.partial(require_one_each, (torch.bool,), "torch.bool")
+require_weight = functools.partial(
+    require_one_each, (*FLOAT_DTYPES, torch.bool), "float16, bfloat16, float32, float64 or bool"
+)
 
 
 def require_range(name: str, index: Tensor, size: int) -> None:

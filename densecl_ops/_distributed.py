@@ -70,19 +70,10 @@ def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def announce(prepare: Callable[[], Tensor], group: dist.ProcessGroup, **said: int) -> tuple[Tensor, list[Header]]:
-    """Prepares this rank's keys and tells every rank of them.
+    """Makes this rank's (n, D) keys by `prepare` and tells every rank of them, with `said` as further fields.
 
-    Args:
-        prepare: Checks and makes the (n, D) keys. What it raises is raised on every rank.
-        group: The ranks that call this together.
-        said: Further fields of this rank's Header.
-
-    Returns:
-        The keys, and every rank's Header in rank order.
-
-    Raises:
-        ValueError: The process group does not serve the keys' device, another rank failed, or the ranks do not agree;
-            then on every rank. Or DistributedDataParallel.join() is on.
+    Returns the keys, and all Headers in rank order. Raises on every rank if one raises, if the group does not serve its
+    keys' device, or if the ranks do not agree.
     """
     _require_no_join()
     try:
@@ -104,11 +95,10 @@ def announce(prepare: Callable[[], Tensor], group: dist.ProcessGroup, **said: in
         **said,
     )
     headers = _all_headers(header, group)
-    failed = [rank for rank, other in enumerate(headers) if other.failed]
+    failed = ", ".join(f"rank {rank}" for rank, other in enumerate(headers) if other.failed)
     if failed:
-        ranks = ", ".join(f"rank {rank}" for rank in failed)
         raise ValueError(
-            f"keys: got an error on {ranks} of the process group (raised there), expected keys that fit on every rank"
+            f"keys: got an error on {failed} of the process group (raised there), expected keys that fit on every rank"
         )
     fields = Header._fields[Header._fields.index("size") :]
     unequal = [field for field in fields if len({getattr(other, field) for other in headers}) > 1]

@@ -8,7 +8,7 @@ import torch
 from einops import einsum, reduce
 from torch import Tensor
 
-from densecl_ops._checks import require_float, require_same_device, require_tensor, require_values, shape_of
+from densecl_ops._checks import require_float, require_same_device, require_values, shape_of
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 
 
@@ -45,11 +45,10 @@ def flatten(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.ndim == 2 else x.flatten(2)
 
 
-def flatten_map(name: str, value: object) -> Tensor:
+def flatten_map(name: str, value: Tensor) -> Tensor:
     """Both of them."""
-    tensor = require_tensor(name, value)
-    require_map(name, tensor)
-    return flatten(tensor)
+    require_map(name, value)
+    return flatten(value)
 
 
 def transposed(x: Tensor, channels: int) -> str | None:
@@ -66,10 +65,8 @@ def transposed(x: Tensor, channels: int) -> str | None:
 
 def require_poolable(name: str, features: Tensor) -> None:
     if features.ndim != 4:
-        raise ValueError(
-            f"{name}: got shape {shape_of(features)}, expected a (B, C, H, W) map, "
-            "the only form that grid_size can pool"
-        )
+        expected = "expected a (B, C, H, W) map, the only form that grid_size can pool"
+        raise ValueError(f"{name}: got shape {shape_of(features)}, {expected}")
 
 
 def pool_to_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:

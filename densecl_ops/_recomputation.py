@@ -24,17 +24,11 @@ _MESSAGE = (
 
 def version_of(negatives: Tensor) -> Tensor | None:
     """For a node of autograd, which keeps it as it is and saves it as tensors are saved; None where it has none."""
-    if negatives.is_inference():
-        return None
-    return torch.full((), negatives._version, dtype=torch.int64, device="cpu")
+    return None if negatives.is_inference() else torch.full((), negatives._version, dtype=torch.int64, device="cpu")
 
 
 def compare(kept: Tensor | None, saved: Tensor | None) -> None:
-    """To be called in the node's backward().
-
-    Raises:
-        RuntimeError: The negatives were written between the first computation, which was kept, and the last.
-    """
+    """In the node's backward(): raises if the negatives were written between the first and the last computation."""
     if kept is not None and saved is not None and int(kept) != int(saved):
         raise RuntimeError(_MESSAGE)
 
@@ -59,11 +53,7 @@ class Guard(torch.autograd.Function):
 
 
 def note(negatives: Tensor) -> None:
-    """To be called for every loss in eager mode.
-
-    Raises:
-        RuntimeError: This loss recomputes one of a reentrant checkpoint, and the negatives were written in between.
-    """
+    """For every loss in eager mode: raises if it recomputes one of a reentrant checkpoint beside other negatives."""
     if (torch.is_grad_enabled() and not in_backward()) or torch.is_inference_mode_enabled() or negatives.is_inference():
         return
     memory = negatives.untyped_storage().data_ptr()  # slices of a queue share it, as they share its version
@@ -87,12 +77,9 @@ class _Reads:
 
 
 def note_compiled(negatives: Tensor) -> None:
-    """To be called where compiled code computes the loss: there neither gradients nor hooks are known.
+    """The same where compiled code computes the loss: there neither gradients nor hooks are known.
 
     It counts the first computations that met the negatives as they are now, which a backward pass may each repeat once.
-
-    Raises:
-        RuntimeError: As `note` does.
     """
     if negatives.is_inference():
         return

@@ -13,11 +13,9 @@ Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether a call on this tensor is run by something else than its values alone: a compiler, torch.func, a dispatch
-    mode (fake tensors, make_fx, FlopCounterMode), or the tensor itself, a fake one.
+    """Whether more than values runs a call: a compiler, torch.func, a mode (make_fx, FlopCounterMode), a fake tensor.
 
-    One question for a whole call. torch tells compilers alone in public: until it has a word for the others, the
-    lengths of two stacks do.
+    One question for a whole call. torch tells compilers alone in public; of the others two stacks do.
     """
     return (
         torch.compiler.is_dynamo_compiling()
@@ -65,13 +63,8 @@ def operator(
     Compilers, fake tensors, torch.func and dispatch modes see the operator: traced, the tile loops of a backend would
     unroll. Eager calls go to the function itself, since a registered operator costs them some 60 us of host time.
 
-    Args:
-        name: Of the operator.
-        schema: Its signature in torch's language, `(Tensor x, float? y) -> Tensor`. Results alias no argument.
-        fake: Takes the same arguments and returns empty tensors of the results' shapes, dtypes and devices.
-        flops: Takes the same arguments and returns the floating-point operations of their products, for
-            FlopCounterMode.
-        when_traced: Called before the function, with the same arguments, by the registered operator alone.
+    All take the same arguments: `fake` returns empty tensors like the results, which alias no argument; `flops` counts
+    the products' operations for FlopCounterMode; the registered operator alone calls `when_traced` first.
     """
 
     def register(body: Body) -> Body:

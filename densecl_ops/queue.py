@@ -200,20 +200,20 @@ class MomentumQueue(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Takes all three buffers or none: the count and position of another queue's rows would be wrong here."""
-        buffers = {"rows": self.rows, "position": self.position, "count": self.count}
         *_, missing_keys, _, error_msgs = rest
-        missing = [prefix + name for name in buffers if prefix + name not in state_dict]
+        buffers = {prefix + name: buffer for name, buffer in self.named_buffers()}
+        missing = [name for name in buffers if name not in state_dict]
         mismatches = [
-            f"size mismatch for {prefix}{name}: copying a param with shape {tuple(state_dict[prefix + name].shape)} "
-            f"from checkpoint, the shape in current model is {tuple(buffer.shape)}."
+            f"size mismatch for {name}: copying a param with shape {tuple(state_dict[name].shape)} from checkpoint, "
+            f"the shape in current model is {tuple(buffer.shape)}."
             for name, buffer in buffers.items()
-            if prefix + name in state_dict and state_dict[prefix + name].shape != buffer.shape
+            if name in state_dict and state_dict[name].shape != buffer.shape
         ]
+        missing_keys += missing
+        error_msgs += mismatches
         if missing or mismatches:
-            missing_keys += missing
-            error_msgs += mismatches
             return
-        rows, position, count = (state_dict[prefix + name] for name in buffers)
+        rows, position, count = (state_dict[name] for name in buffers)
         if not rows.is_meta and not _tracing.is_traced(rows):
             end, existing = int(position), int(count)
             if not 0 <= existing <= self.size or end != (existing if existing < self.size else end % self.size):
