@@ -241,24 +241,19 @@ def _existing(rows: Tensor, count: Tensor | None, unit_rows: bool) -> int:
                 f"negatives.count: got {existing}, expected 0 to {size}; a queue that was not initialised "
                 "(to_empty, a checkpoint without it) needs reset_parameters()"
             )
-    _warn_of_lengths(rows, existing, unit_rows)
+    # Some 64 rows are looked at: once for each tensor, and again when it was written (a queue: 64 times).
+    version, key = 0 if rows.is_inference() else rows._version, id(rows)
+    before, seen = _looked_at.get(key, (None, 0))
+    if before is None or before() is not rows or version - seen >= (64 if unit_rows else 1):
+        _looked_at[key] = weakref.ref(rows, lambda _: _looked_at.pop(key, None)), version
+        if _checks.find_length(rows[: existing : max(1, existing // 64)]) is not None:
+            _checks.warn_once(_AVERAGED if unit_rows else _NOT_NORMALISED, 4)
+    elif existing == 0 and unit_rows and version == seen:
+        _checks.warn_once(_EMPTY, 4)
     return existing
 
 
-def _warn_of_lengths(rows: Tensor, existing: int, unit_rows: bool) -> None:
-    """Looks at some 64 rows: once for each tensor, and again when it was written (a queue: 64 times)."""
-    version, key = 0 if rows.is_inference() else rows._version, id(rows)
-    known = _looked_at.get(key)
-    if known is not None and known[0]() is rows and version - known[1] < (64 if unit_rows else 1):
-        if existing == 0 and unit_rows and version == known[1]:
-            _checks.warn_once(_EMPTY, 5)
-        return
-    _looked_at[key] = weakref.ref(rows, lambda _: _looked_at.pop(key, None)), version
-    if _checks.find_length(rows[: existing : max(1, existing // 64)]) is not None:
-        _checks.warn_once(_AVERAGED if unit_rows else _NOT_NORMALISED, 5)
-
-
-_looked_at: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+_looked_at: dict[int, tuple[weakref.ref[Tensor] | None, int]] = {}  # at which version
 
 _KEY_GRADIENT = (
     "key: got a tensor that requires grad beside a queue, whose rows come from a network that learns by its moving "
