@@ -1,25 +1,23 @@
-"""Recipes beside the equations: loading one over its host, and what its first step must compute."""
+"""What a recipe's step must compute, written in plain torch for a twin of its networks; and the hosts of recipes."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import oracle
 import standins
 import torch
-from helpers import assert_close, flat64, numpy64
+import torch.nn.functional as F
 from pages import EXAMPLES
 from torch import Tensor, nn
 
-TOLERANCE = 1e-9
+from densecl_ops import MomentumQueue, Projection
+
+# ---- hosts -----------------------------------------------------------------------------------------------------------
 
 
 class Unused(ModuleType):
@@ -32,29 +30,16 @@ class Unused(ModuleType):
 
 
 def stand_ins() -> dict[str, ModuleType]:
-    """For hosts that are not installed, and for what lightly and byol-pytorch import and the recipes do not use."""
-    found = {"solo": standins, "solo.methods": standins, "solo.methods.mocov2plus": standins}
+    """For sys.modules: hosts that are not installed, and what lightly and byol-pytorch import and no recipe uses."""
+    found: dict[str, ModuleType] = dict.fromkeys(("solo", "solo.methods", "solo.methods.mocov2plus"), standins)
     if find_spec("moco") is None:  # a clone on PYTHONPATH
         found |= {"moco": standins, "moco.builder": standins}
     if find_spec("torchvision") is None:
         found |= {name: Unused(name) for name in ("torchvision", "torchvision.ops", "torchvision.transforms")}
-        found["torchvision"].ops = found["torchvision.ops"]
         found["torchvision"].transforms = found["torchvision.transforms"]
     if find_spec("accelerate") is None or find_spec("beartype") is None:
         found["byol_pytorch.trainer"] = Unused("byol_pytorch.trainer")
     return found
-
-
-@contextmanager
-def hosts() -> Iterator[None]:
-    """All hosts can be imported inside. What they import stays, for it can register only once."""
-    added = stand_ins()
-    sys.modules.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del sys.modules[name]
 
 
 def example(name: str) -> ModuleType:
@@ -65,13 +50,76 @@ def example(name: str) -> ModuleType:
     return module
 
 
+# ---- a step in plain torch -------------------------------------------------------------------------------------------
+
+Encode = Callable[[Any, Tensor], tuple[Tensor, Projection]]  # network, images -> the map that is matched, projection
+
+
+def encode(encoder: Any, images: Tensor) -> tuple[Tensor, Projection]:
+    features = encoder.backbone(images)
+    return features, encoder.head(features)
+
+
+def encoder_of(backbone: nn.Module, head: nn.Module) -> nn.Module:
+    """For hosts that keep the two apart."""
+    return nn.ModuleDict({"backbone": backbone, "head": head})
+
+
+def info_nce(
+    query: Tensor, key: Tensor, negatives: Tensor, temperature: float = 0.2, exclude_own: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean loss, and ranks (B, P) of the positives, of (B, D, P) or (B, D) vectors and (K, D) unit negatives."""
+    query, key = (F.normalize(x, dim=1) for x in (query, key))
+    positive = (query * key).sum(1)
+    others = torch.einsum("bd...,kd->bk...", query, negatives)
+    if exclude_own:  # row b is of image b
+        others[range(len(query)), range(len(query))] = -torch.inf
+    logits = torch.cat([positive[:, None], others], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros_like(positive, dtype=torch.long)), (others > positive[:, None]).sum(1)
+
+
+def matched(map_q: Tensor, map_k: Tensor, dense_key: Tensor) -> Tensor:
+    """(B, D, P): the vector of the key position whose feature is nearest, for each query position."""
+    unit_q, unit_k = (F.normalize(x.flatten(2), dim=1) for x in (map_q, map_k))
+    index = torch.einsum("bcp,bcq->bpq", unit_q, unit_k).argmax(2)
+    return dense_key.flatten(2).gather(2, index[:, None].expand(-1, dense_key.shape[1], -1))
+
+
+def moco_terms(
+    online: nn.Module,
+    momentum: nn.Module,
+    queues: tuple[MomentumQueue, MomentumQueue],
+    views: tuple[Tensor, Tensor],
+    encode: Encode = encode,
+    temperature: float = 0.2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image term, dense term and the rank of each image's own key; then the keys enter the queues."""
+    map_q, query = encode(online, views[0])
+    with torch.no_grad():
+        map_k, key = encode(momentum, views[1])
+    image, rank = info_nce(query.image, key.image, queues[0].rows, temperature)
+    dense, _ = info_nce(query.dense.flatten(2), matched(map_q, map_k, key.dense), queues[1].rows, temperature)
+    enqueue(queues[0], key.image)
+    enqueue(queues[1], key.pooled)
+    return image, dense, rank[:, None]
+
+
+@torch.no_grad()
+def enqueue(queue: MomentumQueue, keys: Tensor) -> None:
+    queue.rows = queue.rows.clone()
+    queue.rows[(queue.position + torch.arange(len(keys))) % queue.size] = F.normalize(keys, dim=1)
+    queue.position.copy_((queue.position + len(keys)) % queue.size)
+
+
+@torch.no_grad()
+def move(online: nn.Module, momentum: nn.Module) -> None:
+    for theirs, ours in zip(online.parameters(), momentum.parameters(), strict=True):
+        ours.copy_(0.9 * ours + 0.1 * theirs)
+
+
 def views(batch: int = 4, height: int = 32, width: int = 32) -> tuple[Tensor, Tensor]:
     first, second = torch.randn(2, batch, 3, height, width, dtype=torch.float64)
     return first, 0.5 * first + second
-
-
-def parameters_of(module: nn.Module) -> oracle.Params:
-    return {name: numpy64(value).copy() for name, value in module.named_parameters()}
 
 
 def disturb(*modules: nn.Module) -> None:
@@ -81,160 +129,18 @@ def disturb(*modules: nn.Module) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-@contextmanager
-def inputs_of(module: nn.Module) -> Iterator[list[np.ndarray]]:
-    """What the module is given while the block runs: (B, C, H, W) float64, tokens as (B, C, P, 1)."""
-    inputs: list[np.ndarray] = []
-
-    def keep(_module: nn.Module, given: tuple[Tensor]) -> None:
-        shape = (*given[0].shape, 1, 1)[:4]
-        inputs.append(numpy64(given[0]).reshape(shape).copy())
-
-    hook = module.register_forward_pre_hook(keep)
-    yield inputs
-    hook.remove()
+def assert_close(seen: Any, expected: Any) -> None:
+    torch.testing.assert_close(seen, expected, rtol=1e-9, atol=1e-12)
 
 
-def info_nce(
-    query: np.ndarray, key: np.ndarray, negatives: np.ndarray | oracle.Queue, **options: Any
-) -> oracle.LossResult:
-    query, key = (x if x.ndim == 3 else x[:, :, None] for x in (query, key))
-    if isinstance(negatives, oracle.Queue):
-        options["count"] = negatives.count
-        negatives = negatives.rows() if negatives.count else np.zeros((1, query.shape[1]))
-    return oracle.info_nce(query, key, negatives, **({"temperature": 0.2} | options))
-
-
-def check_maps(seen: list[np.ndarray], wish: tuple[Tensor, ...]) -> None:
-    assert len(seen) == len(wish)
-    for actual, expected in zip(seen, wish, strict=True):
-        assert_close(actual, expected, TOLERANCE, "input of the head")
-
-
-def truth_of(queue: Any) -> oracle.Queue:
-    """The queue as it is now."""
-    position, rows = int(queue.position), numpy64(queue.rows[: int(queue.count)])
-    truth = oracle.Queue(queue.size, np.roll(rows, -position, 0) if len(rows) == queue.size else rows.copy())
-    truth.written = position
-    return truth
-
-
-def check_queue(queue: Any, truth: oracle.Queue, keys: np.ndarray, tolerance: float = TOLERANCE) -> None:
-    truth.enqueue(keys)
-    assert (int(queue.position), int(queue.count)) == (truth.position, truth.count)
-    assert_close(queue.rows[: truth.count], truth.rows(), tolerance, "queue")
-
-
-def check_momentum(online: nn.Module, momentum: nn.Module, before: oracle.Params, tolerance: float = TOLERANCE) -> None:
-    seen = parameters_of(momentum)
-    for name, theirs in parameters_of(online).items():
-        assert_close(seen[name], 0.9 * before[name] + 0.1 * theirs, tolerance, name)
-
-
-def check_all_trained(model: nn.Module, *parts: nn.Module) -> None:
-    """After backward: every trained parameter has a gradient, no other has, and those of `parts` are not all zero."""
+def assert_same_step(model: nn.Module, twin: nn.Module) -> None:
+    """Gradients, weights, queues. What is trained must have a gradient, or DistributedDataParallel would wait."""
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-    for part in parts:
-        assert all(p.grad.abs().max() > 0 for p in part.parameters() if p.ndim > 1)
-
-
-class Network(NamedTuple):
-    """The online or the momentum network of a recipe with queues."""
-
-    whole: nn.Module  # what the momentum update moves: backbone and head
-    head: nn.Module
-    maps: Callable[[Tensor], tuple[Tensor, ...]]  # from images to what the head is called on, the map first
-
-    @classmethod
-    def of(cls, backbone: nn.Module, head: nn.Module) -> Network:
-        return cls(nn.ModuleList([backbone, head]), head, lambda images: (backbone(images),))
-
-
-def check_moco_step(
-    model: nn.Module,
-    step: Callable[..., tuple[Tensor, ...]],
-    online: Network,
-    momentum: Network,
-    grid: tuple[int, int] | None = None,
-    images: tuple[Tensor, Tensor] | None = None,
-    tolerance: float = TOLERANCE,
-) -> tuple[int, ...]:
-    """Everything in one step of a trainer with both terms of MoCo: losses, ranks, keys, momentum and head gradients.
-
-    The key network moves (0.9) before it is used. A head that is called twice takes its image vector from the second
-    call. Returns the shape of the query map.
-    """
-    images = views() if images is None else images
-    disturb(online.whole)
-    before, queues = parameters_of(momentum.whole), (truth_of(model.image_queue), truth_of(model.dense_queue))
-    empty = queues[0].count == 0
-    with inputs_of(online.head) as maps_q, inputs_of(momentum.head) as maps_k:
-        image_loss, dense_loss, *rank = step(*images)
-    check_momentum(online.whole, momentum.whole, before, tolerance)
-    for network, seen, view in ((online, maps_q, images[0]), (momentum, maps_k, images[1])):
-        check_maps(seen, network.maps(view))
-
-    weights = parameters_of(online.head), parameters_of(momentum.head)
-    query, key, image, dense = moco_terms(weights, (maps_q, maps_k), queues, grid)
-    assert_close(image_loss, image.loss, tolerance, "image term")
-    assert_close(dense_loss, dense.loss, tolerance, "dense term")
-    for ranks in rank:
-        low, high = oracle.rank_bounds(image, 5 * tolerance)
-        assert ((low <= numpy64(ranks)) & (numpy64(ranks) <= high)).all()
-    check_queue(model.image_queue, queues[0], key.image, tolerance)
-    check_queue(model.dense_queue, queues[1], key.pooled, tolerance)
-
-    model.zero_grad()
-    (0.3 * image_loss + 0.7 * dense_loss).backward()
-    wish = oracle.head_gradients(weights[0], query, 0.3 * image.query[:, :, 0], 0.7 * dense.query)
-    for name, parameter in online.head.named_parameters():
-        assert empty or np.abs(wish[name]).max() > 1e-6, name
-        assert_close(parameter.grad, wish[name], 2 * tolerance, name)
-    check_all_trained(model)
-    return maps_q[0].shape
-
-
-def moco_terms(
-    weights: tuple[oracle.Params, oracle.Params],
-    maps: tuple[list[np.ndarray], list[np.ndarray]],
-    queues: tuple[oracle.Queue, oracle.Queue],
-    grid: tuple[int, int] | None = None,
-) -> tuple[oracle.HeadResult, oracle.HeadResult, oracle.LossResult, oracle.LossResult]:
-    """Query, key, image term and dense term from the weights of both heads and what they were called on."""
-    heads = []
-    for params, inputs in zip(weights, maps, strict=True):
-        first, last = (oracle.head(params, features, grid) for features in (inputs[0], inputs[-1]))
-        heads.append(first._replace(image=last.image, mean=last.mean))
-    query, key = heads
-    image = info_nce(query.image, key.image, queues[0])
-    return (
-        query,
-        key,
-        image,
-        info_nce(query.dense, key.dense, queues[1], index=oracle.match(query.grid, key.grid).index),
-    )
-
-
-def byol_terms(
-    maps: tuple[Tensor, Tensor],
-    heads: tuple[nn.Module, nn.Module],
-    predictors: tuple[nn.Module, nn.Module],
-    contrastive: bool = True,
-) -> tuple[float, float]:
-    """Mean cosine and dense term of one direction, from the maps of the two views and the recipe's own layers."""
-    with torch.no_grad():
-        query, key = (head(features) for head, features in zip(heads, maps, strict=True))
-        cosine = nn.functional.cosine_similarity(predictors[0](query.image), key.image).mean()
-        prediction, dense_key = flat64(predictors[1](query.dense)), flat64(key.dense)
-    index = oracle.match(*map(flat64, maps)).index
-    if contrastive:
-        negatives = oracle.unit(dense_key.mean(2), 1)[0]
-        return float(cosine), float(
-            info_nce(prediction, dense_key, negatives, index=index, exclude=np.arange(len(index))).loss
-        )
-    matched = np.take_along_axis(dense_key, index[:, None, :], 2)
-    return float(cosine), (2 - 2 * (oracle.unit(prediction, 1)[0] * oracle.unit(matched, 1)[0]).sum(1)).mean()
+        if parameter.grad is not None:
+            assert_close(parameter.grad, twin.get_parameter(name).grad)
+    order = ("running_mean", "running_var", "num_batches_tracked")  # depend on that of the views, and on repetitions
+    assert_close(*({name: x for name, x in m.state_dict().items() if not name.endswith(order)} for m in (model, twin)))
 
 
 # ---- models that run on two ranks, too -------------------------------------------------------------------------------
@@ -242,7 +148,8 @@ def byol_terms(
 
 def dense_moco() -> Any:
     """Over a clone of facebookresearch/moco on PYTHONPATH, or over the stand-in of it."""
-    model = example("with_moco").DenseMoCo(standins.TinyResNet, dim=5, K=13, m=0.9, T=0.2).double()
+    recipe = example("with_moco")
+    model = recipe.DenseMoCo(recipe.TinyResNet, dim=5, K=13, m=0.9, T=0.2).double()
     disturb(model.encoder_k)
     return model
 

@@ -1,33 +1,19 @@
 """Stands for hosts of recipes that are not on PyPI, written here from their names, hooks and order of operations.
 
 facebookresearch/moco: what only MoCo's own forward uses (queue, CUDA shuffle) is left out, for DenseMoCo must not come
-to depend on it. solo-learn 1.0.6: the trainer does nothing; images go in channels_last, and the momentum networks move
-at the end of a batch.
+to depend on it. solo-learn 1.0.6: images go in channels_last, and the host moves what momentum_pairs says.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class TinyResNet(nn.Sequential):
-    """A torchvision ResNet's names; ranks can only agree with one process without batch norm."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 4, 4)
-        self.bn1 = nn.Identity()
-        self.relu = nn.ReLU(inplace=True)
-        self.layer4 = nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.Tanh())
-        self.avgpool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc = nn.Linear(8, num_classes)
 
 
 class MoCo(nn.Module):
@@ -65,21 +51,15 @@ def concat_all_gather(tensor: Tensor) -> Tensor:
 class MoCoV2Plus(nn.Module):
     def __init__(self, cfg: Any) -> None:
         super().__init__()
-        settings = cfg.method_kwargs
-        self.features_dim, self.tau = 8, 0.9
+        settings, self.features_dim, self.logged = cfg.method_kwargs, 64, {}
         self.temperature, self.queue_size = settings.temperature, settings.queue_size
-        self.backbone, self.momentum_backbone = TinyResNet(1), TinyResNet(1)
-        self.backbone.fc = self.momentum_backbone.fc = nn.Identity()
-        layers = (self.features_dim, settings.proj_hidden_dim, settings.proj_output_dim)
-        self.projector, self.momentum_projector = (
-            nn.Sequential(nn.Linear(*layers[:2]), nn.ReLU(), nn.Linear(*layers[1:])) for _ in range(2)
-        )
-        for theirs, ours in MoCoV2Plus.momentum_pairs.fget(self):
-            ours.load_state_dict(theirs.state_dict())
-            ours.requires_grad_(False)
-        self.classifier = nn.Linear(self.features_dim, 10)
-        self.register_buffer("queue", F.normalize(torch.randn(2, layers[2], self.queue_size), dim=1))
-        self.trainer, self.last_step, self.logged = SimpleNamespace(global_step=0), 0, {}
+        self.backbone, self.classifier = cfg.backbone(), nn.Linear(64, 10)
+        self.backbone.fc = nn.Identity()
+        hidden, out = settings.proj_hidden_dim, settings.proj_output_dim
+        self.projector = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, out))
+        self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(2, out, self.queue_size), dim=1))
 
     def log(self, name: str, value: Any, **_: Any) -> None:
         self.logged[name] = value
@@ -107,10 +87,3 @@ class MoCoV2Plus(nn.Module):
 
     def on_after_backward(self) -> None:
         """Of every LightningModule."""
-
-    def on_train_batch_end(self, outputs: Any, batch: Sequence[Any], batch_idx: int) -> None:
-        if self.trainer.global_step > self.last_step:
-            for online, momentum in self.momentum_pairs:
-                for theirs, ours in zip(online.parameters(), momentum.parameters(), strict=True):
-                    ours.data = self.tau * ours.data + (1 - self.tau) * theirs.data
-        self.last_step = self.trainer.global_step

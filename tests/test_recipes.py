@@ -1,43 +1,49 @@
-"""The recipes under docs/recipes, over their hosts, against the equations; Lightning's has a file of its own."""
+"""The recipes under docs/recipes, over their hosts: a step is that of plain torch."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import oracle
 import pages
 import pytest
 import recipes
 import standins
 import torch
-from helpers import assert_close, flat64
+import torch.nn.functional as F
+from helpers import assert_same
+from recipes import assert_close, assert_same_step, encode, encoder_of, example, info_nce, matched, move
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+with contextlib.suppress(ImportError):
+    import lightning.pytorch as pl  # before the stand-ins, which torchmetrics would take for torchvision
 
 needs_lightly = pytest.mark.skipif(find_spec("lightly") is None, reason="no lightly")
 needs_byol = pytest.mark.skipif(find_spec("byol_pytorch") is None, reason="no byol_pytorch")
+needs_lightning = pytest.mark.skipif(find_spec("lightning") is None, reason="no lightning")
 
 
 @pytest.fixture(autouse=True)
-def _hosts() -> Iterator[None]:
-    with recipes.hosts():
-        yield
+def _hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in recipes.stand_ins().items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 COMMANDS = {
     command
     for page in pages.RECIPES
-    for command in re.findall(
-        r"python docs/examples/((?!with_lightning)\w+\.py.*?)(?: *#.*)?$", page.read_text(), re.MULTILINE
-    )
+    for command in re.findall(r"python docs/examples/(\w+\.py.*?)(?: *#.*)?$", page.read_text(), re.MULTILINE)
 }
 
 
@@ -45,7 +51,7 @@ COMMANDS = {
 def test_command_runs(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As the pages show it, but for the number of steps."""
     name, *_ = arguments = command.split()
-    for host in ("lightly", "byol_pytorch"):
+    for host in ("lightly", "lightning", "byol_pytorch"):
         if host in name and find_spec(host) is None:
             pytest.skip(f"no {host}")
     monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "1"])
@@ -56,59 +62,80 @@ def test_command_runs(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 # ---- with queues ----------------------------------------------------------------------------------------------------
 
 
-def with_map(encoder: Any, images: Tensor) -> tuple[Tensor, ...]:
-    return (encoder.backbone(images),)
+def check_step_with_queues(
+    model: Any,
+    step: Callable[..., tuple[Tensor, ...]],
+    encoders: Callable[[Any], tuple[nn.Module, nn.Module]],
+    encode: recipes.Encode = encode,
+    size: tuple[int, int] = (32, 32),
+    temperature: float = 0.2,
+) -> None:
+    recipes.disturb(encoders(model)[0])
+    twin, views = copy.deepcopy(model), recipes.views(4, *size)
+    image, dense, *rank = step(model, *views)
+    move(*encoders(twin))
+    queues = twin.image_queue, twin.dense_queue
+    expected = recipes.moco_terms(*encoders(twin), queues, views, encode, temperature)
+    assert_close((image, dense, *rank), expected[: 2 + len(rank)])
+    (0.3 * image + 0.7 * dense).backward()
+    (0.3 * expected[0] + 0.7 * expected[1]).backward()
+    assert_same_step(model, twin)
 
 
-def tokens(encoder: Any, images: Tensor) -> tuple[Tensor, ...]:
-    seen = encoder.vit(images)
-    return (seen[:, 1:].transpose(1, 2), seen[:, 0])[: 1 + encoder.use_class_token]
+def resnet_map(network: Any, images: Tensor) -> Tensor:
+    return network.layer4(network.relu(network.bn1(network.conv1(images))))
+
+
+def encode_resnet(encoder: Any, images: Tensor) -> tuple[Tensor, Any]:
+    features = resnet_map(encoder, images)
+    return features, encoder.fc(features)
+
+
+def encode_tokens(encoder: Any, images: Tensor) -> tuple[Tensor, Any]:
+    tokens = encoder.vit(images).transpose(1, 2)
+    projection = encoder.head(tokens[:, :, 1:])
+    if encoder.use_class_token:
+        projection = projection._replace(image=encoder.head.image_mlp(tokens[:, :, 0]))
+    return tokens[:, :, 1:], projection
+
+
+def encode_level(encoder: Any, images: Tensor) -> tuple[Tensor, Any]:
+    _, level = encoder.pyramid(images)
+    return F.adaptive_avg_pool2d(level, encoder.head.grid_size), encoder.head(level)
 
 
 def vit(use_class_token: bool) -> Any:
-    recipe = recipes.example("with_vit")
+    recipe = example("with_vit")
     return recipe.DenseCL(recipe.ViT(size=32, width=24), 24, queue_size=10, use_class_token=use_class_token)
 
 
-def fpn(grid_size: int) -> Any:
-    return recipes.example("with_fpn").DenseCL(grid_size, queue_size=10)
-
-
-def moco() -> Any:
-    model = recipes.dense_moco()
-    for encoder in (model.encoder_q, model.encoder_k):
-        encoder.__dict__ |= {"head": encoder.fc, "backbone": nn.Sequential(*list(encoder)[:4])}
-    return model
-
-
-MODELS: dict[str, tuple[Callable[[], Any], Callable[..., tuple[Tensor, ...]], tuple[int, ...]]] = {
-    "plain": (lambda: recipes.example("moco_loop").Trainer(queue_size=13, momentum=0.9), with_map, (4, 64, 3, 2)),
-    "moco": (moco, with_map, (4, 8, 3, 2)),
-    "vit": (partial(vit, False), tokens, (4, 24, 16, 1)),
-    "vit, class token": (partial(vit, True), tokens, (4, 24, 16, 1)),
-    "fpn": (partial(fpn, 8), lambda encoder, images: encoder.pyramid(images)[1:], (4, 64, 8, 8)),
-    "fpn, pooled": (partial(fpn, 3), lambda encoder, images: encoder.pyramid(images)[1:], (4, 64, 8, 8)),
+MODELS = {
+    "plain": (lambda: example("moco_loop").Trainer(13, momentum=0.9), encode, {}, (24, 16)),
+    "moco": (recipes.dense_moco, encode_resnet, {}, (24, 16)),
+    "vit": (partial(vit, False), encode_tokens, {"momentum": 0.9}, (32, 32)),
+    "vit, class token": (partial(vit, True), encode_tokens, {"momentum": 0.9}, (32, 32)),
+    "fpn": (lambda: example("with_fpn").DenseCL(8, 10), encode_level, {"momentum": 0.9}, (32, 32)),
+    "fpn, pooled": (lambda: example("with_fpn").DenseCL(3, 10), encode_level, {"momentum": 0.9}, (32, 32)),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_step_with_queues(name: str) -> None:
-    make, maps, shape = MODELS[name]
-    model = make().double()
-    step = model if name in ("plain", "moco") else partial(model, momentum=0.9)
-    networks = [recipes.Network(x, x.head, partial(maps, x)) for x in (model.encoder_q, model.encoder_k)]
-    images = recipes.views(4, *((32, 32) if shape[2] > 3 else (24, 16)))
-    grid = getattr(model.encoder_q.head, "grid_size", None)
-    assert recipes.check_moco_step(model, step, *networks, grid, images) == shape
+    make, encode, options, size = MODELS[name]
+
+    def step(model: Any, *views: Tensor) -> Any:
+        return model(*views, **options)
+
+    check_step_with_queues(make().double(), step, lambda model: (model.encoder_q, model.encoder_k), encode, size)
 
 
 def test_what_moco_scripts_read() -> None:
     """What main_moco.py passes by position, what main_lincls.py reads."""
-    module = recipes.example("with_moco")
-    model = module.DenseMoCo(standins.TinyResNet, 5, 10, 0.9, 0.07, False)
+    module = example("with_moco")
+    model = module.DenseMoCo(module.TinyResNet, 5, 10, 0.9, 0.07, False)
     assert (model.m, model.criterion.temperature, model.image_queue.size, model.dense_queue.size) == (0.9, 0.07, 10, 10)
     kept = {name for name in model.state_dict() if name.startswith("encoder_q.") and ".fc." not in name}
-    assert kept == {f"encoder_q.{name}" for name in standins.TinyResNet(7).state_dict() if not name.startswith("fc.")}
+    assert kept == {f"encoder_q.{name}" for name in module.TinyResNet(7).state_dict() if not name.startswith("fc.")}
     for query, key in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
         assert torch.equal(query, key)
     with pytest.raises(ValueError, match=r"^base_encoder: got Sequential without avgpool, expected a torchvision"):
@@ -120,72 +147,65 @@ class Settings(dict):
 
 
 def test_solo_learn() -> None:
-    """A symmetric step with two small crops, an optimizer step, and the host's end of a batch."""
+    """A symmetric step with two small crops, an optimizer step, and what the host moves then."""
     settings = Settings(proj_hidden_dim=16, proj_output_dim=8, temperature=0.1, queue_size=12)
-    model = recipes.example("with_solo_learn").DenseMoCoV2Plus(SimpleNamespace(method_kwargs=settings)).double()
+    config = SimpleNamespace(method_kwargs=settings, backbone=example("with_byol_pytorch").TinyResNet)
+    model = example("with_solo_learn").DenseMoCoV2Plus(config).double()
     recipes.disturb(model.backbone, model.head)
-    truths = [recipes.truth_of(queue) for queue in model.dense_queues]
+    twin = copy.deepcopy(model)
     batch = [torch.arange(6), [*recipes.views(6, 64, 64), *recipes.views(6)], torch.arange(6)]
-    with (
-        recipes.inputs_of(model.backbone.avgpool) as maps_q,
-        recipes.inputs_of(model.momentum_backbone.avgpool) as maps_k,
-    ):
-        loss = model.training_step(batch, 0)
+    loss = model.training_step(batch, 0)
 
-    weights = recipes.parameters_of(model.head), recipes.parameters_of(model.head_k)
-    queries, keys = ([oracle.head(w, m) for m in maps[:2]] for w, maps in zip(weights, (maps_q, maps_k), strict=True))
-    dense = []
-    for query, key, truth in zip(queries, keys[::-1], truths[::-1], strict=True):
-        index = oracle.match(query.grid, key.grid).index
-        dense.append(recipes.info_nce(query.dense, key.dense, truth, index=index, temperature=0.1).loss)
-    assert_close(model.logged["train_dense_loss"], np.mean(dense), recipes.TOLERANCE, "dense term")
-    host_loss = standins.MoCoV2Plus.training_step(model, batch, 0)
-    assert_close(loss, 0.5 * host_loss.item() + 0.5 * np.mean(dense), recipes.TOLERANCE, "loss")
-
-    optimizer = torch.optim.SGD(model.learnable_params, lr=0.1)
-    owned = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, owned)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    loss.backward()
-    model.on_after_backward()
-    for view in (0, 1):
-        recipes.check_queue(model.dense_queues[view], truths[view], keys[view].pooled)
-    recipes.check_all_trained(model, model.head)
-    optimizer.step()
-    before, model.trainer.global_step = recipes.parameters_of(model.head_k), 1
-    model.on_train_batch_end(loss, [], 0)
-    recipes.check_momentum(model.head, model.head_k, before)
+    maps_q, maps_k = ([resnet_map(x, crop) for crop in batch[1][:2]] for x in (twin.backbone, twin.momentum_backbone))
+    keys = [twin.head_k(features) for features in maps_k]
+    dense = 0
+    for map_q, map_k, key, queue in zip(maps_q, maps_k[::-1], keys[::-1], twin.dense_queues[::-1], strict=True):
+        query, positive = twin.head(map_q).dense.flatten(2), matched(map_q, map_k, key.dense)
+        dense = dense + 0.5 * info_nce(query, positive, queue.rows, temperature=0.1)[0]
+    assert_close(model.logged["train_dense_loss"], dense)
+    expected = 0.5 * standins.MoCoV2Plus.training_step(twin, batch, 0) + 0.5 * dense
+    assert_close(loss, expected)
     assert not model.backbone.layer4._forward_hooks
+
+    loss.backward()
+    expected.backward()
+    model.on_after_backward()
+    for queue, key in zip(twin.dense_queues, keys, strict=True):
+        recipes.enqueue(queue, key.pooled)
+    assert_same_step(model, twin)
+    torch.optim.SGD(model.learnable_params, lr=0.1).step()
+    torch.optim.SGD((p for p in twin.parameters() if p.requires_grad), lr=0.1).step()
+    for pair in model.momentum_pairs:
+        move(*pair)
+    move(twin.backbone, twin.momentum_backbone)
+    move(twin.head, twin.head_k)
+    assert_same_step(model, twin)
 
 
 # ---- lightly ---------------------------------------------------------------------------------------------------------
 
 
-def lightly_moco(**options: float) -> tuple[Any, Any]:
-    recipe = recipes.example("with_lightly_moco")
-    model = recipe.DenseMoCo(recipe.tiny_backbone(), 64, queue_size=10, **options).double()
-    return model, partial(recipe.training_step, model)
+def lightly_moco() -> tuple[Any, Callable[..., Any]]:
+    recipe = example("with_lightly_moco")
+    return recipe.DenseMoCo(recipe.tiny_backbone(), 64, queue_size=10).double(), recipe.training_step
+
+
+def lightly_encoders(model: Any) -> tuple[nn.Module, nn.Module]:
+    momentum = encoder_of(model.backbone_momentum, model.projection_head_momentum)
+    return encoder_of(model.backbone, model.projection_head), momentum
 
 
 @needs_lightly
 def test_lightly_moco() -> None:
-    model, step = lightly_moco(temperature=0.2)
-    online = recipes.Network.of(model.backbone, model.projection_head)
-    momentum = recipes.Network.of(model.backbone_momentum, model.projection_head_momentum)
-    recipes.check_moco_step(model, partial(step, momentum=0.9), online, momentum)
-
-
-@needs_lightly
-def test_image_term_is_lightlys() -> None:
-    """With the defaults of lightly's example, the temperature among them."""
+    """With the defaults of lightly's example, the temperature of its loss among them."""
     from lightly.loss import NTXentLoss
 
     model, step = lightly_moco()
-    recipes.disturb(model.backbone, model.projection_head)
-    criterion = NTXentLoss(memory_bank_size=(10, 128))
+    check_step_with_queues(model, partial(step, momentum=0.9), lightly_encoders, temperature=0.5)
+    criterion, images = NTXentLoss(memory_bank_size=(10, 128)), recipes.views()
     criterion.memory_bank.bank = model.image_queue.rows.clone()
-    images = recipes.views()
     expected = criterion(model(images[0])[1].image, model.forward_momentum(images[1])[1].image)
-    assert_close(step(*images, momentum=1.0)[0], expected, recipes.TOLERANCE)
+    assert_close(step(model, *images, momentum=1.0)[0], expected)
 
 
 @needs_lightly
@@ -196,11 +216,11 @@ def test_blocks_of_lightlys_page() -> None:
     model, _ = lightly_moco()
     theirs, features = MoCoProjectionHead(64, 64, 128).double(), torch.randn(3, 64, 5, 4, dtype=torch.float64)
     exec(pages.block_with("image_mlp", "recipes/lightly.md"), {"model": model, "moco_head_state": theirs.state_dict()})
-    torch.testing.assert_close(model.projection_head(features).image, theirs(features.mean((2, 3))))
+    assert_close(model.projection_head(features).image, theirs(features.mean((2, 3))))
     space: dict[str, Any] = {"torch": torch}
     exec(pages.block_with("batch_unshuffle", "recipes/lightly.md"), space)
     images, _ = recipes.views()
-    torch.testing.assert_close(space["forward_momentum"](model, images), model.forward_momentum(images))
+    assert_close(space["forward_momentum"](model, images), model.forward_momentum(images))
 
 
 # ---- BYOL ------------------------------------------------------------------------------------------------------------
@@ -209,63 +229,129 @@ def test_blocks_of_lightlys_page() -> None:
 @pytest.mark.parametrize("name", ["loop", "loop, cosine", pytest.param("lightly", marks=needs_lightly)])
 def test_byol_step(name: str) -> None:
     if name == "lightly":
-        recipe = recipes.example("with_lightly_byol")
+        recipe = example("with_lightly_byol")
         model = recipe.DenseBYOL(recipe.tiny_backbone(), 64).double()
-        pairs = (model.backbone, model.backbone_momentum), (model.projection_head, model.projection_head_momentum)
-        predictors = model.prediction_head, model.dense_prediction_head
-        step = partial(recipe.training_step, model, momentum=0.9)
     else:
-        model = recipes.example("byol_loop").Trainer(momentum=0.9, contrastive=name == "loop").double()
-        pairs = (model.online.backbone, model.target.backbone), (model.online.head, model.target.head)
-        predictors, step = (model.predictor, model.dense_predictor), model
+        model = example("byol_loop").Trainer(momentum=0.9, contrastive=name == "loop").double()
     recipes.disturb(model)
-    views, before = recipes.views(6, 24, 16), [recipes.parameters_of(target) for _, target in pairs]
-    image_loss, dense_loss = step(*views)
-    terms = []
-    for directed in (views, views[::-1]):
-        maps = [backbone(images) for backbone, images in zip(pairs[0], directed, strict=True)]
-        terms.append(recipes.byol_terms(maps, pairs[1], predictors, name != "loop, cosine"))
-    cosine, dense = np.transpose(terms)
-    expected = -cosine.mean() if name == "lightly" else (1 - cosine).sum()
-    assert_close(image_loss, expected, recipes.TOLERANCE, "image term")
-    assert_close(dense_loss, dense.mean(), recipes.TOLERANCE, "dense term")
+    twin, views = copy.deepcopy(model), recipes.views(6, 24, 16)
+    if name == "lightly":
+        image_loss, dense_loss = recipe.training_step(model, *views, momentum=0.9)
+        (online, target), predictors = lightly_encoders(twin), (twin.prediction_head, twin.dense_prediction_head)
+        move(online, target)
+    else:
+        image_loss, dense_loss = model(*views)
+        online, target, predictors = twin.online, twin.target, (twin.predictor, twin.dense_predictor)
+
+    cosine = dense = 0
+    for first, second in (views, views[::-1]):
+        (map_q, query), (map_k, key) = encode(online, first), encode(target, second)
+        cosine = cosine + 0.5 * F.cosine_similarity(predictors[0](query.image), key.image).mean()
+        prediction, positive = predictors[1](query.dense).flatten(2), matched(map_q, map_k, key.dense)
+        if name == "loop, cosine":
+            dense = dense + 1 - F.cosine_similarity(prediction, positive).mean()
+        else:
+            dense = dense + 0.5 * info_nce(prediction, positive, F.normalize(key.pooled), exclude_own=True)[0]
+    image = -cosine if name == "lightly" else 2 - 2 * cosine
+    assert_close((image_loss, dense_loss), (image, dense))
     (image_loss + dense_loss).backward()
-    recipes.check_all_trained(model, pairs[1][0], *predictors)
+    (image + dense).backward()
     if name != "lightly":
         model.update_target()
-    for (online, target), start in zip(pairs, before, strict=True):
-        recipes.check_momentum(online, target, start)
+        move(online, target)
+    assert_same_step(model, twin)
 
 
 @needs_byol
 def test_byol_pytorch() -> None:
     model = recipes.dense_byol()
-    alone, images = copy.deepcopy(model.learner), torch.randn(6, 3, 64, 64, dtype=torch.float64)
-    nets = copy.deepcopy((model.learner.net, model.learner.target_encoder.net))
-    query, key = (nn.Sequential(*list(net)[:4])(torch.cat([images, images.flip(3)])) for net in nets)
+    twin, images = copy.deepcopy(model), torch.randn(6, 3, 64, 64, dtype=torch.float64)
     byol_loss, dense_loss = model(images)
-    dense_loss.backward()
-
-    # Batch norm sees both views at once, so the oracle gets the layers' outputs, of which each direction takes half.
-    prediction, dense_key = model.predictor(model.head(query).dense), model.target_head(key).dense
-    swapped = (x.roll(6, 0) for x in (key, dense_key))  # view 1 asks view 2, and 2 asks 1
-    parts = (map(flat64, x.detach().split(6)) for x in (query, *swapped, prediction))
-    expected = []
-    for map_q, map_k, keys, predicted in zip(*parts, strict=True):
-        options = {"index": oracle.match(map_q, map_k).index, "exclude": np.arange(6)}
-        expected.append(recipes.info_nce(predicted, keys, oracle.unit(keys.mean(2), 1)[0], **options).loss)
-    assert_close(dense_loss, np.mean(expected), recipes.TOLERANCE)
-    assert_close(byol_loss, alone(images), recipes.TOLERANCE)  # the learner's own loss is as it was
-    for part in (model.head.dense_mlp, model.predictor, model.learner.net.layer4):
-        assert all(p.grad.abs().max() > 0 for p in part.parameters() if p.ndim > 1)
-    assert all(p.grad is None for p in model.learner.target_encoder.parameters())
+    alone = twin.learner(images)
+    assert_close(byol_loss, alone)  # the learner's own loss is as it was
     assert not model.learner.net.layer4._forward_hooks
 
-    pairs = ((model.learner.online_encoder, model.learner.target_encoder), (model.head, model.target_head))
-    before = [recipes.parameters_of(target) for _, target in pairs]
+    both = torch.cat([images, images.flip(3)])
+    map_q, map_k = (resnet_map(net, both) for net in (twin.learner.net, twin.learner.target_encoder.net))
+    prediction, key = twin.predictor(twin.head(map_q).dense).flatten(2), twin.target_head(map_k)
+    swapped = (x.roll(6, 0) for x in (map_k, key.dense, F.normalize(key.pooled)))  # view 1 asks view 2, and 2 asks 1
+    dense = 0
+    for queries, at, features, values, pooled in zip(*(x.split(6) for x in (prediction, map_q, *swapped)), strict=True):
+        dense = dense + 0.5 * info_nce(queries, matched(at, features, values), pooled, exclude_own=True)[0]
+    assert_close(dense_loss, dense)
+    (byol_loss + dense_loss).backward()
+    (alone + dense).backward()
     model.update_moving_average()
-    for pair, start in zip(pairs, before, strict=True):
-        recipes.check_momentum(*pair, start)
+    move(twin.learner.online_encoder, twin.learner.target_encoder)
+    move(twin.head, twin.target_head)
+    assert_same_step(model, twin)
+
     model.learner.target_encoder = None
     with pytest.raises(ValueError, match=r"^learner: got a BYOL without target_encoder, expected one with"):
-        recipes.example("with_byol_pytorch").DenseBYOL(model.learner, in_channels=64)
+        example("with_byol_pytorch").DenseBYOL(model.learner, in_channels=64)
+
+
+# ---- Lightning -------------------------------------------------------------------------------------------------------
+
+
+def lightning_model(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return example("with_lightning").DenseCL(momentum=0.9, queue_size=10)
+
+
+def batches() -> torch.utils.data.DataLoader:
+    """Two, the same in every epoch."""
+    return torch.utils.data.DataLoader(example("with_lightning").RandomViews(8), batch_size=4)
+
+
+def fit(model: Any, start: Path | None = None, **options: Any) -> Any:
+    """Lightning's own Trainer after the run."""
+    options |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(enable_model_summary=False, accelerator="cpu", devices=1, **options)
+    trainer.fit(model, batches(), ckpt_path=start)
+    return trainer
+
+
+@needs_lightning
+@pytest.mark.parametrize(("parts", "checkpointed"), [(1, False), (1, True), (2, False)])
+def test_lightning_step(parts: int, checkpointed: bool) -> None:
+    """Of one batch or of two that are accumulated: every batch enters the queues, and the key networks move once."""
+    model = lightning_model().double()
+    recipes.disturb(model.backbone, model.head)
+    twin = copy.deepcopy(model)
+    if checkpointed:
+        model.criterion.forward = partial(checkpoint, model.criterion.forward, use_reentrant=False)
+    trainer = fit(model, max_steps=1, precision="64-true", accumulate_grad_batches=parts)
+
+    online, momentum = encoder_of(twin.backbone, twin.head), encoder_of(twin.backbone_k, twin.head_k)
+    for views in itertools.islice(batches(), parts):
+        views, queues = [x.double() for x in views], (twin.image_queue, twin.dense_queue)
+        image, dense, _ = recipes.moco_terms(online, momentum, queues, views)
+        ((0.5 * image + 0.5 * dense) / parts).backward()
+    torch.optim.SGD(online.parameters(), 0.03, momentum=0.9, weight_decay=1e-4).step()
+    move(online, momentum)
+    assert_same_step(model, twin)
+    for name, term in (("image_loss", image), ("dense_loss", dense)):
+        assert float(trainer.callback_metrics[name]) == pytest.approx(term.item(), rel=1e-6)  # metrics are float32
+
+
+@needs_lightning
+def test_averaging_weights_leaves_the_queues() -> None:
+    """The run ends with the averaged weights, and with the queues of the last update."""
+    averaging = pl.callbacks.EMAWeightAveraging(decay=0.75, update_every_n_steps=1, use_buffers=False)
+    plain, model = lightning_model().double(), lightning_model().double()
+    fit(plain, max_epochs=2, precision="64-true")
+    fit(model, max_epochs=2, precision="64-true", callbacks=[averaging])
+    assert not torch.equal(model.head.dense_mlp[0].weight, plain.head.dense_mlp[0].weight)
+    assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+@needs_lightning
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_resumes_bit_for_bit(tmp_path: Path, precision: str) -> None:
+    whole, half, resumed = (lightning_model(seed) for seed in (0, 0, 1))
+    fit(whole, max_epochs=2, precision=precision)
+    fit(half, max_epochs=1, precision=precision).save_checkpoint(tmp_path / "half.ckpt")
+    assert (int(half.dense_queue.position), int(whole.dense_queue.position)) == (8, 16 % 10)
+    fit(resumed, tmp_path / "half.ckpt", max_epochs=2, precision=precision)
+    assert_same(resumed.state_dict(), whole.state_dict())
