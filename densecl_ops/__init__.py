@@ -28,12 +28,10 @@ __all__ = [
     "visualize",
 ]
 
-_SUBMODULES = ("interop", "metrics", "visualize")  # imported at their first use
-
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
 
     def __getattr__(name: str) -> Any:
-        if name in _SUBMODULES:
+        if name in ("interop", "metrics", "visualize"):  # imported at their first use
             return importlib.import_module(f"densecl_ops.{name}")
         raise AttributeError(f"module 'densecl_ops' has no attribute {name!r}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,14 +38,15 @@ class Header(NamedTuple):
         return f"{field} {_checks.FLOAT_DTYPES[value]}" if field == "dtype" else f"{field} {int(value)}"
 
 
-def require_group(process_group: object) -> None:
+def require_group(process_group: Any) -> dist.ProcessGroup | None:
     """Passes None and a process group that this process is in."""
     if process_group is None:
-        return
+        return None
     if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: got a group that this process is not in, expected one of its own groups")
     if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup")
+    return process_group
 
 
 def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

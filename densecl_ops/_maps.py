@@ -45,12 +45,6 @@ def flatten(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.ndim == 2 else x.flatten(2)
 
 
-def flatten_map(name: str, value: Tensor) -> Tensor:
-    """Both of them."""
-    require_map(name, value)
-    return flatten(value)
-
-
 def transposed(x: Tensor, channels: int) -> str | None:
     """How to bring x, which has so many channels elsewhere, into the order of the contract; None if it has not."""
     if x.ndim not in (3, 4) or x.shape[1] == channels:

@@ -35,10 +35,10 @@ def require_pairs(query: Tensor, key: Tensor, weight: Tensor | None, match: Part
     batch, _, positions = _maps.require_map("query", query)
     *_, key_positions = _maps.require_map("key", key)
     _maps.require_paired_maps("query", query, "key", key)
-    rows = (batch, positions)
-    both_maps = query.ndim == key.ndim == 4
+    rows, both = (batch, positions), (tuple(query.shape[2:]), tuple(key.shape[2:]))
+    are_maps = query.ndim == key.ndim == 4
     if index is None:
-        if positions != key_positions or (both_maps and query.shape[2:] != key.shape[2:]):
+        if positions != key_positions or (are_maps and both[0] != both[1]):
             raise ValueError(
                 f"key: got shape {_checks.shape_of(key)} beside a query of {_checks.shape_of(query)}, "
                 "expected the same grid, since correspondence is None"
@@ -51,15 +51,12 @@ def require_pairs(query: Tensor, key: Tensor, weight: Tensor | None, match: Part
                 + _likely_cause(query, swapped=index.shape[1] == key_positions)
             )
         _checks.require_index(index_name, index, rows, "query", query)
-    if grids is not None and both_maps:
-        expected = (query.shape[2:], key.shape[2:])
-        if grids != expected:
-            (h, w), (i, j) = grids
-            raise ValueError(
-                f"correspondence: got a match from a {h} x {w} grid into {i} x {j}, expected {tuple(expected[0])} and "
-                f"{tuple(expected[1])}, the grids of query and key; "
-                + _likely_cause(query, swapped=grids == expected[::-1])
-            )
+    if grids is not None and are_maps and grids != both:
+        (h, w), (i, j) = grids
+        raise ValueError(
+            f"correspondence: got a match from a {h} x {w} grid into {i} x {j}, expected {both[0]} and {both[1]}, "
+            "the grids of query and key; " + _likely_cause(query, swapped=grids == both[::-1])
+        )
     if valid is not None:
         _checks.require_mask("correspondence.valid", valid, rows, "query", query)
     if weight is not None:

@@ -72,8 +72,7 @@ class NegativeQueue(Protocol):
         """0-d int64: how many of the first rows are negatives."""
 
 
-# torch.export.save asks for it, by this name, of a program that returns them; its public register_dataclass takes no
-# tuples.
+# torch.export.save asks for it of a program that returns them; its public register_dataclass takes no tuples.
 for _public in (Correspondence, Projection):
     _pytree._register_namedtuple(_public, serialized_type_name=f"densecl_ops.{_public.__name__}")
 add_safe_globals([Correspondence, Projection])  # so that torch.load takes them back with its default, weights_only

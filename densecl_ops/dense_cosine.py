@@ -32,7 +32,8 @@ def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tens
         >>> gather_matches(key, dense_correspondence(features_q, features_k)).shape
         torch.Size([4, 128, 49])
     """
-    k = _maps.flatten_map("key", key)
+    _maps.require_map("key", key)
+    k = _maps.flatten(key)
     index, _, name, _ = _pairs.parts(correspondence)
     if index is None:
         raise TypeError("correspondence: got None, expected a Correspondence or an integer tensor")

@@ -51,12 +51,11 @@ class DenseProjectionHead(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        in_channels = _checks.require_positive_int("in_channels", in_channels)
         if hidden_channels is None:
             hidden_channels = in_channels
-        hidden_channels = _checks.require_positive_int("hidden_channels", hidden_channels)
-        out_channels = _checks.require_positive_int("out_channels", out_channels)
-        self.in_channels, self.hidden_channels, self.out_channels = in_channels, hidden_channels, out_channels
+        self.in_channels = in_channels = _checks.require_positive_int("in_channels", in_channels)
+        self.hidden_channels = hidden_channels = _checks.require_positive_int("hidden_channels", hidden_channels)
+        self.out_channels = out_channels = _checks.require_positive_int("out_channels", out_channels)
         self.grid_size = _checks.require_grid_size("grid_size", grid_size)
         image: list[nn.Module] = [nn.Linear(in_channels, hidden_channels)]
         dense: list[nn.Module] = [nn.Conv2d(in_channels, hidden_channels, 1)]
@@ -81,7 +80,8 @@ class DenseProjectionHead(nn.Module):
             Projection(image (B, D), dense (B, D, S, S), pooled (B, D)); `dense` is (B, D, P) or (B, D) for tokens or
             vectors. `pooled` is the spatial mean of the un-normalised dense map.
         """
-        flat = _maps.flatten_map("features", features)
+        _maps.require_map("features", features)
+        flat = _maps.flatten(features)
         if flat.shape[1] != self.in_channels:
             way = _maps.transposed(features, self.in_channels)
             raise ValueError(

@@ -81,14 +81,12 @@ class MomentumQueue(nn.Module):
         _checks.require_positive_int("size", size)
         _checks.require_positive_int("dim", dim)
         _checks.require_choice("init", init, INITS)
-        _checks.require_bool("gather_distributed", gather_distributed)
-        _distributed.require_group(process_group)
+        self.gather_distributed = _checks.require_bool("gather_distributed", gather_distributed)
+        self.process_group = _distributed.require_group(process_group)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"dtype: got {dtype!r}, expected float16, bfloat16, float32 or float64")
         self.init = init
-        self.gather_distributed = gather_distributed
-        self.process_group = process_group
         self._synchronised_in: weakref.ref[dist.ProcessGroup] | None = None
         self.register_buffer("rows", torch.empty(size, dim, dtype=dtype))
         self.register_buffer("position", torch.empty((), dtype=torch.int64))
@@ -98,13 +96,13 @@ class MomentumQueue(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Starts anew, as `init` says: what deferred initialisation calls after `to_empty`."""
+        self.position.zero_()
+        self.count.zero_()
+        self.rows.zero_()
         if self.init == "random":
             drawn = torch.randn(self.rows.shape, dtype=accumulation_dtype(self.rows), device=self.rows.device)
             self.rows.copy_(normalize_keys(drawn, self.rows.dtype))
-        else:
-            self.rows.zero_()
-        self.position.zero_()
-        self.count.fill_(self.size if self.init == "random" else 0)
+            self.count.fill_(self.size)
         self._synchronised_in = None
 
     @property
@@ -119,10 +117,9 @@ class MomentumQueue(nn.Module):
         """Normalises keys and writes them over the oldest rows.
 
         Wraps exactly. Of more than `size` rows the newest stay. Never makes the host wait for a device. A key that is
-        not finite enters as a zero row, so that one overflowing batch costs one step, not size / n of them.
-
-        Call it after the loss, so that a batch is not among its own negatives. The loss may then still wait for its
-        backward(), unless activation checkpointing computes it again there: enqueue after backward() in that case.
+        not finite enters as a zero row, so that one overflowing batch costs one step, not size / n of them. The loss
+        before may still wait for its backward(), unless activation checkpointing computes it again there: then enqueue
+        after backward().
 
         In a process group every rank must call it, and ends with the keys of all ranks in rank order. The first call
         in a group, and the first after load_state_dict on any rank, also copies the buffers of the group's first rank
@@ -133,9 +130,8 @@ class MomentumQueue(nn.Module):
 
         Raises:
             TypeError: keys is not a floating-point tensor.
-            ValueError: keys has another shape or device than the queue, the queue is on the meta device, or the ranks'
-                queues differ in size, dim or dtype. In a process group an error on one rank raises on all, and nothing
-                is written. Or the ranks gather inside DistributedDataParallel.join().
+            ValueError: Shape or device of keys do not fit, the queue is on the meta device, the ranks' queues differ,
+                or they gather inside DistributedDataParallel.join(). An error on one rank raises on all.
             RuntimeError: It is called inside a backward pass, where activation checkpointing repeats what it wraps, or
                 in a replica that nn.DataParallel made.
         """
@@ -241,14 +237,10 @@ class MomentumQueue(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
-            raise TypeError(
-                "process_group: got a process group, which cannot be pickled, expected None; "
-                "save the state_dict, not the module"
-            )
+            expected = "expected None; save the state_dict, not the module"
+            raise TypeError(f"process_group: got a process group, which cannot be pickled, {expected}")
         return self.__dict__ | {"_synchronised_in": None}
 
     def extra_repr(self) -> str:
-        return (
-            f"size={self.size}, dim={self.dim}, init={self.init!r}, dtype={self.rows.dtype}, "
-            f"gather_distributed={self.gather_distributed}"
-        )
+        sizes = f"size={self.size}, dim={self.dim}, init={self.init!r}, dtype={self.rows.dtype}"
+        return f"{sizes}, gather_distributed={self.gather_distributed}"

@@ -107,16 +107,10 @@ class Backend(Protocol):
     """What every backend offers."""
 
     def match(self, query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Nearest key position by cosine similarity for every query position. Runs under no_grad, with autocast off.
+        """Of (B, C, P_q) and (B, C, P_k) features: index (B, P_q) int64, score float32 and agreed bool of that shape.
 
-        Args:
-            query: (B, C, P_q) features.
-            key: (B, C, P_k) features.
-            mutual: Whether to compare with the other direction, the nearest query position of every key position.
-
-        Returns:
-            index (B, P_q) int64, score (B, P_q) float32, and agreed (B, P_q) bool, True where the matched key
-            position's own nearest query position is this one (all True when mutual is False).
+        A position agrees if its match's own nearest query position is this one; all do where mutual is False. Runs
+        without gradients (no input asks for one), with autocast off.
         """
 
 

@@ -89,16 +89,13 @@ class Backend(Protocol):
         """Loss of every query position and, as asked, its gradients and the rank of its positive."""
 
     def grad_negatives(self, problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) -> Tensor:
-        """d (sum_i w_i loss_i) / d negatives, (K, D) in problem.dtype.
+        """d (sum_i w_i loss_i) / d negatives, (K, D) in problem.dtype; `log_sum_exp` as forward() returned it.
 
-        Args:
-            problem: As given to `forward`.
-            log_sum_exp: (B, P_q) as `forward` returned it.
-            row_weight: (B, P_q), upstream gradient times `pull`; a row of weight 0 is left out, whatever it holds.
+        `row_weight` (B, P_q) is w, upstream gradient, times `pull`; a row of 0 is left out, whatever it holds.
         """
 
     def grad_key(self, problem: Problem, row_weight: Tensor) -> Tensor:
-        """d (sum_i w_i loss_i) / d key, (B, P_k, D) in problem.dtype, by `row_weight` as above. Reads no negatives."""
+        """d (sum_i w_i loss_i) / d key, (B, P_k, D) in problem.dtype. Reads no negatives."""
 
 
 def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
