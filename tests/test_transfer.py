@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.__main__ import main
 from benchmarks.records import RESULTS
-from benchmarks.transfer import data, encoder, page, pretraining, suite, tasks, views
+from benchmarks.transfer import data, page, pretraining, suite, tasks, views
 from benchmarks.transfer.pretraining import Setting
 
 SMALL = Setting("nearest", 0, 0.05, steps=4, view=32, window=40, batch=4, queue=16)
@@ -151,10 +151,10 @@ def test_consecutive_frames() -> None:
 
 def test_arms_of_a_seed_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
     """Same weights, same views: up to the dense term's first step, the same image term of a host."""
-    monkeypatch.setattr(encoder, "processor", lambda: SimpleNamespace(bfloat16=False))
+    monkeypatch.setattr(pretraining, "processor", lambda: SimpleNamespace(bfloat16=False))
     curves = {}
     for arm in (arm for arm in pretraining.ARMS if arm != "random"):
-        _, facts = pretraining.pretrain(replace(SMALL, arm=arm, dense_from=0.5), photographs(), lambda text: None)
+        _, facts = pretraining.pretrain(replace(SMALL, arm=arm, dense_from=0.5), photographs())
         curves[arm] = facts["image_loss"]
         alone = "byol" if arm.startswith("byol") else "image"
         assert curves[arm][:3] == pytest.approx(curves[alone][:3], abs=2e-4)
@@ -164,7 +164,7 @@ def test_arms_of_a_seed_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arm", ["byol_dense", "byol_contrast"])
 def test_byol_terms(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step's terms, from the model's own maps and projections, in float64."""
-    monkeypatch.setattr(encoder, "processor", lambda: SimpleNamespace(bfloat16=False))
+    monkeypatch.setattr(pretraining, "processor", lambda: SimpleNamespace(bfloat16=False))
     model = pretraining.Siamese(replace(SMALL, arm=arm)).train()
     pair = views.draw(photographs(), 4, 40, 32, torch.Generator().manual_seed(0))
     with torch.no_grad():

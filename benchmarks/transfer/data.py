@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 CLASSES = (
@@ -48,14 +48,8 @@ def load_split(folder: Path, split: str) -> Frames:
 
 def load_photographs(folder: Path) -> list[Tensor]:
     """(3, H, W) uint8 images below `folder`, in the order of their names."""
-    photographs = []
-    for path in _images_in(folder):
-        image: Image.Image = Image.open(path)
-        scale = min(1.0, SHORT_SIDE / min(image.size))
-        if scale < 1:
-            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        photographs.append(_rgb(image))
-    return photographs
+    images = map(Image.open, _images_in(folder))
+    return [_rgb(ImageOps.scale(image, min(1.0, SHORT_SIDE / min(image.size)))) for image in images]
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.transfer.encoder import WIDTHS, autocast, encode, resnet
 from benchmarks.transfer.views import Views, draw
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+from densecl_ops._processor import processor
 from densecl_ops.functional import dense_cosine, in_batch_negatives, location_correspondence
 
 RANDOM, IMAGE, BYOL = "random", "image", "byol"  # random weights; the image term of MoCo-v2 and of BYOL alone
@@ -27,6 +27,11 @@ DENSE = ("nearest", "mutual", "place", "byol_dense", "byol_contrast")
 ARMS = (RANDOM, IMAGE, "nearest", "mutual", "place", BYOL, "byol_dense", "byol_contrast")
 CURVE = 50  # points of a record's loss curves
 SETTLING = 100  # steps in which the arm of random weights gathers batch norm statistics, and learns nothing
+WIDTH = 128  # channels of the backbone's map
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda channels: nn.GroupNorm(8, channels),  # what each image alone decides
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,6 @@ class Setting:
     seed: int
     rate: float
     steps: int = 800
-    encoder: str = "narrow"
     view: int = 64
     window: int = 112
     batch: int = 32
@@ -56,20 +60,64 @@ class Setting:
         return "-".join(words + [f"{key}{value}" for key, value in asdict(self).items() if value != usual[key]])
 
 
+class Block(nn.Module):
+    """A basic residual block."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = norm(channels), norm(channels)
+        self.downsample: nn.Module = nn.Identity()
+        if channels_in != channels:
+            skip = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(skip, norm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x)))))
+        return torch.relu_(out + self.downsample(x))
+
+
+def resnet(norm: Callable[[int], nn.Module]) -> nn.Sequential:
+    """(B, 3, H, W) to (B, WIDTH, H / 8, W / 8): as the demo's, half as wide."""
+    blocks = [Block(*size, norm) for size in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, WIDTH, 1))]
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), norm(16), nn.ReLU(inplace=True), *blocks)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+def encode(network: nn.Module, images: Tensor) -> Tensor:
+    """Features of uint8 or [0, 1] images, with ImageNet's mean and spread taken off, under `autocast`."""
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    x = ((x - 0.45) / 0.226).contiguous(memory_format=torch.channels_last)
+    with autocast(x.device):
+        features: Tensor = network(x)
+    return features
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """To bfloat16 where there are instructions for it; elsewhere they would be emulated."""
+    cuda = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else processor().bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
 class Siamese(nn.Module):
     """The trained backbone and head, their moving averages, and what MoCo-v2 or BYOL adds to them."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
-        self.arm, byol, widths = setting.arm, setting.arm.startswith(BYOL), WIDTHS[setting.encoder]
-        width, norm = widths[-1], nn.BatchNorm2d if byol else None
-        self.backbone_q, self.backbone_k = (resnet(widths, setting.norm) for _ in range(2))
-        self.head_q, self.head_k = (DenseProjectionHead(width, width, norm_layer=norm) for _ in range(2))
+        self.arm, byol = setting.arm, setting.arm.startswith(BYOL)
+        norm = nn.BatchNorm2d if byol else None
+        self.backbone_q, self.backbone_k = (resnet(NORMS[setting.norm]) for _ in range(2))
+        self.head_q, self.head_k = (DenseProjectionHead(WIDTH, WIDTH, norm_layer=norm) for _ in range(2))
         self.backbone_k.load_state_dict(self.backbone_q.state_dict())
         self.head_k.load_state_dict(self.head_q.state_dict())
         self.backbone_k.requires_grad_(False)
         self.head_k.requires_grad_(False)
-        self.predict_image, self.predict_dense = (predictor(width) if byol else nn.Identity() for _ in range(2))
+        self.predict_image, self.predict_dense = (predictor() if byol else nn.Identity() for _ in range(2))
         self.image_queue, self.dense_queue = (MomentumQueue(setting.queue) for _ in range(2))
         self.match = DenseCorrespondence(mutual=self.arm == "mutual")
         self.criterion = DenseInfoNCELoss(setting.temperature)
@@ -113,15 +161,13 @@ class Siamese(nn.Module):
         return image_loss, dense_loss
 
 
-def predictor(width: int) -> nn.Module:
+def predictor() -> nn.Module:
     """BYOL's: docs/recipes/byol.md has the same, and trains in both directions."""
-    layers = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Conv2d(width, width, 1)
+    layers = nn.Conv2d(WIDTH, WIDTH, 1), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True), nn.Conv2d(WIDTH, WIDTH, 1)
     return nn.Sequential(*layers)
 
 
-def pretrain(
-    setting: Setting, photographs: list[Tensor], say: Callable[[str], None]
-) -> tuple[nn.Module, dict[str, Any]]:
+def pretrain(setting: Setting, photographs: list[Tensor]) -> tuple[nn.Module, dict[str, Any]]:
     """Trains; returns the backbone and what happened. After initialisation only the views' generator is drawn from."""
     torch.manual_seed(setting.seed)
     model = Siamese(setting).to(photographs[0].device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -151,13 +197,13 @@ def pretrain(
         optimizer.step()
         history[step] = torch.stack([image_loss, dense_loss]).detach()
         if (step + 1) % 100 == 0:
-            say(f"step {step + 1} of {setting.steps}, image {image_loss:.3f}, dense {dense_loss:.3f}")
+            now = time.strftime("%H:%M:%S")
+            print(f"{now} step {step + 1}, image {image_loss:.3f}, dense {dense_loss:.3f}", flush=True)
     if not history.isfinite().all():
         raise FloatingPointError(f"{setting.name}: the loss is not finite")
-    curves = [curve.mean(0) for curve in history.tensor_split(min(CURVE, setting.steps))]
-    image, dense = torch.stack(curves).T.tolist()
-    facts: dict[str, Any] = {"seconds": round(time.perf_counter() - began, 1)}
-    facts["image_loss"] = [round(value, 4) for value in image]
+    parts = [term.tensor_split(min(CURVE, setting.steps)) for term in history.T]
+    image, dense = ([round(float(part.mean()), 4) for part in term] for term in parts)
+    facts = {"seconds": round(time.perf_counter() - began, 1), "image_loss": image}
     if setting.arm in DENSE:
-        facts["dense_loss"] = [round(value, 4) for value in dense]
+        facts["dense_loss"] = dense
     return model.backbone_q, facts

@@ -9,8 +9,8 @@ split alone and lie in a folder of that name. docs/dense-tasks.md has the comman
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,7 +22,7 @@ from benchmarks.measure import environment
 from benchmarks.records import write
 from benchmarks.transfer import data
 from benchmarks.transfer.pretraining import ARMS, RANDOM, Setting, pretrain
-from benchmarks.transfer.tasks import TASKS, measure
+from benchmarks.transfer.tasks import measure
 
 Record = dict[str, Any]
 OPTIONS = [field for field in fields(Setting) if field.name not in ("arm", "seed", "rate")]
@@ -67,12 +67,12 @@ def chosen_rate(searched: list[Record], arm: str) -> float:
 def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
     chosen = {field.name: getattr(arguments, field.name) for field in OPTIONS}
     searched = load(arguments.out / "search")
-    for seed in arguments.seeds:
-        for arm in arguments.arms:
-            if arm == RANDOM and arguments.part:  # nothing to choose
-                continue
-            for rate in [0.0] if arm == RANDOM else arguments.rates or [chosen_rate(searched, arm)]:
+    for seed, arm in itertools.product(arguments.seeds, arguments.arms):
+        if arm != RANDOM:
+            for rate in arguments.rates or [chosen_rate(searched, arm)]:
                 yield Setting(arm, seed, rate, **chosen)
+        elif not arguments.part:  # else there is nothing to choose
+            yield Setting(arm, seed, 0.0, **chosen)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -83,19 +83,10 @@ def main(arguments: argparse.Namespace) -> None:
     photographs = [x.to(arguments.device) for x in (*data.load_photographs(arguments.photographs), *train.images)]
     for setting in settings(arguments):
         path = arguments.out / arguments.part / f"{setting.name}.json"
-        if path.exists():
-            continue
-
-        def say(text: str, name: str = path.stem) -> None:
-            print(f"{time.strftime('%H:%M:%S')} {arguments.part} {name}: {text}", flush=True)
-
-        say("begins")
-        network, facts = pretrain(setting, photographs, say)
-        began = time.perf_counter()
-        results = measure(network.eval(), train, val, None if arguments.part else test)
-        facts["photographs"] = len(photographs)
-        facts["measured_seconds"] = round(time.perf_counter() - began, 1)
-        how = {"command": arguments.command, "environment": described, "pretraining": facts}
-        write(path, {"setting": asdict(setting)} | how | results)
-        split = "val" if arguments.part else "test"
-        say(", ".join(f"{task} {results[f'{split}.{task}'][key]}" for task, (key, _) in TASKS.items()))
+        if not path.exists():
+            print(arguments.part, path.stem, flush=True)
+            network, facts = pretrain(setting, photographs)
+            results = measure(network.eval(), train, val, None if arguments.part else test)
+            facts["photographs"] = len(photographs)
+            how = {"command": arguments.command, "environment": described, "pretraining": facts}
+            write(path, {"setting": asdict(setting)} | how | results)

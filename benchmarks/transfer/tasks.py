@@ -6,16 +6,14 @@ intersection over union (mIoU) is one over pixels, of predictions as coarse as a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.transfer.data import VOID, Frames, cell_counts, consecutive
-from benchmarks.transfer.encoder import encode
+from benchmarks.transfer.pretraining import encode
 from densecl_ops import DenseCorrespondence
 
 STRIDE = 8  # pixels per cell
@@ -24,7 +22,6 @@ MEMORY = 8192  # train cells that k-NN retrieval looks up
 NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07  # DINO's (arXiv 2104.14294, appendix), fixed for all arms
 DECAYS = (1e-2, 1e-3, 1e-4, 1e-5)  # of the probe; the best one on val is taken
 STILL = 2e-3  # the probe stops once ten more iterations take off less than this share of its loss
-CLOSE = 1.5  # cells; a stereo match this near the truth is right
 TASKS = {  # of the test split: key of the record's value, heading
     "probe": ("miou", "linear probe, mIoU"),
     "knn": ("miou", "k-NN, mIoU"),
@@ -88,7 +85,6 @@ class Probe(NamedTuple):
     mean: Tensor
     scale: Tensor
     weights: list[Tensor]
-    facts: list[dict[str, float]]
 
     def predict(self, rows: Tensor, which: int) -> Tensor:
         weight, chunks = self.weights[which], torch.split(rows, 65536)
@@ -112,25 +108,22 @@ def fit_probe(train: Cells) -> Probe:
     mean, scale = rows.mean(0), 1 / (rows.std(0) + 1e-6)
     rows = (rows - mean) * scale
     weight = torch.zeros(rows.shape[1] + 1, VOID, device=rows.device, requires_grad=True)
-    weights, facts = [], []
+    weights = []
     for decay in DECAYS:
         optimizer = torch.optim.LBFGS([weight], max_iter=10, history_size=10, line_search_fn="strong_wolfe")
-        step: Callable[[Callable[[], Tensor]], Tensor] = optimizer.step
 
-        def closure(decay: float = decay, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+        def closure(decay: float = decay, optimizer: torch.optim.Optimizer = optimizer) -> float:
             optimizer.zero_grad()
             logits = torch.addmm(weight[-1], rows, weight[:-1])
             loss = -(counts * logits.log_softmax(1)).sum() + decay * weight[:-1].square().sum()
             loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+            return loss.item()
 
-        before, after = torch.inf, step(closure).item()
+        before, after = torch.inf, optimizer.step(closure)  # type: ignore[no-untyped-call]
         while before - after > STILL * after:
-            before, after = after, step(closure).item()
+            before, after = after, optimizer.step(closure)  # type: ignore[no-untyped-call]
         weights.append(weight.detach().clone())
-        evaluations = optimizer.state[weight]["func_evals"]
-        facts.append({"decay": decay, "loss": round(after, 5), "evaluations": evaluations})
-    return Probe(mean, scale, weights, facts)
+    return Probe(mean, scale, weights)
 
 
 class Memory(NamedTuple):
@@ -182,25 +175,15 @@ def propagate(cells: Cells, moved: bool = True) -> dict[str, Any]:
 
 @torch.no_grad()
 def stereo(network: nn.Module) -> dict[str, float]:
-    """Cells of scikit-image's stereo pair matched with the whole other image: share within CLOSE, median error.
+    """Cells of the demo's stereo pair matched with the whole other image: share within 1.5 cells of the truth."""
+    from pretraining.stereo import CLOSE, load_pair, true_columns  # needs scikit-image and kornia
 
-    left[y, x] is right[y, x - disparity]. Cells of no measured disparity, or whose match lies outside, do not count.
-    """
-    import skimage.data
-
-    device = next(network.parameters()).device
-    left, right, disparity = skimage.data.stereo_motorcycle()  # type: ignore[no-untyped-call]
-    height, width = (side // STRIDE * STRIDE for side in disparity.shape)
-    images = (torch.from_numpy(image[:height, :width]).permute(2, 0, 1)[None].to(device) for image in (left, right))
-    index = DenseCorrespondence()(*(encode(network, image) for image in images)).index[0].cpu()
-    at_centre = torch.from_numpy(disparity[:height, :width].astype(np.float32))
-    at_centre = at_centre[STRIDE // 2 :: STRIDE, STRIDE // 2 :: STRIDE]
-    rows, columns = at_centre.shape
-    column = torch.arange(columns) - at_centre / STRIDE
-    known = ((column >= -0.5) & (column < columns - 0.5)).flatten()
-    row = torch.arange(rows)[:, None].expand(rows, columns)
-    error = torch.hypot((index // columns - row.flatten()).float(), index % columns - column.flatten())[known]
-    return {"close": round(float((error <= CLOSE).float().mean()), 5), "median": round(float(error.median()), 4)}
+    pair = load_pair(STRIDE, next(network.parameters()).device)
+    column = true_columns(pair.disparity, STRIDE)  # NaN where the answer is not known
+    index = DenseCorrespondence()(encode(network, pair.left), encode(network, pair.right)).index.view(column.shape)
+    row, width = torch.arange(len(column), device=column.device)[:, None], column.shape[1]
+    error = torch.hypot((index // width - row).float(), index % width - column)
+    return {"close": round(float((error[~error.isnan()] <= CLOSE).float().mean()), 5)}
 
 
 def measure(network: nn.Module, train: Frames, val: Frames, test: Frames | None) -> dict[str, Any]:
@@ -216,7 +199,6 @@ def measure(network: nn.Module, train: Frames, val: Frames, test: Frames | None)
     probed = [score(probe.predict(rows_of(cells), i), cells.counts) for i in range(len(DECAYS))]
     best = max(range(len(DECAYS)), key=lambda i: probed[i]["miou"])
     results: dict[str, Any] = {
-        "probe_fits": [fact | {"val": one["miou"]} for fact, one in zip(probe.facts, probed, strict=True)],
         "val.probe": probed[best],
         "val.knn": retrieved(memory, cells),
         "val.propagation": propagate(every),

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LUMA = (0.299, 0.587, 0.114)
-
 
 class Views(NamedTuple):
     """One view of every window: images (B, 3, V, V) in [0, 1], boxes (B, 4) in the window, x0 > x1 if mirrored."""
@@ -34,8 +32,6 @@ def cut(photographs: list[Tensor], uniform: Tensor, side: int) -> Tensor:
     found = []
     for which, down, right in uniform.tolist():
         image = photographs[int(which * len(photographs))]
-        if side > min(image.shape[1:]):
-            raise ValueError(f"window: got {side}, and a photograph of {min(image.shape[1:])} pixels")
         top, left = (int(x * (n - side + 1)) for x, n in zip((down, right), image.shape[1:], strict=True))
         found.append(image[:, top : top + side, left : left + side])
     return torch.stack(found)
@@ -69,14 +65,12 @@ def _recolour(images: Tensor, u: tuple[Tensor, ...]) -> Tensor:
     Strengths are MoCo-v2's 0.4, 0.4, 0.4 and 0.1, for 0.8 of the images; 0.2 of them turn grey. The hue turns in the
     plane of constant luma, not in HSV.
     """
-    device = images.device
-    luma = torch.tensor(LUMA, device=device)
+    luma, eye = images.new_tensor((0.299, 0.587, 0.114)), torch.eye(3, device=images.device)
     grey = luma.expand(3, 3)
     brightness, contrast, saturation = (1 + (u[i] - 0.5) * 0.8 for i in (5, 6, 7))
     angle = (u[8] - 0.5) * 0.4 * math.pi
     # A turn about the grey axis (1, 1, 1) by Rodrigues' formula, made to keep the luma.
-    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
-    eye = torch.eye(3, device=device)
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=images.device) / math.sqrt(3)
     sine, cosine = angle.sin()[:, None, None], angle.cos()[:, None, None]
     turn = eye + sine * cross + (1 - cosine) * (cross @ cross)
     turn = turn + grey @ (eye - turn)
@@ -84,7 +78,7 @@ def _recolour(images: Tensor, u: tuple[Tensor, ...]) -> Tensor:
     jittered = (u[9] < 0.8)[:, None, None]
     matrix = torch.where(jittered, matrix, eye)
     matrix = torch.where((u[10] < 0.2)[:, None, None], grey @ matrix, matrix)
-    gain = torch.where(u[9] < 0.8, contrast, 1)[:, None, None]
+    gain = torch.where(jittered, contrast[:, None, None], 1)
     coloured = matrix @ images.flatten(2)
     mean = (luma @ coloured.mean(2, keepdim=True)).unsqueeze(1)
     return (mean + gain * (coloured - mean)).clamp(0, 1).view_as(images)
@@ -95,8 +89,7 @@ def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     weights = torch.exp(-0.5 * (offsets / sigma[:, None]).square())
     weights = weights / weights.sum(1, keepdim=True)
-    for dim in (2, 3):
-        padding = (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0)
+    for dim, padding in (2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0)):
         padded = F.pad(images, padding, mode="reflect")
         length = images.shape[dim]
         images = torch.zeros_like(images)
