@@ -126,7 +126,7 @@ def until_first_launch(rounds: int) -> Row:
         for _ in range(rounds):
             call()
         entered = frames(call) - 1  # the launcher itself
-    late = [significant(x) for x in quartiles(times[rounds // 10 :])]
+    late = quartiles(times[rounds // 10 :])
     return {"milliseconds": late, "rounds": rounds, "peak_extra_mib": None, "frames": entered}
 
 

@@ -28,7 +28,6 @@ Row = dict[str, Any]
 HOPELESS = 20  # on two cores one rival takes 75 times our time, 23 s: its repetitions would cost more than all others'
 
 _CLEAR = Path("/proc/self/clear_refs")
-_NVIDIA_CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -60,11 +59,11 @@ def compare(
         needs: Bytes that a contestant is known to take: on a CPU there is no error to catch where they are too many.
 
     Returns:
-        Per contestant `milliseconds` (quartiles), `host_us` (time until the call returns, GPU only), `rounds` and
-        `peak_extra_mib`, or `failed` with the reason: running out of memory is a result.
+        Per contestant `milliseconds` (quartiles), `rounds` and `peak_extra_mib`, or `failed` with the reason: running
+        out of memory is a result.
     """
     rows: dict[str, Row] = {}
-    samples: dict[str, list[tuple[float, float]]] = {}
+    samples: dict[str, list[float]] = {}
     torch._dynamo.reset()  # so that every case is compiled for its own shapes
     for name, run in contestants.items():
         need = (needs or {}).get(name, 0)
@@ -75,7 +74,7 @@ def compare(
             first = functools.partial(run, inputs[0])
             first()  # compiles, loads libraries
             rows[name] = {"peak_extra_mib": peak_extra_mib(first, device)}
-            samples[name] = [_timed(first, device, cold)]
+            samples[name] = [_seconds(first, device, cold)]
         except torch.OutOfMemoryError:
             rows[name] = {"failed": "out of memory"}
         except Exception as error:  # a rival that cannot serve this dtype or width says so in many ways
@@ -84,52 +83,43 @@ def compare(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     share = seconds / max(1, len(samples))
-    slow = max(share, HOPELESS * min((taken[0][0] for taken in samples.values()), default=0.0))
-    rounds = {
-        name: min(25, max(3, round(share / max(taken[0][0], 1e-9))))
-        for name, taken in samples.items()
-        if taken[0][0] <= slow
-    }
+    slow = max(share, HOPELESS * min((once for (once,) in samples.values()), default=0.0))
+    rounds = {}
+    for name, (once,) in samples.items():
+        if once <= slow:
+            rounds[name] = min(25, max(3, round(share / max(once, 1e-9))))
     names = list(rounds)
     for index in range(max(rounds.values(), default=0)):
         gc.collect()
         start = index % len(names)
         for name in names[start:] + names[:start]:
             if index < rounds[name]:
-                one = inputs[index % len(inputs)]
-                samples[name].append(_timed(functools.partial(contestants[name], one), device, cold))
+                run = functools.partial(contestants[name], inputs[index % len(inputs)])
+                samples[name].append(_seconds(run, device, cold))
     for name, taken in samples.items():
-        on_device, on_host = zip(*(taken[1:] or taken), strict=True)
-        rows[name]["milliseconds"] = [significant(1e3 * x) for x in quartiles(on_device)]
-        rows[name]["rounds"] = len(on_device)
-        if device.type == "cuda":
-            rows[name]["host_us"] = significant(1e6 * statistics.median(on_host))
+        counted = taken[1:] or taken
+        rows[name] |= {"milliseconds": quartiles([1e3 * x for x in counted]), "rounds": len(counted)}
     return rows
 
 
-def _timed(run: Callable[[], Any], device: torch.device, cold: bool) -> tuple[float, float]:
-    """Seconds on the device, and seconds until the call returned."""
+def _seconds(run: Callable[[], Any], device: torch.device, cold: bool) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         run()
-        spent = time.perf_counter() - start
-        return spent, spent
+        return time.perf_counter() - start
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
     if cold:  # more than any L2; random bytes, as zeros compress
         torch.empty(256 * 2**20, dtype=torch.uint8, device=device).random_()
     torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # about 1 ms: the launches queue up behind it, so their host time is not counted
     marks[0].record()
-    start = time.perf_counter()
     run()
-    host = time.perf_counter() - start
     marks[1].record()
     torch.cuda.synchronize()
-    return marks[0].elapsed_time(marks[1]) / 1e3, host
+    return float(marks[0].elapsed_time(marks[1])) / 1e3
 
 
-def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (samples[0],) * 3
-    return low, middle, high
+def quartiles(samples: list[float]) -> list[float]:
+    return [significant(x) for x in (statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3)]
 
 
 def significant(value: float, digits: int = 4) -> float:
@@ -188,14 +178,6 @@ def rates(device: torch.device, toy: bool = False) -> dict[str, float]:
     source = torch.randn(2 ** (16 if toy else 28 if device.type == "cuda" else 26), device=device)
     found["copy_gb_per_s"] = significant(8e-9 * source.numel() / median(source.clone))
     return found
-
-
-def clocks(device: torch.device) -> dict[str, str] | None:
-    """A GPU's clocks, power and throttling at this moment: taken before and after every case."""
-    if device.type != "cuda":
-        return None
-    answer = _output(["nvidia-smi", f"--query-gpu={','.join(_NVIDIA_CLOCKS)}", "--format=csv,noheader"])
-    return dict(zip(_NVIDIA_CLOCKS, answer.splitlines()[0].split(", "), strict=False)) if answer else None
 
 
 def environment() -> dict[str, Any]:

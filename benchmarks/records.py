@@ -1,14 +1,7 @@
 """Result files: one JSON per suite and device, a case added as soon as it is measured, so that a run can be cut off.
 
-{
- "suite": "loss",
- "runs": [
-  {"command": ..., "environment": {...}, "rates": {...}}
- ],
- "cases": [
-  {"run": 0, "shape": {...}, "clocks": [before, after], "rows": {contestant: {...}}}
- ]
-}
+{"suite": "loss", "runs": [{"command": ..., "environment": {...}, "rates": {...}}],
+ "cases": [{"run": 0, "shape": {...}, "rows": {contestant: {...}}}]}
 """
 
 from __future__ import annotations
@@ -26,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.measure import Row, clocks, environment, rates
+from benchmarks.measure import Row, environment, rates
 
 Shape = dict[str, Any]
 OURS = "densecl_ops"
@@ -71,22 +64,23 @@ class Suite(NamedTuple):
         arguments.rates = rates(arguments.device, arguments.toy)
         run = {"command": arguments.command, "environment": environment(), "rates": arguments.rates}
         print(", ".join(f"{key} {value}" for key, value in {**run["environment"], **run["rates"]}.items() if value))
-        wanted = [shape for shape in self.shapes(arguments) if shape not in done]
         with busy(arguments.busy):
-            while wanted and time.perf_counter() - began <= arguments.limit:
-                shape = wanted.pop(0)
-                before = clocks(arguments.device)
+            for shape in self.shapes(arguments):
+                if shape in done:
+                    continue
+                if time.perf_counter() - began > arguments.limit:
+                    print("--limit: the same command goes on with the cases that are left")
+                    break
                 rows = self.measure(shape, arguments)
-                add_ratios(rows)
+                for row in rows.values():
+                    if "milliseconds" in row and "milliseconds" in rows.get(OURS, {}):
+                        row["ratio"] = round(row["milliseconds"][1] / rows[OURS]["milliseconds"][1], 3)
                 print_rows(self.title.format(**shape), rows)
                 if run not in record["runs"]:
                     record["runs"].append(run)
-                case = {"run": record["runs"].index(run), "shape": shape, "clocks": [before, clocks(arguments.device)]}
-                record["cases"] = [case for case in record["cases"] if case["shape"] != shape]
-                record["cases"].append(case | {"rows": rows})
+                case = {"run": record["runs"].index(run), "shape": shape, "rows": rows}
+                record["cases"] = [old for old in record["cases"] if old["shape"] != shape] + [case]
                 write(path, record)
-        if wanted:
-            print(f"{len(wanted)} cases left by --limit; the same command goes on with them")
         print(f"{path.name}: {time.perf_counter() - began:.0f} s")
 
 
@@ -124,15 +118,6 @@ def write(path: Path, record: Any) -> None:
     part = path.with_suffix(".part")
     part.write_text(dumps(record) + "\n")
     part.replace(path)
-
-
-def add_ratios(rows: dict[str, Row]) -> None:
-    """How many times our time a contestant takes, in this interleaved run."""
-    if "milliseconds" in rows.get(OURS, {}):
-        ours = rows[OURS]["milliseconds"][1]
-        for row in rows.values():
-            if "milliseconds" in row:
-                row["ratio"] = round(row["milliseconds"][1] / ours, 3)
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
