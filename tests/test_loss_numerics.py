@@ -80,14 +80,15 @@ def test_tiny_loss_keeps_its_relative_precision(fused: str, rank: bool) -> None:
 @pytest.mark.parametrize("where", ["query", "key"])
 @pytest.mark.parametrize("rank", [False, True])
 def test_nan_and_inf_reach_exactly_their_rows(backend: str, bad: float, where: str, rank: bool) -> None:
-    case = replace(make_case(11, key_grid=(2, 3), reduction="none"), index=None)
+    case = replace(make_case(11, key_grid=(2, 3), reduction="none", dtype=torch.float32), index=None)
     getattr(case, where)[1, 2, 0, 1] = bad
     for wanted in ((), ("query", "key", "negatives")):
-        loss = run(backend, case, wanted, rank).loss
-        clean = torch.ones(3, 6, dtype=torch.bool)
-        clean[1, 1] = False
-        assert loss[1, 1].isnan()
-        assert torch.isfinite(loss[clean]).all()
+        seen = run(backend, case, wanted, rank)
+        assert (~seen.loss.isfinite()).nonzero().tolist() == [[1, 1]]
+        assert seen.loss[1, 1].isnan()
+        for name in wanted[:2]:
+            assert torch.equal(getattr(seen, name).isnan().flatten(2).any(1), seen.loss.isnan()), name
+        assert seen.negatives is None or seen.negatives.isnan().any()
     assert run(backend, replace(case, reduction="mean"), rank=rank).loss.isnan()
 
 
@@ -106,7 +107,7 @@ def test_nan_negative_gives_nan(backend: str, rank: bool, size: int) -> None:
 @pytest.mark.parametrize("wanted", [("query",), ("query", "key"), ("query", "negatives"), ("temperature",)])
 def test_nan_in_a_left_out_row(backend: str, how: str, wanted: tuple[str, ...]) -> None:
     """Loss and gradients are those of the rows that count; the eager backend promises that of the loss alone."""
-    case = make_case(13)
+    case = make_case(13, dtype=torch.float32)
     used = torch.ones(3, 6)
     used[0, 2] = used[2, 5] = 0
     if how == "index":  # a key that no row uses
@@ -119,10 +120,10 @@ def test_nan_in_a_left_out_row(backend: str, how: str, wanted: tuple[str, ...]) 
         case.query[0, :, 0, 2] = math.nan
         case.query[2, 3, 1, 2] = math.inf
     seen = run(backend, case, wanted)
-    assert_close(seen.loss, truth.loss, 1e-10, "loss")
-    for name in wanted if backend in helpers.FUSED or how == "index" else ():
+    assert_close(seen.loss, truth.loss, 2e-6, "loss")
+    for name in wanted if backend != "eager" or how == "index" else ():
         if (how, name) != ("index", "key"):
-            assert_close(getattr(seen, name), getattr(truth, name), 1e-9, name)
+            assert_close(getattr(seen, name), getattr(truth, name), 5e-6, name)
 
 
 # ---- low precision and autocast -------------------------------------------------------------------------------------

@@ -138,16 +138,21 @@ def test_zero_vectors(backend: str) -> None:
 
 @pytest.mark.parametrize("mutual", [False, True])
 def test_nan_stays_in_its_image_and_stays_valid(backend: str, mutual: bool) -> None:
-    query, key = pair(4)
-    clean = helpers.match(backend, query, key, mutual=mutual)
-    query[1, 0, 0, 0] = float("nan")
-    match = helpers.match(backend, query, key, mutual=mutual)
-    assert ((match.index >= 0) & (match.index < 8)).all()
-    assert match.score[1, 0].isnan()
-    for b in (0, 2):
-        assert torch.equal(match.index[b], clean.index[b])
-        assert torch.equal(match.valid[b], clean.valid[b])
-    assert helpers.match(backend, query, key, min_score=0.99).valid[1, 0]
+    """As in torch.argmax, the first NaN wins over everything; and it shows in the score."""
+    for sides in ({}, {"query": (9, 8), "key": (10, 9)}):  # one tile of the kernels, and several
+        query, key = (x.float() for x in pair(4, channels=16, **sides))
+        clean = helpers.match(backend, query, key, mutual=mutual)
+        query[1, 0, 0, 3] = key[2, 2, -1, 1] = np.nan
+        match = helpers.match(backend, query, key, mutual=mutual)
+        assert torch.equal(match.index[0], clean.index[0])
+        assert torch.equal(match.valid[0], clean.valid[0])
+        assert match.index[1, 3] == 0
+        clean.index[1, 3] = 0
+        assert torch.equal(match.index[1], clean.index[1])
+        assert match.score[1].isnan().nonzero().tolist() == [[3]]
+        assert (match.index[2] == key[0, 0].numel() - key.shape[3] + 1).all()
+        assert match.score[2].isnan().all()
+        assert helpers.match(backend, query, key, min_score=0.99).valid[1, 3]
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 2), (7, 5), (1, 1), (9, 9)])

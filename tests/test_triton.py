@@ -1,7 +1,8 @@
 """The Triton kernels against the oracle: on a GPU where there is one, else what Triton compiles, by tests/ptx.
 
-Options, layouts and gradients at small sizes, and what happens where the kernels cannot serve. tests/ptx takes several
-programs and tiles in every direction; tests/test_kernels.py shows how well the kernels compile.
+Options, layouts and gradients at small sizes, what other files ask of every backend (imported), and what happens where
+the kernels cannot serve. tests/ptx takes several programs and tiles in every direction; tests/test_kernels.py shows how
+well the kernels compile.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ import re
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import helpers
-import numpy as np
 import pytest
 import torch
-from helpers import Case, check, expected, loss_cases, make_case, match, run
+from helpers import Case, check, loss_cases, make_case, match, run
+from test_compile import test_opcheck_loss, test_opcheck_match  # noqa: F401
+from test_loss import test_collapse_ranks_half, test_rank_and_nan, test_ties_count_half  # noqa: F401
+from test_loss_numerics import (  # noqa: F401
+    test_nan_and_inf_reach_exactly_their_rows,
+    test_nan_in_a_left_out_row,
+    test_tiny_loss_keeps_its_relative_precision,
+)
+from test_matching import test_nan_stays_in_its_image_and_stays_valid, test_ties_go_to_the_lowest_index  # noqa: F401
 from torch import Tensor
 
 triton = pytest.importorskip("triton", minversion="3.6")
@@ -48,49 +55,23 @@ def case_of(**options: Any) -> Case:
 CASES = loss_cases(torch.float32)
 
 
+@pytest.fixture(name="fused")
+def _fused(backend: str) -> str:
+    return backend
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of the imported tests: they cut the queue into three parts, the cases above leave that to the plan."""
+    if torch.float64 in request.node.callspec.params.values():
+        pytest.skip("the kernels have no float64")
+    monkeypatch.setattr(fused, "forward", functools.partial(fused.forward, splits=3))
+    return "triton"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_loss(name: str) -> None:
     check("triton", CASES[name], FLOAT32)
-
-
-def test_small_losses() -> None:
-    """log(1 + x) for x from 5e-5 to 0.4: 1 + x in float32 keeps 10 to 22 bits. Rounded logits of 10 cost 3.3e-6."""
-    angle = torch.linspace(0, 1.14, 60)
-    query = torch.stack([angle.cos(), angle.sin()], 1)
-    case = Case(query, query, torch.tensor([[0.0, 1.0]]), temperature=0.1, reduction="none")
-    np.testing.assert_allclose(run("triton", case, wanted=()).loss.numpy(), expected(case).loss, rtol=5e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("splits", [1, 3])
-def test_ties_count_half(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, splits: int) -> None:
-    monkeypatch.setattr(fused, "forward", functools.partial(fused.forward, splits=splits))
-    case = case_of(count=130, reduction="none").to(dtype)
-    match = case.key[0].flatten(1)[:, case.index[0, 0]]
-    case.query[0, :, 0, 0] = 0.5 * match + 0.1 * case.query[0, :, 0, 0]
-    case.query[1, 0, 1, 1] = torch.nan
-    ranks = []
-    for sign in (-1, 1):  # a row that scores below the positive, and a copy of it, cost the same
-        case.negatives[7] = sign * match.float() / match.float().norm()
-        ranks.append(run("triton", case, wanted=()).rank)
-    assert ranks[0][0, 0] == ranks[1][0, 0] <= 1
-    assert ranks[0][1, 8] == 150
-    collapsed = replace(case, query=torch.ones_like(case.query), key=torch.ones_like(case.key))
-    collapsed.negatives[:] = 24**-0.5
-    assert (run("triton", collapsed, wanted=()).rank == 130 // 2).all()
-
-
-def test_nan_stays_in_its_row() -> None:
-    """Also in one that is left out, whose NaN reaches nothing."""
-    case = case_of(reduction="none")
-    case.query[0, 0, 1, 1] = torch.nan
-    for weight, reached in ((1, [[0, 8]]), (0, [])):
-        case.weight = torch.ones(2, 35)
-        case.weight[0, 8] = weight
-        seen = run("triton", case, wanted=("query", "key", "negatives"))
-        assert seen.loss.isnan().nonzero().tolist() == reached
-        assert torch.equal(seen.query.isnan().flatten(2).any(1), seen.loss.isnan())
-        assert seen.key.isnan().any() == seen.negatives.isnan().any() == weight
 
 
 def test_an_index_out_of_range_gives_the_row_nan() -> None:
@@ -155,24 +136,6 @@ show(torch.bfloat16)
 
 
 # ---- matching ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("positions", [9, 100], ids=["one tile", "many tiles"])
-def test_matching_ties_and_nan(positions: int, dtype: torch.dtype) -> None:
-    """Ties go to the lowest index, within a tile and across; NaN wins over everything and shows in the score."""
-    key = torch.ones(1, 16, positions, dtype=dtype)
-    query = torch.ones(1, 16, positions, dtype=dtype)
-    assert not match("triton", query, key).index.any()
-    key[0, 2, 70 % positions] = float("nan")
-    seen = match("triton", query, key)
-    assert (seen.index == 70 % positions).all()
-    assert seen.score.isnan().all()
-    query[0, 0, 3] = float("nan")
-    key[0, 2, 70 % positions] = 1
-    seen = match("triton", query, key)
-    assert not seen.index.any()
-    assert torch.equal(seen.score.isnan().nonzero(), torch.tensor([[0, 3]]))
 
 
 @pytest.mark.parametrize("grids", [((7, 7), (7, 7)), ((3, 3), (14, 14))], ids=str)
