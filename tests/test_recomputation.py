@@ -30,39 +30,69 @@ def directly(f: Any, *args: Any) -> Tensor:
     return f(*args)
 
 
-def gradient(backend: str, wrap: Wrap, enqueue: str, losses: int = 1, steps: int = 3) -> Tensor:
-    """The query's gradient in the last step; `enqueue` "before" or "after" backward()."""
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 4, 16, 3, 3).double()
-    query.requires_grad_()
-    queue, criterion = MomentumQueue(32, 16, dtype=torch.float64), DenseInfoNCELoss(backend=backend)
-    for _ in range(steps):
-        query.grad = None
-        total = torch.zeros((), dtype=torch.float64)
-        for i in range(losses):
-            total = total + wrap(criterion, query * (i + 1.0) + key, key, queue)
-            if enqueue == "before" and i < max(1, losses - 1):  # the last of several losses is followed by none
-                queue.enqueue(key.mean((2, 3)) * (i + 1.0))
-        total.backward()
-        if enqueue == "after":
-            queue.enqueue(key.mean((2, 3)))
-    return query.grad
+class Model:
+    """A loss of one query beside a queue, and what a trainer may do with it, in and beside its step."""
+
+    def __init__(self, wrap: Wrap = directly, backend: str = "auto") -> None:
+        torch.manual_seed(0)
+        self.query, self.key = torch.randn(2, 16).double().requires_grad_(), torch.randn(2, 16).double()
+        self.queue, self.criterion = MomentumQueue(8, 16, dtype=torch.float64), DenseInfoNCELoss(backend=backend)
+        self.wrap, self.losses = wrap, []
+
+    def loss(self, query: Tensor | None = None) -> Tensor:
+        return self.criterion(self.query if query is None else query, self.key, self.queue)
+
+    def forward(self) -> None:
+        self.losses.append(self.wrap(self.criterion, self.query, self.key, self.queue))
+
+    def backward(self) -> None:
+        sum(self.losses).backward()
+        self.losses.clear()
+
+    def accumulate(self) -> None:
+        """A backward pass for each."""
+        for loss in self.losses:
+            loss.backward()
+        self.losses.clear()
+
+    def log(self) -> None:
+        with torch.no_grad():
+            self.loss()
+
+    def infer(self) -> None:
+        with torch.inference_mode():
+            self.loss()
+
+    def train(self) -> None:
+        self.loss().backward()
+
+    def checkpoint(self) -> None:
+        reentrant(self.loss, torch.randn(2, 16, requires_grad=True))
+
+    def enqueue(self) -> None:
+        self.queue.enqueue(self.key)
+
+    def do(self, acts: str) -> Tensor | None:
+        for act in acts.split():
+            getattr(self, act)()
+        return self.query.grad
 
 
 @pytest.mark.parametrize("how", WRAPS)
 def test_enqueue_after_and_before_backward(backend: str, how: str) -> None:
-    assert_close(gradient(backend, WRAPS[how], "after"), gradient("eager", directly, "after"), 1e-12)
+    steps = "forward backward enqueue " * 3
+    assert_close(Model(WRAPS[how], backend).do(steps), Model(backend="eager").do(steps), 1e-12)
     # Compiled as a whole, the checkpoint saves the queue itself, and torch's own check of it raises.
     words = "modified by an inplace operation" if how == "compiled" else r"call enqueue after backward\(\), or leave"
-    with pytest.raises(RuntimeError, match=words):
-        gradient(backend, WRAPS[how], "before")
-    # The last loss has seen the queue as it is in backward(), the first has not.
-    with pytest.raises(RuntimeError, match=words):
-        gradient(backend, WRAPS[how], "before", losses=2, steps=1)
+    # The last of two losses has seen the queue as it is in backward(), the first has not.
+    for step in ("forward enqueue backward", "forward enqueue forward backward"):
+        with pytest.raises(RuntimeError, match=words):
+            Model(WRAPS[how], backend).do(step)
 
 
 def test_without_a_checkpoint_the_queue_may_change_before_backward(backend: str) -> None:
-    assert_close(gradient(backend, directly, "before"), gradient(backend, directly, "after"), 1e-12)
+    after, before = (Model(backend=backend).do(f"forward {acts}") for acts in ("backward enqueue", "enqueue backward"))
+    assert_close(before, after, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -94,38 +124,6 @@ def test_keys_never_enter_twice(wrap: Wrap) -> None:
     assert int(queue.position) == 2
 
 
-class Model:
-    """A loss of one query beside a queue, and what a trainer may do with it beside its step."""
-
-    def __init__(self) -> None:
-        self.query, self.key = torch.randn(2, 16, requires_grad=True), torch.randn(2, 16)
-        self.queue = MomentumQueue(8, 16)
-
-    def loss(self, query: Tensor | None = None) -> Tensor:
-        return DenseInfoNCELoss()(self.query if query is None else query, self.key, self.queue)
-
-    def log(self) -> None:
-        with torch.no_grad():
-            self.loss()
-
-    def infer(self) -> None:
-        with torch.inference_mode():
-            self.loss()
-
-    def train(self) -> None:
-        self.loss().backward()
-
-    def checkpoint(self) -> None:
-        reentrant(self.loss, torch.randn(2, 16, requires_grad=True))
-
-    def enqueue(self) -> None:
-        self.queue.enqueue(self.key)
-
-    def do(self, acts: str) -> None:
-        for act in acts.split():
-            getattr(self, act)()
-
-
 @pytest.mark.parametrize("how", ["non-reentrant", "reentrant", "compiled inside of reentrant"])
 def test_backward_twice(how: str) -> None:
     """Not of compiled code itself, whose buffers a compiler may reuse in its first backward pass."""
@@ -138,29 +136,18 @@ def test_backward_twice(how: str) -> None:
 @pytest.mark.parametrize("before", ["", "log", "log enqueue", "infer enqueue"])
 @pytest.mark.parametrize("between", ["", "log"])
 @pytest.mark.parametrize("after", ["log enqueue", "train enqueue"])
-@pytest.mark.parametrize("losses", [1, 2])
+@pytest.mark.parametrize("losses", ["forward", "forward forward"])
 @pytest.mark.parametrize("wrap", [reentrant, non_reentrant])
-def test_other_losses_are_no_first_halves(wrap: Wrap, losses: int, before: str, between: str, after: str) -> None:
+def test_other_losses_are_no_first_halves(wrap: Wrap, losses: str, before: str, between: str, after: str) -> None:
     """Validation, logging and other training, before, within and after a step whose keys enter after backward()."""
-    model = Model()
-    for _ in range(3):
-        model.do(before)
-        totals = [wrap(model.loss, model.query) for _ in range(losses)]
-        model.do(between)
-        for total in totals:  # gradient accumulation: each has a backward pass of its own
-            total.backward()
-        model.do(after)
+    Model(wrap).do(f"{before} {losses} {between} accumulate {after} " * 3)
 
 
 @pytest.mark.parametrize("before", ["log", "log enqueue"])
 @pytest.mark.parametrize("between", ["", "log", "checkpoint"])
 def test_a_fault_beside_other_losses_raises(before: str, between: str) -> None:
-    model = Model()
-    model.do(before)
-    total = reentrant(model.loss, model.query)
-    model.do(f"enqueue {between}")
     with pytest.raises(RuntimeError, match="call enqueue after backward"):
-        total.backward()
+        Model(reentrant).do(f"{before} forward enqueue {between} backward")
 
 
 @pytest.mark.parametrize("act", ["log", "loss"])
