@@ -97,8 +97,9 @@ def moco_terms(
     map_q, query = encode(online, views[0])
     with torch.no_grad():
         map_k, key = encode(momentum, views[1])
-    image, rank = info_nce(query.image, key.image, queues[0].rows, temperature)
-    dense, _ = info_nce(query.dense.flatten(2), matched(map_q, map_k, key.dense), queues[1].rows, temperature)
+    rows = [queue.rows[: int(queue.count)] for queue in queues]
+    image, rank = info_nce(query.image, key.image, rows[0], temperature)
+    dense, _ = info_nce(query.dense.flatten(2), matched(map_q, map_k, key.dense), rows[1], temperature)
     enqueue(queues[0], key.image)
     enqueue(queues[1], key.pooled)
     return image, dense, rank[:, None]
@@ -109,6 +110,7 @@ def enqueue(queue: MomentumQueue, keys: Tensor) -> None:
     queue.rows = queue.rows.clone()
     queue.rows[(queue.position + torch.arange(len(keys))) % queue.size] = F.normalize(keys, dim=1)
     queue.position.copy_((queue.position + len(keys)) % queue.size)
+    queue.count.copy_(min(queue.count + len(keys), queue.size))
 
 
 @torch.no_grad()

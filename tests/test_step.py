@@ -1,15 +1,17 @@
-"""DenseCL steps, head to queue, against the equations; none waits for its device, or leaves memory behind."""
+"""DenseCL steps, head to queue, against plain torch; none waits for its device, or leaves memory behind."""
 
 from __future__ import annotations
 
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
 import torch
-from recipes import Network, check_moco_step
+from helpers import assert_close
+from recipes import disturb, moco_terms, move
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -42,10 +44,6 @@ class Step(nn.Module):
         return image_loss, dense_loss, rank
 
 
-def network(head: nn.Module) -> Network:
-    return Network(head, head, lambda features: (features,))
-
-
 def views(batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     first = torch.randn(batch, 6, 5, 4, dtype=torch.float64)
     second = first.flip(3) + 0.5 * torch.randn_like(first)
@@ -63,14 +61,34 @@ def views(batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
 )
 def test_training_steps(backend: str, dtype: torch.dtype, init: str, grid: int | None, tolerance: float) -> None:
     """Five steps of SGD with batches of different size: losses, rank, gradients, keys, both queues."""
-    autocast = torch.autocast(helpers.DEVICES.get(backend, "cpu"), torch.bfloat16, enabled=dtype == torch.bfloat16)
-    dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-    step = Step(backend, dtype, init, grid)
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    step, twin = Step(backend, wide, init, grid), Step("eager", torch.float64, init, grid)
     optimizer = torch.optim.SGD(step.head.parameters(), lr=0.1)
+
+    def encode(head: nn.Module, features: Tensor) -> Any:
+        return nn.functional.adaptive_avg_pool2d(features, grid or features.shape[2:]), head(features)
+
     for batch in (4, 3, 5, 1, 4):
-        images = helpers.to_device(backend, *views(batch, dtype))
-        networks, grids = (network(step.head), network(step.key_head)), None if grid is None else (grid, grid)
-        check_moco_step(step, autocast(step), *networks, grids, images, tolerance)
+        images = views(batch, wide)
+        disturb(step.head)
+        twin.load_state_dict(step.state_dict())
+        move(twin.head, twin.key_head)
+        queues = twin.image_queue, twin.dense_queue
+        *wish, wish_rank = moco_terms(twin.head, twin.key_head, queues, [x.double() for x in images], encode)
+        with torch.autocast(helpers.DEVICES.get(backend, "cpu"), torch.bfloat16, enabled=dtype != wide):
+            *losses, rank = step(*helpers.to_device(backend, *images))
+        assert dtype != wide or torch.equal(rank.cpu(), wish_rank)
+        for model, terms in ((step, losses), (twin, wish)):
+            model.zero_grad()
+            (0.3 * terms[0] + 0.7 * terms[1]).backward()
+        for seen, expected in zip(losses, wish, strict=True):
+            assert_close(seen, expected, tolerance, "loss")
+        for name, parameter in step.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            if parameter.requires_grad:
+                assert_close(parameter.grad, twin.get_parameter(name).grad, 2 * tolerance, name)
+        for name, expected in twin.state_dict().items():
+            assert_close(step.state_dict()[name], expected, tolerance, name)
         optimizer.step()
 
 
