@@ -1,4 +1,4 @@
-"""Checkpoints of other projects against stand-ins: module trees with exactly their names, shapes and arithmetic."""
+"""Checkpoints of other projects: states of exactly their names and layouts, made from modules of ours."""
 
 from __future__ import annotations
 
@@ -6,240 +6,195 @@ import copy
 import dataclasses
 import importlib.util
 import re
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, assert_same
+from helpers import assert_same
 from pages import DOCS, block_with, blocks
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from densecl_ops import DenseCorrespondence, DenseProjectionHead, MomentumQueue
 from densecl_ops.interop import Checkpoint, read_checkpoint, write_checkpoint
 
 C, HIDDEN, D, K = 6, 5, 4, 8
-PARTS = ("backbone_q", "backbone_k", "head_q", "head_k", "image_queue", "dense_queue")
+
+# Our modules, and what stands for each of them in the names of a project.
+OURS = (
+    "backbone_q head_q.image_mlp head_q.dense_mlp backbone_k head_k.image_mlp head_k.dense_mlp image_queue dense_queue"
+)
+THEIRS = {
+    "densecl": "encoder_q.0. encoder_q.1.mlp. encoder_q.1.mlp2. encoder_k.0. encoder_k.1.mlp. encoder_k.1.mlp2. "
+    "queue queue2",
+    "mmpretrain": "backbone. neck.mlp. neck.mlp2. encoder_k.module.0. encoder_k.module.1.mlp. encoder_k.module.1.mlp2. "
+    "queue queue2",
+    "moco": "module.encoder_q. module.encoder_q.fc. - module.encoder_k. module.encoder_k.fc. - module.queue -",
+    "lightly": "model.backbone. model.projection_head_global.layers. model.projection_head_local.layers. "
+    "model.backbone_momentum. model.projection_head_global_momentum.layers. "
+    "model.projection_head_local_momentum.layers. - -",
+}
+NAMES = {project: dict(zip(OURS.split(), names.split(), strict=True)) for project, names in THEIRS.items()}
+WRITTEN = ("densecl", "mmpretrain", "moco")
+BESIDE = {  # what has no place in our modules
+    "mmpretrain": {"encoder_k.steps": torch.tensor(1234)},
+    "lightly": {"criterion.memory_bank.bank": torch.ones(K, D)},
+}
 
 
-def resnet(channels: int = C, classes: int | None = None) -> nn.Sequential:
+def resnet(classes: int | None = None) -> nn.Sequential:
     """Children of a torchvision ResNet in its order, with one stage of four."""
-    block = OrderedDict(conv1=nn.Conv2d(channels, channels, 3, 2, 1, bias=False), bn1=nn.BatchNorm2d(channels))
+    block = OrderedDict(conv1=nn.Conv2d(C, C, 3, 2, 1, bias=False), bn1=nn.BatchNorm2d(C))
     children = OrderedDict(
-        conv1=nn.Conv2d(3, channels, 3, bias=False),
-        bn1=nn.BatchNorm2d(channels),
+        conv1=nn.Conv2d(3, C, 3, bias=False),
+        bn1=nn.BatchNorm2d(C),
         relu=nn.ReLU(),
         maxpool=nn.MaxPool2d(2),
         layer1=nn.Sequential(nn.Sequential(block)),
     )
     if classes is not None:
-        children.update(avgpool=nn.AdaptiveAvgPool2d(1), fc=nn.Linear(channels, classes))
+        children.update(avgpool=nn.AdaptiveAvgPool2d(1), fc=nn.Linear(C, classes))
     return nn.Sequential(children)
 
 
-def mlp(*layers: nn.Module) -> nn.Sequential:
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1])
+def modules(channels: int = C, hidden: int = HIDDEN, dim: int = D, size: int = K) -> dict[str, Any]:
+    """No two entries are alike."""
+    parts: dict[str, Any] = {"backbone_q": resnet(), "head_q": DenseProjectionHead(channels, hidden, dim)}
+    parts |= {"backbone_k": resnet(), "head_k": DenseProjectionHead(channels, hidden, dim)}
+    for x in (x for module in parts.values() for x in module.state_dict().values() if x.ndim == 1):
+        x.add_(torch.rand(x.shape))
+    for part, position in (("image_queue", 3), ("dense_queue", 6)):
+        parts[part] = MomentumQueue(size, dim)
+        parts[part].position.fill_(position)
+    return parts
 
 
-def neck(channels: int = C, hidden: int = HIDDEN, dim: int = D) -> nn.ModuleDict:
-    """DenseCL's, in the names of mmselfsup."""
-    image = mlp(nn.Linear(channels, hidden), nn.Linear(hidden, dim))
-    return nn.ModuleDict({"mlp": image, "mlp2": mlp(nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, dim, 1))})
+def entries(ours: dict[str, Any]) -> dict[str, Tensor]:
+    return {f"{part}.{name}": x.clone() for part, module in ours.items() for name, x in module.state_dict().items()}
 
 
-def model_of(size: int = K, dim: int = D, positions: Sequence[int] = (3, 6), **parts: nn.Module) -> nn.Module:
-    """Parts and queues; no two entries are alike, and the key side is unlike the query side."""
-    model = nn.ModuleDict(parts)
-    for name, position in zip(("queue", "queue2"), positions, strict=False):
-        model.register_buffer(name, F.normalize(torch.randn(dim, size), dim=0))
-        model.register_buffer(f"{name}_ptr", torch.tensor([position]))
-    for x in model.state_dict(keep_vars=True).values():
-        if x.is_floating_point() and x.ndim != 2:
-            x.data.add_(torch.rand(x.shape))
-    return model
+def theirs(project: str, ours: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """The state dict of the project's own run."""
+    ours, state = ours or modules(), OrderedDict()
+    for name, begin in NAMES[project].items():
+        part, _, branch = name.partition(".")
+        inside = ours[part].get_submodule(branch).state_dict()
+        if "queue" in name:
+            inside = {"": inside["rows"].t(), "_ptr": inside["position"].reshape(1)}
+        elif project == "lightly" and name.startswith("backbone"):
+            inside = nn.Sequential(*ours[part].children()).state_dict()  # whose names are numbers
+        elif project == "lightly":  # Linears alone
+            inside = {entry: x.flatten(1) if x.ndim > 1 else x for entry, x in inside.items()}
+        state |= {begin + entry: x.clone() for entry, x in inside.items() if begin != "-"}
+    if project == "densecl":
+        state |= {f"backbone.{entry}": x.clone() for entry, x in ours["backbone_q"].state_dict().items()}
+    return state | BESIDE.get(project, {})
 
 
-def densecl(channels: int = C, hidden: int = HIDDEN, dim: int = D, size: int = K) -> nn.Module:
-    encoders = [nn.Sequential(resnet(), neck(channels, hidden, dim)) for _ in "qk"]
-    return model_of(size, dim, encoder_q=encoders[0], encoder_k=encoders[1], backbone=encoders[0][0])
+def parameters(ours: dict[str, Any]) -> list[nn.Parameter]:
+    """In the order of an optimizer of densecl and mmpretrain."""
+    return [p for part in ("backbone_q", "head_q", "backbone_k", "head_k") for p in ours[part].parameters()]
 
 
-def mmpretrain() -> nn.Module:
-    key = nn.ModuleDict({"module": nn.Sequential(resnet(), neck())})
-    key.register_buffer("steps", torch.tensor(1234))
-    return model_of(backbone=resnet(), neck=neck(), encoder_k=key)
-
-
-def moco(channels: int = C, dim: int = D, size: int = K, version: int = 2) -> nn.Module:
-    encoders = [resnet(classes=dim) for _ in "qk"]
-    if version == 2:
-        for encoder in encoders:
-            encoder.fc = mlp(nn.Linear(channels, channels), nn.Linear(channels, dim))
-    model = model_of(size, dim, [5], encoder_q=encoders[0], encoder_k=encoders[1])
-    return nn.ModuleDict({"module": model})  # as under DistributedDataParallel
-
-
-def lightly() -> nn.Module:
-    """Its DenseCL example: backbones cut into numbers, heads of Linears, the local one over positions."""
-    parts: dict[str, nn.Module] = {}
-    for last in ("", "_momentum"):
-        parts[f"backbone{last}"] = nn.Sequential(*resnet().children())
-        for name in ("_global", "_local"):
-            layers = mlp(nn.Linear(C, HIDDEN), nn.Linear(HIDDEN, D))
-            parts[f"projection_head{name}{last}"] = nn.ModuleDict({"layers": layers})
-    return model_of(positions=(), **parts)
-
-
-def sides(name: str, model: Any) -> list[tuple[Any, ...]]:
-    """Backbone, image branch and dense branch (MoCo's have none) of the query side and the key side."""
-    if name == "moco":
-        return [(encoder[:5], encoder.fc) for encoder in (model.module.encoder_q, model.module.encoder_k)]
-    if name == "lightly":
-        found = []
-        for x in ("", "_momentum"):
-            image, local = (model[f"projection_head_{kind}{x}"].layers for kind in ("global", "local"))
-            dense = lambda features, local=local: local(features.movedim(1, 3)).movedim(3, 1)  # noqa: E731
-            found.append((model[f"backbone{x}"], image, dense))
-        return found
-    query = model.encoder_q if name == "densecl" else (model.backbone, model.neck)
-    key = model.encoder_k if name == "densecl" else model.encoder_k.module
-    return [(backbone, *head.values()) for backbone, head in (query, key)]
-
-
-def full(model: nn.Module) -> dict[str, Any]:
+def full(project: str, ours: dict[str, Any] | None = None) -> dict[str, Any]:
     """What a trainer saves."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    sum(p.square().sum() for p in model.parameters()).backward()
+    ours = ours or modules()
+    optimizer = torch.optim.SGD(parameters(ours), 0.1, momentum=0.9)
+    sum(p.square().sum() for p in parameters(ours)).backward()
     optimizer.step()
-    return {
-        "meta": {"epoch": 7, "iter": 99},
-        "state_dict": OrderedDict((name, x.clone()) for name, x in model.state_dict().items()),
-        "optimizer": optimizer.state_dict(),
-    }
+    state = theirs(project, ours)
+    return {"meta": {"epoch": 7, "iter": 99}, "state_dict": state, "optimizer": optimizer.state_dict()}
 
 
-def modules(hidden: int = HIDDEN) -> dict[str, Any]:
-    heads = {f"head_{x}": DenseProjectionHead(C, hidden, D) for x in "qk"}
-    queues = {f"{x}_queue": MomentumQueue(K, D) for x in ("image", "dense")}
-    return {"backbone_q": resnet(), "backbone_k": resnet(), **heads, **queues}
-
-
-MODELS = {"densecl": densecl, "mmpretrain": mmpretrain, "moco": moco}
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("project", WRITTEN)
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("bare", [False, True])
-def test_round_trip_bit_for_bit(name: str, prefix: str, bare: bool, tmp_path: Path) -> None:
-    source = full(MODELS[name]())
+def test_round_trip_bit_for_bit(project: str, prefix: str, bare: bool, tmp_path: Path) -> None:
+    source = full(project)
     state = {prefix + entry: x for entry, x in source["state_dict"].items()}
     for entry in [entry for entry in state if entry.endswith("bn1.weight")]:
         state[entry] = torch.tensor([float("nan"), -0.0, *range(C - 2)])
     source = state if bare else source | {"state_dict": state}
     torch.save(source, tmp_path / "theirs.pth")
     checkpoint = read_checkpoint(tmp_path / "theirs.pth")
-    assert checkpoint.format == name
-    returned = write_checkpoint(checkpoint, tmp_path / "back.pth", format=name)
+    assert checkpoint.format == project
+    returned = write_checkpoint(checkpoint, tmp_path / "back.pth", format=project)
     assert_same(returned, source)
     assert_same(torch.load(tmp_path / "back.pth", weights_only=True), source)
 
 
-@pytest.mark.parametrize("name", [*MODELS, "lightly"])
-def test_loaded_modules_compute_what_theirs_do(name: str) -> None:
-    model = (MODELS | {"lightly": lightly})[name]().double()
-    checkpoint, ours = read_checkpoint(model.state_dict()), modules(C if name == "moco" else HIDDEN)
-    ours = {part: module.double() for part, module in ours.items() if getattr(checkpoint, part) is not None}
-    kept = checkpoint.load_into(**ours, keep_dense=True)
-    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    for side, (backbone, image, *dense) in zip("qk", sides(name, model), strict=True):
-        features, head = backbone(images), ours[f"head_{side}"]
-        assert_close(ours[f"backbone_{side}"](images), features, 1e-14)
-        assert_close(head(features).image, image(features.mean((2, 3))), 1e-12)
-        names = [f"head_{side}.dense_mlp.{entry}" for entry in head.dense_mlp.state_dict()]
-        assert [entry for entry in kept if entry in names] == ([] if dense else names)
-        for branch in dense:
-            assert_close(head(features).dense, branch(features), 1e-12)
-    for queue, theirs in (("image_queue", "queue"), ("dense_queue", "queue2")):
-        if queue in ours:
-            holder = model.module if name == "moco" else model
-            assert torch.equal(ours[queue].rows, getattr(holder, theirs).T)
-            assert int(ours[queue].position) == int(getattr(holder, f"{theirs}_ptr"))
-            assert int(ours[queue].count) == K
-    if name in ("densecl", "mmpretrain"):  # so that an optimizer's numbers mean the same
-        order = [p for x in ("backbone_q", "head_q", "backbone_k", "head_k") for p in ours[x].parameters()]
-        assert_same(order, list(model.parameters()))
+@pytest.mark.parametrize("project", NAMES)
+def test_read_into_modules(project: str) -> None:
+    """Bit for bit; what the project has not stays as it is."""
+    ours, loaded = modules(), modules()
+    state, wanted, before = theirs(project, ours), entries(ours), entries(loaded)
+    missing = tuple(name for name, begin in NAMES[project].items() if begin == "-")
+    checkpoint = read_checkpoint(state)
+    held = {part: module for part, module in loaded.items() if getattr(checkpoint, part) is not None}
+    kept = checkpoint.load_into(**held, keep_dense=True)
+    assert list(checkpoint.unmapped) == list(BESIDE.get(project, {}))
+    assert kept == [name for name in wanted if name.startswith(missing) and "queue" not in name]
+    assert_same(entries(loaded), {name: (before if name.startswith(missing) else wanted)[name] for name in wanted})
+    order = [x for name, x in state.items() if name.endswith(("weight", "bias"))]
+    if not missing:  # an optimizer's numbers mean the same
+        assert_same(order[: len(parameters(loaded))], parameters(loaded))
 
 
 def test_between_formats() -> None:
     """densecl -> mmpretrain -> densecl loses nothing; the EMA counter is not 0, which would restart the key side."""
-    source = full(densecl())
+    ours = modules()
+    source = full("densecl", ours)
     there = write_checkpoint(read_checkpoint(source), format="mmpretrain")
-    mmpretrain().load_state_dict(there["state_dict"])  # strict
-    assert int(there["state_dict"]["encoder_k.steps"]) == 1
+    assert_same(there["state_dict"], theirs("mmpretrain", ours) | {"encoder_k.steps": torch.tensor(1)})
     assert_same(write_checkpoint(read_checkpoint(there), format="densecl"), source)
-    stepless = dict(mmpretrain().state_dict())
-    del stepless["encoder_k.steps"]
+    stepless = {name: x for name, x in there["state_dict"].items() if name != "encoder_k.steps"}
     for state in (there, stepless):  # by default the format that was read
         assert_same(write_checkpoint(read_checkpoint(state)), state)
 
 
 def test_a_checkpoint_of_modules_is_a_copy() -> None:
     ours = modules()
-    checkpoint = Checkpoint.from_modules(**ours, extra={"epoch": 4})
-    wanted = copy.deepcopy({part: dict(module.state_dict()) for part, module in ours.items()})
+    checkpoint, wanted = Checkpoint.from_modules(**ours, extra={"epoch": 4}), theirs("densecl", ours)
     ours["image_queue"].enqueue(torch.randn(3, D))
     nn.init.zeros_(ours["head_q"].image_mlp[0].weight)
-    written = write_checkpoint(checkpoint)
-    densecl().load_state_dict(written["state_dict"])  # strict
-    again = read_checkpoint(written)
-    assert again.extra == {"epoch": 4}
-    assert_same({part: getattr(again, part) for part in PARTS}, wanted)
+    assert_same(write_checkpoint(checkpoint), {"epoch": 4, "state_dict": wanted})
 
 
 def test_moco_has_no_dense_branch() -> None:
-    checkpoint, ours = read_checkpoint(moco().state_dict()), modules(C)
-    before = copy.deepcopy({part: dict(ours[part].dense_mlp.state_dict()) for part in ("head_q", "head_k")})
-    with pytest.raises(
-        ValueError, match=r"(?s)head_q.dense_mlp.0.weight: got nothing.*keep_dense=True.*dense_queue: got"
-    ):
-        checkpoint.load_into(**ours)
-    del ours["dense_queue"]
-    checkpoint.load_into(**ours, keep_dense=True)
-    assert_same({part: dict(ours[part].dense_mlp.state_dict()) for part in before}, before)
-    back = dataclasses.replace(checkpoint, format="densecl_ops", prefix="")
-    moco().load_state_dict(write_checkpoint(back, format="moco")["state_dict"])  # strict: under main_moco.py's prefix
-    assert "queue" in write_checkpoint(back, format="moco", prefix="")["state_dict"]
+    checkpoint = read_checkpoint(theirs("moco"))
+    with pytest.raises(ValueError, match=r"(?s)q.dense_mlp.0.weight: got nothing.*keep_dense=True.*dense_queue: got"):
+        checkpoint.load_into(**modules())
+    live = dataclasses.replace(checkpoint, format="densecl_ops", prefix="")
+    for prefix, seen in ((None, "module.queue"), ("", "queue")):  # main_moco.py trains under DistributedDataParallel
+        assert seen in write_checkpoint(live, format="moco", prefix=prefix)["state_dict"]
 
 
-@pytest.mark.parametrize("kept", [r"encoder_q", "queue"])
+def moco_v1() -> dict[str, Tensor]:
+    """Its one Linear is no head of ours."""
+    state = {name: x for name, x in theirs("moco").items() if ".fc." not in name}
+    return state | {f"module.encoder_{side}.fc.weight": torch.randn(D, C) for side in "qk"}
+
+
+@pytest.mark.parametrize("kept", ["encoder_q", "queue"])
 def test_moco_v1_and_the_query_side_alone(kept: str) -> None:
-    """The one Linear of v1 is no head of ours."""
-    state = {name: x for name, x in moco(version=1).state_dict().items() if kept in name or "encoder_q" in name}
+    state = {name: x for name, x in moco_v1().items() if kept in name or "encoder_q" in name}
     checkpoint = read_checkpoint(state)
     assert checkpoint.backbone_k is checkpoint.head_q is checkpoint.head_k is None
     assert (checkpoint.image_queue is None) == (kept == "encoder_q")
     assert_same(write_checkpoint(checkpoint, format="moco"), state)
 
 
-def test_what_lightly_has_beside() -> None:
-    state = {f"model.{name}": x for name, x in lightly().state_dict().items()}
-    checkpoint = read_checkpoint({"state_dict": {**state, "criterion.memory_bank.bank": torch.ones(K, D)}})
-    assert (checkpoint.format, checkpoint.prefix) == ("lightly", "model.")
-    assert list(checkpoint.unmapped) == ["criterion.memory_bank.bank"]
-
-
 def holding(names: str) -> dict[str, Tensor]:
     """A state dict with a network below each name that ends in a dot, and one entry of each other name."""
     state = {}
     for name in names.split():
-        inside = model_of(positions=(), net=resnet()).net.state_dict() if name.endswith(".") else {"": torch.ones(4, 4)}
+        inside = modules()["backbone_q"].state_dict() if name.endswith(".") else {"": torch.ones(4, 4)}
         state |= {name + entry: x for entry, x in inside.items()}
     return state
 
@@ -256,22 +211,19 @@ BACKBONES = {
     "an average beside it": "model. model_ema. model.fc.weight",
     "a teacher alone": "teacher.backbone. teacher.head.mlp.0.weight",
 }
-PLACES = {"densecl": "encoder_q.0.", "mmpretrain": "backbone.", "moco": "module.encoder_q."}
+NUMBERED = {f"features.{name}": x for name, x in nn.Sequential(*resnet().children()).state_dict().items()}
+FILES = {case: (names.split()[0], holding(names)) for case, names in BACKBONES.items()}
+FILES |= {project: (NAMES[project]["backbone_q"], theirs(project)) for project in WRITTEN}
+FILES["moco v1"] = "module.encoder_q.", moco_v1()
+FILES["cut into numbers"] = "features.", NUMBERED | holding("head.weight")
+FILES["plain"] = "", dict(resnet().state_dict()) | holding("head.weight")
 
 
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("case", [*PLACES, *BACKBONES, "moco v1", "plain", "cut into numbers"])
+@pytest.mark.parametrize("case", FILES)
 def test_the_backbone_of_any_training_checkpoint(case: str, given: bool) -> None:
     """It alone is read, with or without its prefix, and written with plain names and nothing else."""
-    if case in BACKBONES:
-        state, place = holding(BACKBONES[case]), BACKBONES[case].split()[0]
-    elif case in PLACES:
-        state, place = MODELS[case]().state_dict(), PLACES[case]
-    elif case == "moco v1":
-        state, place = moco(version=1).state_dict(), PLACES["moco"]
-    else:
-        model, place = (resnet(), "") if case == "plain" else (nn.Sequential(*resnet().children()), "features.")
-        state = {place + name: x for name, x in model.state_dict().items()} | holding("head.weight")
+    place, state = FILES[case]
     source = {"epoch": 3, "optimizer": {"state": {}}, "state_dict": state}
     checkpoint = read_checkpoint(source, format="backbone", prefix=place if given else None)
     assert (checkpoint.format, checkpoint.prefix) == ("backbone", place)
@@ -313,22 +265,14 @@ def test_networks_known_by_their_names(case: str) -> None:
     assert list(write_checkpoint(checkpoint)) == own
 
 
-class Behind(nn.Module):
-    """What FSDP's first version does to names."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._fsdp_wrapped_module = module
-
-
 WRAPPERS = {
     "none": lambda module: module,
     "compile": torch.compile,
     "DataParallel": lambda module: nn.DataParallel(module),
-    "AveragedModel": lambda module: torch.optim.swa_utils.AveragedModel(module),
+    "AveragedModel": lambda module: AveragedModel(module),
     "DistributedDataParallel": lambda module: nn.parallel.DistributedDataParallel(module),
     "checkpoint": checkpoint_wrapper,
-    "FSDP": Behind,
+    "FSDP": lambda module: nn.Sequential(OrderedDict(_fsdp_wrapped_module=module)),  # of its first version
     "FSDP2": lambda module: fully_shard(module, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,))),
 }
 
@@ -359,7 +303,7 @@ def test_wrapped_modules(outer: str, inner: str) -> None:
 
 def test_a_key_side_that_is_an_average() -> None:
     """The first update after loading averages; it would copy the query side over what was loaded."""
-    query, key, loaded = resnet(), torch.optim.swa_utils.AveragedModel(resnet(), avg_fn=lambda k, q, n: k), resnet()
+    query, key, loaded = resnet(), AveragedModel(resnet(), avg_fn=lambda k, q, n: k), resnet()
     Checkpoint.from_modules(backbone_k=loaded).load_into(backbone_k=key)
     key.update_parameters(query)
     assert_same(dict(key.module.named_parameters()), dict(loaded.named_parameters()))
@@ -371,22 +315,21 @@ def inside_compiled(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_a_file_of_compiled_parts() -> None:
-    state = moco().state_dict()
+    state = theirs("moco")
     assert_same(write_checkpoint(read_checkpoint(inside_compiled(state))), dict(state))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_under_inference_mode_and_other_defaults(name: str, defaults: None) -> None:
+@pytest.mark.parametrize("project", WRITTEN)
+def test_under_inference_mode_and_other_defaults(project: str, defaults: None) -> None:
     with torch.device("cpu"):
-        source, backbone = full(MODELS[name]()), resnet().float()
+        source, ours = full(project), {part: module.float() for part, module in modules().items()}
     with torch.inference_mode():
         checkpoint = read_checkpoint(copy.deepcopy(source))
-        assert_same(write_checkpoint(checkpoint), source)
-        if name == "densecl":
-            there = write_checkpoint(checkpoint, format="mmpretrain")["state_dict"]
-            assert {x.device.type for x in there.values()} == {"cpu"}
-    checkpoint.load_into(backbone_q=backbone)
-    assert {x.device.type for x in backbone.state_dict().values()} == {"cpu"}
+        written = write_checkpoint(checkpoint)
+        there = write_checkpoint(Checkpoint.from_modules(**ours), format="mmpretrain")["state_dict"]
+    assert_same(written, source)
+    checkpoint.load_into(backbone_q=ours["backbone_q"])
+    assert {x.device.type for x in (*there.values(), *entries(ours).values())} == {"cpu"}
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -413,9 +356,9 @@ def test_saved_matches_and_projections(module: Any, tmp_path: Path) -> None:
 # ---- what does not fit ----------------------------------------------------------------------------------------------
 
 
-def state_of(name: str, **changes: Any) -> dict[str, Any]:
+def state_of(project: str, **changes: Any) -> dict[str, Any]:
     """A project's state with other entries (`__` is a dot) or, for None, without them."""
-    state = dict(MODELS[name]().state_dict()) | {entry.replace("__", "."): x for entry, x in changes.items()}
+    state = theirs(project) | {entry.replace("__", "."): x for entry, x in changes.items()}
     return {entry: x for entry, x in state.items() if x is not None}
 
 
@@ -424,7 +367,7 @@ UNKNOWN = "net.layers.0.norm.weight net.neck.weight net.fc.weight net.projector.
 
 def read(source: Any, *args: Any, **changes: Any) -> Callable[[], Any]:
     """Of a project's state dict with changes, of a text for `holding`, or of anything else."""
-    if source in list(MODELS):
+    if source in list(WRITTEN):
         return lambda: read_checkpoint(state_of(source, **changes), *args)
     return lambda: read_checkpoint(holding(source) if isinstance(source, str) else source, *args, **changes)
 
@@ -508,11 +451,11 @@ def test_backbones_that_were_chosen() -> None:
 
 def test_nothing_is_loaded_where_a_module_itself_refuses() -> None:
     """A queue looks at position and count, after the backbone and an average took theirs."""
-    ours = {**modules(), "backbone_k": torch.optim.swa_utils.AveragedModel(resnet())}
-    before = copy.deepcopy({part: dict(module.state_dict()) for part, module in ours.items()})
+    ours = {**modules(), "backbone_k": AveragedModel(resnet())}
+    before = entries(ours)
     with pytest.raises(ValueError, match=r"(?s)image_queue: got entries that the module refuses.*position"):
         read_checkpoint(state_of("densecl", queue_ptr=torch.tensor([K]))).load_into(**ours)
-    assert_same({part: dict(module.state_dict()) for part, module in ours.items()}, before)
+    assert_same(entries(ours), before)
 
 
 class Foreign:
@@ -522,7 +465,7 @@ class Foreign:
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two lines of advice for a file that holds more keep what mmengine resumes from: meta, with epoch and iter."""
     monkeypatch.chdir(tmp_path)
-    source = full(mmpretrain())
+    source = full("mmpretrain")
     torch.save(source | {"message_hub": Foreign()}, "old.pth")
     with pytest.raises(ValueError, match=r"(?s)weights_only=True\) refuses.*Foreign.*If you trust it") as refusal:
         read_checkpoint("old.pth")
@@ -544,20 +487,20 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its snippets, on files with heads and queues of the paper's sizes; a small ResNet stands for torchvision's."""
     models = SimpleNamespace(resnet50=lambda: resnet(classes=10))
-    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
     monkeypatch.chdir(tmp_path)
-    theirs, start = full(densecl(2048, 2048, 128, 65536)), moco(2048, 128, 65536)
-    torch.save(theirs, "densecl.pth")
-    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": start.state_dict()}, "moco_v2.pth.tar")
-    space: dict[str, Any] = {}
+    source, start = (full(name, modules(2048, 2048, 128, 65536)) for name in ("densecl", "moco"))
+    torch.save(source, "densecl.pth")
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": start["state_dict"]}, "moco_v2.pth.tar")
+    space: dict[str, Any] = {"torchvision": SimpleNamespace(models=models)}
     for block in blocks(DOCS / "checkpoints.md"):
         if "import transformers" not in block or importlib.util.find_spec("transformers"):
-            exec(block, space)
+            exec(block.replace("import torchvision", ""), space)
     back = torch.load("continued.pth", weights_only=True)
-    assert_same(back, theirs | {"meta": back["meta"]})
+    assert_same(back, source | {"meta": back["meta"]})
     for name in ("for_detection.pth", "plain.pth"):
         assert list(torch.load(name, weights_only=True)) == list(resnet().state_dict())
-    assert torch.equal(space["parts"]["head_k"].image_mlp[2].weight, start.module.encoder_k.fc[2].weight)
+    last = space["parts"]["head_k"].image_mlp[2].weight
+    assert torch.equal(last, start["state_dict"]["module.encoder_k.fc.2.weight"])
     assert torch.equal(*(space["parts"][head].dense_mlp[0].weight for head in ("head_q", "head_k")))
 
 
