@@ -93,7 +93,12 @@ QUEUES = [SimpleNamespace(rows=ROWS, count=count) for count in COUNTS]
 QUEUES += [SimpleNamespace(rows=rows, count=torch.tensor(1)) for rows in STRANGE]
 NORMS = ["batch", lambda channels: None, nn.BatchNorm2d(3), nn.BatchNorm1d, nn.LayerNorm, nn.InstanceNorm2d]
 OUTSIDE = [INDEX + 9, INDEX - 1]
-BAD_BOXES = [BOXES * 0, BOXES * torch.inf, BOXES.bool(), torch.tensor([[-1e308, 0, 1e308, 1]] * 2).double()]
+BAD_BOXES = [
+    BOXES * torch.tensor([1, 0, 0, 1]),
+    BOXES * torch.inf,
+    BOXES.bool(),
+    torch.tensor([[-1e308, 0, 1e308, 1]] * 2).double(),
+]
 
 PAIRS = {"query": MAP, "key": KEY, "correspondence": INDEX, "weight": SCORE}
 MATCH = {"index": INDEX, "valid": VALID}

@@ -8,7 +8,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import NoFloat64
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,34 +93,8 @@ def test_far_from_the_origin(dtype: torch.dtype, far: int) -> None:
     torch.testing.assert_close(moved.score, near.score, atol=1e-6, rtol=0)
 
 
-def test_on_a_device_without_float64() -> None:
-    boxes, flip = torch.tensor([[0, 0, 4, 4], [3, 1, 9, 9]]), torch.tensor([False, True])
-    for dtype in (torch.float32, torch.int64, torch.uint8, torch.bfloat16):
-        with NoFloat64():
-            match = location_correspondence(boxes.to(dtype), boxes.float(), 3, key_flip=flip)
-        assert match.index.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8], [2, 1, 0, 5, 4, 3, 8, 7, 6]]
-
-
-def test_whatever_the_default_dtype(defaults: None) -> None:
-    """The same crop matches itself at distance 0."""
-    boxes = torch.tensor([[1000, 2000, 1007, 2007]], device="cpu")
-    match = location_correspondence(boxes, boxes, 7, max_distance=0.0)
-    assert match.index.tolist() == [list(range(49))]
-    assert match.score.dtype == torch.float32
-    assert match.valid.all()
-
-
 def test_default_distance_is_pixpros() -> None:
     """Cells of 1 x 1: centres 0.9 apart are 0.636 diagonals apart, 1.1 apart 0.778."""
     here = torch.tensor([[0.0, 0, 1, 1]]).expand(2, -1)
     there = here + torch.tensor([[0.9, 0, 0.9, 0], [1.1, 0, 1.1, 0]])
     assert location_correspondence(here, there, 1).valid.tolist() == [[True], [False]]
-
-
-@pytest.mark.parametrize("name", ["query_boxes", "key_boxes"])
-@pytest.mark.parametrize("box", [[1, 1, 1, 4], [1, 3, 4, 3], [0, 0, float("nan"), 4]])
-def test_boxes_without_extent(name: str, box: list[float]) -> None:
-    boxes = {key: torch.tensor([[0.0, 0, 4, 4], [1, 1, 5, 5]]) for key in ("query_boxes", "key_boxes")}
-    boxes[name][1] = torch.tensor(box)
-    with pytest.raises(ValueError, match=rf"{name}: got \[.*expected finite corners and sides other than 0"):
-        location_correspondence(**boxes, query_grid=2)

@@ -32,9 +32,9 @@ def location_correspondence(
 
     Args:
         query_boxes: (B, 4) crop of the first view as (x0, y0, x1, y1): the outer edges, in pixels of the original
-            image (any unit that both boxes share will do). x0 > x1 says that the crop was mirrored left to right
-            after cutting, y0 > y1 top to bottom. `boxes_from_torchvision`, `boxes_from_kornia`,
-            `boxes_from_albumentations` and `boxes_from_matrix` make them.
+            image (or any unit that both boxes share), as `boxes_from_torchvision`, `boxes_from_kornia`,
+            `boxes_from_albumentations` and `boxes_from_matrix` make them. x0 > x1 says that the crop was mirrored
+            left to right after cutting, y0 > y1 top to bottom.
         key_boxes: The same of the second view.
         query_grid: S, or (H, W): the grid the query projections have.
         key_grid: The same of the key projections. Default: query_grid.
@@ -70,21 +70,19 @@ def location_correspondence(
     query_boxes, key_boxes = _as_boxes("query_boxes", query_boxes), _as_boxes("key_boxes", key_boxes)
     _checks.require_shape("key_boxes", key_boxes, tuple(query_boxes.shape))
     _checks.require_same_device("key_boxes", key_boxes, "query_boxes", query_boxes)
-    _require_extent("query_boxes", query_boxes)
-    _require_extent("key_boxes", key_boxes)
-    flip_q, flip_k = _as_flip("query_flip", query_flip, query_boxes), _as_flip("key_flip", key_flip, key_boxes)
 
     # Relative to the query box numbers are small, however large the image. So float32 does: MPS has no float64.
     origin = torch.minimum(query_boxes[:, :2], query_boxes[:, 2:])
     origin = origin.to(torch.promote_types(query_boxes.dtype, key_boxes.dtype))
-    x_q, y_q = _sides(query_boxes, origin, flip_q)
-    x_k, y_k = _sides(key_boxes, origin, flip_k)
+    x_q, y_q = _sides(query_boxes, origin, "query_flip", query_flip)
+    x_k, y_k = _sides(key_boxes, origin, "key_flip", key_flip)
     # Both grids are upright, so nearest in the plane is nearest in x and nearest in y: H + W numbers, not P x P.
     off_x, column = _nearest(x_q, x_k, grid_q[1], grid_k[1])
     off_y, row = _nearest(y_q, y_k, grid_q[0], grid_k[0])
     index = (row[:, :, None] * grid_k[1] + column[:, None, :]).flatten(1)
-    diagonal = torch.maximum(_cell_diagonal(x_q, y_q, grid_q), _cell_diagonal(x_k, y_k, grid_k))
-    distance = torch.hypot(off_y[:, :, None], off_x[:, None, :]).flatten(1) / diagonal[:, None]
+    views = (x_q, y_q, grid_q), (x_k, y_k, grid_k)
+    diagonal = torch.maximum(*(torch.hypot(x.diff() / grid[1], y.diff() / grid[0]) for x, y, grid in views))
+    distance = torch.hypot(off_y[:, :, None], off_x[:, None, :]).flatten(1) / diagonal
     valid = torch.ones_like(index, dtype=torch.bool) if max_distance is None else distance <= max_distance
     return with_grids(Correspondence(index, -distance.float(), valid), (grid_q, grid_k))
 
@@ -93,30 +91,23 @@ def _as_boxes(name: str, value: object) -> Tensor:
     boxes = _checks.require_real(name, value)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.shape[0] == 0:
         raise ValueError(f"{name}: got shape {_checks.shape_of(boxes)}, expected (B, 4) with B at least 1")
-    return widened(boxes)
+    boxes = widened(boxes)
+    if _tracing.host_may_look(boxes):
+        sides = boxes[:, 2:] - boxes[:, :2]
+        wrong = boxes[~(sides.isfinite() & (sides != 0)).all(1)].tolist()
+        if wrong:
+            raise ValueError(f"{name}: got {wrong[0]}, expected finite corners and sides other than 0")
+    return boxes
 
 
-def _require_extent(name: str, boxes: Tensor) -> None:
-    if not _tracing.host_may_look(boxes):
-        return
-    sides = boxes[:, 2:] - boxes[:, :2]
-    wrong = ~(sides.isfinite() & (sides != 0)).all(1)
-    if wrong.any():
-        raise ValueError(f"{name}: got {boxes[wrong][0].tolist()}, expected finite corners and sides other than 0")
-
-
-def _as_flip(name: str, value: Tensor | None, boxes: Tensor) -> Tensor | None:
-    if value is None:
-        return None
-    return _checks.require_mask(name, value, (boxes.shape[0],), "query_boxes", boxes)
-
-
-def _sides(boxes: Tensor, origin: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor]:
+def _sides(boxes: Tensor, origin: Tensor, name: str, flip: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, 2) x and (B, 2) y where a view starts and ends in the image, from an origin (B, 2) on; float32 or float64."""
-    start, end = (boxes.to(origin.dtype).reshape(-1, 2, 2) - origin[:, None]).unbind(1)
-    dtype = torch.promote_types(origin.dtype, torch.float32)
-    x, y = torch.stack([start, end], 2).to(dtype).unbind(1)
-    return (x if flip is None else torch.where(flip[:, None], x.flip(1), x)), y  # a mirrored crop runs from x1 to x0
+    corners = boxes.to(origin.dtype).reshape(-1, 2, 2) - origin[:, None]
+    x, y = corners.to(torch.promote_types(origin.dtype, torch.float32)).unbind(2)
+    if flip is not None:  # a mirrored crop runs from x1 to x0
+        mirrored = _checks.require_mask(name, flip, (len(boxes),), "query_boxes", boxes)
+        x = torch.where(mirrored[:, None], x.flip(1), x)
+    return x, y
 
 
 def _nearest(query: Tensor, key: Tensor, query_cells: int, key_cells: int) -> tuple[Tensor, Tensor]:
@@ -131,8 +122,3 @@ def _nearest(query: Tensor, key: Tensor, query_cells: int, key_cells: int) -> tu
     off = (centres(query, query_cells, key_cells)[:, :, None] - centres(key, key_cells, query_cells)[:, None, :]).abs()
     distance, which = off.min(2)
     return distance / (2 * query_cells * key_cells), which
-
-
-def _cell_diagonal(x: Tensor, y: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B,) in image coordinates."""
-    return torch.hypot((x[:, 1] - x[:, 0]) / grid[1], (y[:, 1] - y[:, 0]) / grid[0])
