@@ -70,13 +70,17 @@ def match_score(correspondence: Correspondence) -> Tensor:
         >>> round(match_score(DenseCorrespondence()(features, features)).item(), 3)
         1.0
     """
+    return _mean(*score_and_valid(correspondence))
+
+
+def score_and_valid(correspondence: Correspondence) -> tuple[Tensor, Tensor]:
+    """(B, P) each, of what is one."""
     if not isinstance(correspondence, Correspondence):
         raise TypeError(f"correspondence: got {type(correspondence).__name__}, expected a Correspondence")
     name, score = "correspondence.score", _checks.require_float("correspondence.score", correspondence.score)
     if score.ndim != 2 or score.numel() == 0:
         raise ValueError(f"{name}: got shape {_checks.shape_of(score)}, expected (B, P), every size above 0")
-    valid = _checks.require_mask("correspondence.valid", correspondence.valid, tuple(score.shape), name, score)
-    return _mean(score, valid)
+    return score, _checks.require_mask("correspondence.valid", correspondence.valid, tuple(score.shape), name, score)
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from densecl_ops import _checks
 from densecl_ops._types import Correspondence
+from densecl_ops.metrics import score_and_valid
 
 try:
     from matplotlib.axes import Axes
@@ -60,12 +61,12 @@ def plot_correspondence(
     of a cell's last line, and TensorBoard takes it (`writer.add_figure`). pyplot is not imported.
 
     Args:
-        image_q: Query view: a (3, H, W), (1, H, W) or (H, W) tensor, or a (H, W, 3), (H, W, 1) or (H, W) numpy
-            array; uint8, or float in [0, 1]. A float image with values outside [0, 1], such as a normalised one, is
-            shifted and scaled by its own minimum and maximum, over all channels together. Any device.
+        image_q: Query view: a (3, H, W), (1, H, W) or (H, W) tensor, on any device, or a (H, W, 3), (H, W, 1) or
+            (H, W) numpy array; uint8, or float in [0, 1]. A float image beyond that, such as a normalised one, is
+            shifted and scaled by its minimum and maximum over all channels.
         image_k: Key view, the same; it may have another size.
         correspondence: Matches of a batch, index, score and valid each (B, P_q), such as DenseCorrespondence returns.
-        ax: Axes to draw into. Default: a new Figure of their own.
+        ax: Axes to draw into. Default: those of a new Figure.
         top_k: How many matches to draw, those of highest score among the valid ones. None: all. Default 40.
         truth: (P_q,) integers: the right key position of each query position, or a negative number where unknown. The
             title then states the share of right ones among *all* valid matches with known truth, not only those drawn.
@@ -93,11 +94,18 @@ def plot_correspondence(
         >>> figure.axes[0].get_title()
         '10 of 49 valid matches, by score'
     """
-    index, score, valid = _one_sample(correspondence, sample)
+    index, (score, valid) = correspondence.index, score_and_valid(correspondence)
+    _checks.require_index("correspondence.index", index, tuple(score.shape), "correspondence.score", score)
+    if not isinstance(sample, int) or not 0 <= sample < len(index):
+        raise ValueError(f"sample: got {sample!r}, expected an int from 0 to {len(index) - 1}")
+    index, score, valid = (x[sample].detach().cpu() for x in (index.long(), score.float(), valid))
     if top_k is not None:
         _checks.require_positive_int("top_k", top_k)
     _checks.require_bool("vertical", vertical)
-    grid_q = _grid("query_grid", query_grid, len(index))
+    side = math.isqrt(len(index))
+    grid_q = _checks.require_grid_size("query_grid", query_grid) or (side, side)
+    if math.prod(grid_q) != len(index):
+        raise ValueError(f"query_grid: got {query_grid}, expected (height, width) of {len(index)} positions")
     grid_k = _checks.require_grid_size("key_grid", key_grid) or grid_q
     _checks.require_range("key_grid", index, math.prod(grid_k))
     picture_q, picture_k = _pixels("image_q", image_q), _pixels("image_k", image_k)
@@ -108,8 +116,8 @@ def plot_correspondence(
     width, height = max(width_q, shift_x + width_k), max(height_q, shift_y + height_k)
     if ax is None:
         wide = min(10.0, 10.0 * width / height)
-        tall = wide * height / width + 1.0  # title, and colour bar or legend
-        ax = _Picture(figsize=(max(wide, 5.0), tall), layout="constrained").add_subplot()
+        size = max(wide, 5.0), wide * height / width + 1.0  # title, and colour bar or legend
+        ax = _Picture(figsize=size, layout="constrained").add_subplot()
     for picture, x, y in ((picture_q, 0.0, 0.0), (picture_k, shift_x, shift_y)):
         extent = (x, x + picture.shape[1], y + picture.shape[0], y)
         ax.imshow((PALE * picture + 1 - PALE).numpy(), extent=extent, interpolation="antialiased")
@@ -147,30 +155,6 @@ def plot_correspondence(
     return ax.figure.figure  # the second one leaves subfigures
 
 
-def _one_sample(correspondence: Correspondence, sample: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(P_q,) index, score and valid of one image, on the host."""
-    if not isinstance(correspondence, Correspondence):
-        raise TypeError(f"correspondence: got {type(correspondence).__name__}, expected a Correspondence")
-    index, score, valid = correspondence
-    _checks.require_integer("correspondence.index", index)
-    if index.ndim != 2 or index.numel() == 0:
-        raise ValueError(f"correspondence.index: got shape {_checks.shape_of(index)}, expected (B, P), none of them 0")
-    shape = tuple(index.shape)
-    _checks.require_shape("correspondence.score", _checks.require_float("correspondence.score", score), shape)
-    _checks.require_mask("correspondence.valid", valid, shape, "correspondence.index", index)
-    if not isinstance(sample, int) or not 0 <= sample < len(index):
-        raise ValueError(f"sample: got {sample!r}, expected an int from 0 to {len(index) - 1}")
-    return index[sample].cpu().long(), score[sample].detach().cpu().float(), valid[sample].cpu()
-
-
-def _grid(name: str, value: object, positions: int) -> tuple[int, int]:
-    side = math.isqrt(positions)
-    grid = _checks.require_grid_size(name, value) or (side, side)
-    if grid[0] * grid[1] != positions:
-        raise ValueError(f"{name}: got {value}, expected (height, width) of {positions} positions")
-    return grid
-
-
 def _centres(position: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
     """(n, 2) float32 x and y, in pixels, of the centres of row-major cells."""
     cells = torch.stack([position % grid[1], position // grid[1]], 1).float() + 0.5
@@ -179,21 +163,22 @@ def _centres(position: Tensor, grid: tuple[int, int], height: int, width: int) -
 
 def _pixels(name: str, image: Any) -> Tensor:
     """(H, W, 3) float32 in [0, 1] on the host."""
+    expected = "(3, H, W), (1, H, W) or (H, W)"
     if isinstance(image, Tensor):
         pixels = _checks.require_real(name, image).detach().cpu()
-        pixels, expected = pixels.movedim(0, 2) if pixels.ndim == 3 else pixels, "(3, H, W), (1, H, W) or (H, W)"
+        pixels = pixels.movedim(0, 2) if pixels.ndim == 3 else pixels
     elif type(image).__module__ == "numpy" and hasattr(image, "shape"):
         pixels = torch.from_numpy(image.copy())  # a copy: torch refuses negative strides and warns of read-only arrays
         expected = "(H, W, 3), (H, W, 1) or (H, W)"
     else:
         raise TypeError(f"{name}: got {type(image).__name__}, expected a torch.Tensor or a numpy array")
-    if not (pixels.dtype == torch.uint8 or pixels.dtype in _checks.FLOAT_DTYPES):
+    if pixels.dtype not in (torch.uint8, *_checks.FLOAT_DTYPES):
         raise TypeError(f"{name}: got dtype {pixels.dtype}, expected uint8 or a float dtype")
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or pixels.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(image.shape)}, expected {expected}")
-    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    pixels = pixels.float() / (255 if pixels.dtype == torch.uint8 else 1)
     low, high = pixels.aminmax()
     if low < 0 or high > 1:
         pixels = (pixels - low) / (high - low).clamp(min=1e-12)
-    return pixels.expand(-1, -1, 3).contiguous()
+    return pixels.expand(-1, -1, 3)

@@ -40,7 +40,7 @@ def test_lines_join_the_centres_of_the_best_valid_matches(vertical: bool, top_k:
     options: dict[str, Any] = {"sample": 1, "top_k": top_k, "vertical": vertical, **GRIDS}
     axes = plot_correspondence(IMAGE_Q, IMAGE_K, match, **options).axes[0]
     left, _, _, top = axes.images[1].get_extent()
-    assert (top > 60, left == 0) if vertical else (left > 90, top == 0)  # beyond the query image
+    assert (top > 60 and left == 0) if vertical else (left > 90 and top == 0)  # beyond the query image
     best = sorted(np.flatnonzero(valid), key=lambda i: score[i])  # the last one lies on top
     drawn = best if top_k is None else best[-top_k:]
     cells = [(i % 4, i // 4, index[i] % 5, index[i] // 5) for i in drawn]
@@ -63,14 +63,13 @@ def test_lines_join_the_centres_of_the_best_valid_matches(vertical: bool, top_k:
 
 
 @pytest.mark.parametrize("truth", [None, torch.full((12,), -1)])
-@pytest.mark.parametrize(("share", "score"), [(-1.0, 0.5), (2.0, 0.5), (2.0, float("nan"))])
+@pytest.mark.parametrize(("count", "score"), [(0, 0.5), (12, 0.5), (12, float("nan"))])
 def test_nothing_known_nothing_valid_and_scores_without_a_range(
-    truth: torch.Tensor | None, share: float, score: float, defaults: None
+    truth: torch.Tensor | None, count: int, score: float, defaults: None
 ) -> None:
     with torch.device("cpu"):
-        match = matches(share)._replace(score=torch.full((2, 12), score))
+        match = matches(count / 6 - 0.5)._replace(score=torch.full((2, 12), score))
     figure = plot_correspondence(np.ones((301, 301)), IMAGE_K, match, truth=truth, **GRIDS)
-    count = 12 if share > 0 else 0
     said = f"{count} of {count} valid matches, by score" if truth is None else "no match with known truth, "
     assert figure.axes[0].get_title().startswith(said)
     figure.draw_without_rendering()
@@ -119,34 +118,34 @@ def test_needs_matplotlib_but_not_pyplot(monkeypatch: pytest.MonkeyPatch) -> Non
         importlib.import_module("densecl_ops.visualize")
 
 
-TRUTH = torch.zeros(4, dtype=torch.int64)
+TRUTH, SCORE = SQUARE.index[0], SQUARE.score
 
 
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("correspondence: got Tensor, expected a Correspondence", {"match": TRUTH}),
-        ("correspondence.index: got shape (4,), expected (B, P)", {"match": SQUARE._replace(index=TRUTH)}),
-        ("correspondence.index: got dtype torch.float32", {"match": SQUARE._replace(index=SQUARE.score)}),
-        ("correspondence.score: got shape (4,), expected (2, 4)", {"match": SQUARE._replace(score=TRUTH.float())}),
-        ("correspondence.valid: got dtype torch.float32", {"match": SQUARE._replace(valid=SQUARE.score)}),
-        ("key_grid: got values from 4 to 4, expected", {"match": SQUARE._replace(index=SQUARE.index + 4)}),
-        ("query_grid: got None, expected (height, width) of 12 positions", {"match": matches()}),
+        ("correspondence: got Tensor, expected a Correspondence", {"correspondence": TRUTH}),
+        ("correspondence.score: got shape (4,), expected (B, P)", {"score": SCORE[0]}),
+        ("correspondence.index: got shape (4,), expected (2, 4)", {"index": TRUTH}),
+        ("correspondence.index: got dtype torch.float32", {"index": SCORE}),
+        ("correspondence.valid: got dtype torch.float32", {"valid": SCORE}),
+        ("key_grid: got values from 4 to 4, expected", {"index": SQUARE.index + 4}),
+        ("query_grid: got None, expected (height, width) of 12 positions", {"correspondence": matches()}),
         ("query_grid: got (1, 3), expected (height, width) of 4 positions", {"query_grid": (1, 3)}),
         ("sample: got 2, expected an int from 0 to 1", {"sample": 2}),
         ("sample: got '0', expected an int from 0 to 1", {"sample": "0"}),
         ("top_k: got 0, expected at least 1", {"top_k": 0}),
         ("vertical: got 1, expected a bool", {"vertical": 1}),
         ("truth: got shape (3,), expected (4,)", {"truth": TRUTH[:3]}),
-        ("truth: got dtype torch.float32", {"truth": TRUTH.float()}),
+        ("truth: got dtype torch.float32", {"truth": SCORE}),
         ("truth: got values from 4 to 4, expected them within 0 to 3", {"truth": TRUTH + 4}),
-        ("image_q: got list, expected a torch.Tensor or a numpy array", {"image": [[0.0]]}),
-        ("image_q: got shape (3, 8, 6), expected (H, W, 3)", {"image": RGB.transpose(2, 0, 1)}),
-        ("image_q: got shape (8, 6, 3), expected (3, H, W)", {"image": torch.tensor(RGB)}),
-        ("image_q: got dtype torch.int64, expected uint8 or a float dtype", {"image": IMAGE_Q.long()}),
+        ("image_q: got list, expected a torch.Tensor or a numpy array", {"image_q": [[0.0]]}),
+        ("image_q: got shape (3, 8, 6), expected (H, W, 3)", {"image_q": RGB.transpose(2, 0, 1)}),
+        ("image_q: got shape (8, 6, 3), expected (3, H, W)", {"image_q": torch.tensor(RGB)}),
+        ("image_q: got dtype torch.int64, expected uint8 or a float dtype", {"image_q": IMAGE_Q.long()}),
     ],
 )
 def test_errors(message: str, options: dict[str, Any]) -> None:
-    match, image = options.pop("match", SQUARE), options.pop("image", IMAGE_Q)
-    caught = refused(lambda: plot_correspondence(image, IMAGE_K, match, **options))
-    assert str(caught.value).startswith(message)
+    fields = {name: options.pop(name) for name in SQUARE._fields if name in options}
+    call = {"image_q": IMAGE_Q, "image_k": IMAGE_K, "correspondence": SQUARE._replace(**fields)} | options
+    assert str(refused(lambda: plot_correspondence(**call)).value).startswith(message)
