@@ -172,7 +172,7 @@ def test_autocast_rounds_only_the_products_with_negatives(backend: str, autocast
         assert low <= error(loss, expected(wide.to(dtype)).loss) < high
 
 
-@pytest.mark.parametrize("form", ["tiles", "tiles, oneDNN", "flash", "at once"])
+@pytest.mark.parametrize("form", ["tiles", "tiles, short", "tiles, oneDNN", "flash", "flash, short", "at once"])
 @pytest.mark.parametrize("images", [1, 3])  # the rows of one image are its map, transposed, where nothing copies
 @pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5000, 4300)])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -183,8 +183,9 @@ def test_every_form(
     for product in {torch.float32, dtype} - {torch.float16}:
         if (form == "tiles, oneDNN" and product != torch.float32) or (form == "at once" and dtype != torch.float32):
             continue
-        chosen = "flash" if form == "flash" else "tiles", product
-        monkeypatch.setattr(blockwise, "_choose", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr(blockwise, "_choose", lambda *_, product=product: (form.split(",")[0], product))
+        if "short" not in form:
+            monkeypatch.setattr(blockwise, "SHORT_LOGITS", 0)
         monkeypatch.setattr(_processor, "processor", lambda: Processor(True, False, form == "tiles, oneDNN", True))
         monkeypatch.setattr(at_once, "serves", lambda *_: form == "at once")
         case = make_case(21, images, channels=32, negatives=negatives, count=count).to(dtype)
@@ -197,6 +198,20 @@ def test_every_form(
             wish, tolerance = getattr(truth, name), 2 * error(getattr(usual, name), getattr(truth, name))
             floor = 1e-5 if dtype == torch.float32 else 1e-3
             assert_close(getattr(seen, name), wish, tolerance + floor, name)
+
+
+@pytest.mark.parametrize("serial", [5, 30, 80], ids=["pieces of an image", "images", "all"])
+@pytest.mark.parametrize("tile", [1, 4000, 2**22])
+def test_short_calls(monkeypatch: pytest.MonkeyPatch, serial: int, tile: int) -> None:
+    """In parts that stay on one thread, several parts for a product; one row needs a shift."""
+    monkeypatch.setattr(blockwise, "SERIAL", 16 * serial)
+    monkeypatch.setattr(blockwise, "SHORT_TILE", tile)
+    case = make_case(3, batch=5, channels=16, query_grid=(3, 4), key_grid=(3, 4), negatives=300)
+    case.negatives[7] *= 1e3
+    case = replace(case, exclude=torch.arange(5))
+    for matched in (case, replace(case, index=None)):
+        check("blockwise", matched, wanted=("query", "key"), rank=False)
+        check("blockwise", replace(matched, exclude=None).to(torch.float32), 2e-5, ("query",), rank=False)
 
 
 INTEL = {"cpu_name": "Intel"}
@@ -212,6 +227,9 @@ FORMS: list[tuple[dict[str, Any], torch.dtype, str, str, torch.dtype]] = [
     (BF16, torch.bfloat16, "rank", "tiles", torch.bfloat16),
     (AMX, torch.bfloat16, "", "flash", torch.bfloat16),
     (AMX, torch.bfloat16, "exclude", "tiles", torch.bfloat16),
+    (BF16, torch.bfloat16, "short", "flash", torch.float32),
+    (AMX, torch.bfloat16, "short", "flash", torch.bfloat16),
+    (AMD | BF16, torch.bfloat16, "short", "flash", torch.float32),
     (AMD, torch.float32, "", "tiles", torch.float32),
     (AMD, torch.bfloat16, "rank", "tiles", torch.float32),
     ({}, torch.float32, "", "flash", torch.float32),
@@ -228,4 +246,4 @@ def test_choice_of_the_form(
     case, exact = make_case(0, negatives=4096).to(dtype), torch.promote_types(dtype, torch.float32)
     maps = case.query.flatten(2), case.key.flatten(2)
     problem = Problem(*maps, case.negatives, 5.0, None, case.index, exclude, None, True, exact, dtype)
-    assert blockwise._choose(problem, option != "no gradient", option == "rank") == (form, product)
+    assert blockwise._choose(problem, option != "no gradient", option == "rank", option == "short") == (form, product)

@@ -11,7 +11,7 @@ so one pass gives both, nothing of size N x K is ever held, and a small loss kee
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,13 @@ from densecl_ops.info_nce.problem import (
 # On a CPU a thread takes up to BLOCK_ROWS query rows at a time. The logits of a tile, 1 MiB in float32, stay in its
 # cache from one pass to the next; twice of it saves 5 % of the time, half of it loses 5 to 10 %.
 BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**18, 4096
+# A call of up to SHORT_LOGITS runs in operators on all threads, four for each SHORT_TILE. Threads of our own would
+# share the cores with torch's, which spin for some 6 ms after their last operator.
+SHORT_LOGITS, SHORT_TILE, SHORT_COPY = 2**23, 2**22, 2**20
+SERIAL = 2**15 - 1  # numbers that torch's operators leave to the calling thread
 LOG2_E = math.log2(math.e)  # exp2() of 2^19 values takes 0.07 ms where exp() takes 0.30 (MKL on Zen 5)
+# What the sum of exp2() of a row may be without a shift: above, the mean could overflow, below, terms may vanish.
+LEAST_SUM, MOST_SUM = 1e-24, 1e30
 
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
@@ -48,7 +54,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     size = batch * positions
     plan = _plan(problem, want_grad, want_rank)
     scale = problem.inverse_temperature
-    factor = scale * plan.unit
+    shifted = problem.query.device.type != "cpu" and not is_bounded_by_contract(problem)
 
     def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return problem.query.new_empty(shape, dtype=dtype)
@@ -57,33 +63,42 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     rank = empty(size, 1, dtype=torch.int64) if want_rank else None
     grad_query, grad_scale = (empty(size, channels), empty(size, 1)) if want_grad else (None, None)
 
-    def compute(part: slice) -> None:
+    def prepare(part: slice) -> _Rows:
         raw, match, excluded = _block(problem, part)
-        query_inverse = inverse_norm(raw, 1)
-        unit = raw * query_inverse
-        del raw
+        inverse = inverse_norm(raw, 1)
+        unit = raw * inverse
         match = match * inverse_norm(match, 1)
         positive = (unit * match).sum(1, keepdim=True) * scale
+        return _Rows(part, unit, inverse, match, positive, excluded)
 
-        operand, ranked = unit, None
-        if want_rank:
-            operand = unit.to(problem.matmul_dtype).to(problem.dtype)
-            ranked = (operand * as_negatives(match, problem).to(problem.dtype)).sum(1, keepdim=True) * factor
-        seen = _attend(operand * factor, excluded, ranked, want_grad, plan)
-
-        margin = seen.log_sum_exp - positive
+    def finish(rows: _Rows, seen: _Attention) -> None:
+        margin = seen.log_sum_exp - rows.positive
         strength = margin.sigmoid()
-        log_sum_exp[part], pull[part] = seen.log_sum_exp, strength
-        loss[part] = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
-        if rank is not None and seen.rank is not None:
-            rank[part] = seen.rank
+        log_sum_exp[rows.part], pull[rows.part] = seen.log_sum_exp, strength
+        loss[rows.part] = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
+        if rank is not None and seen.twice_rank is not None:
+            rank[rows.part] = seen.twice_rank // 2
         if grad_query is not None and grad_scale is not None and seen.mean is not None:
-            grad = seen.mean.sub_(match)  # o - k^, then what lies across q^ of it, then d loss / d query
-            along = (grad * unit).sum(1, keepdim=True)
-            grad_query[part] = grad.addcmul_(unit, along, value=-1).mul_(query_inverse * strength * scale)
-            grad_scale[part] = along * strength
+            grad = seen.mean.div_(seen.total).sub_(rows.match)  # o - k^, then what lies across q^ of it
+            along = (grad * rows.unit).sum(1, keepdim=True)
+            grad_query[rows.part] = grad.addcmul_(rows.unit, along, value=-1).mul_(rows.inverse * strength * scale)
+            grad_scale[rows.part] = along * strength
 
-    if problem.query.device.type == "cpu":
+    def compute(*parts: slice) -> None:
+        blocks = [prepare(part) for part in parts]
+        seen = None if shifted else _attend(blocks, want_grad, want_rank, plan, shifted=False)
+        seen = _attend(blocks, want_grad, want_rank, plan, shifted=True) if seen is None else seen
+        assert seen is not None
+        for rows in blocks:
+            mine = slice(rows.part.start - parts[0].start, rows.part.stop - parts[0].start)
+            finish(rows, _Attention._make(None if x is None else x[mine] for x in seen))
+
+    if plan.short:
+        parts = _serial_parts(batch, positions, channels)
+        group = max(1, SHORT_TILE // len(plan.negatives) // (parts[0].stop - parts[0].start))
+        for first in range(0, len(parts), group):
+            compute(*parts[first : first + group])
+    elif problem.query.device.type == "cpu":
         for_blocks(compute, size, BLOCK_ROWS, FEWEST_ROWS)
     else:
         compute(slice(0, size))
@@ -109,8 +124,10 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     weighted = scaled * weight
     # Exact products, as for a rank: exp() of logits that were rounded otherwise than those of the sum is 4 % off.
     plan = _plan(problem, want_grad=True, want_rank=True)
-    operand = scaled * plan.unit
-    shift = plan.unit * _finite(log_sum_exp).reshape(-1, 1).masked_fill(left_out, 0.0)
+    bounded = scaled.device.type == "cpu" and bool(log_sum_exp.abs().max() <= UNSHIFTED_LIMIT)
+    base = LOG2_E if bounded else 1.0  # of larger logits the last digits would count
+    operand = scaled * base
+    shift = base * _finite(log_sum_exp).reshape(-1, 1).masked_fill(left_out, 0.0)
     excluded = None if problem.exclude is None else problem.exclude.repeat_interleave(problem.query.shape[2])
     rows = BLOCK_ROWS if scaled.device.type == "cpu" else len(scaled)
     grad = torch.zeros(problem.negatives.shape, dtype=problem.dtype, device=scaled.device)
@@ -121,11 +138,11 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
             part = slice(start, start + rows)
             logits = matmul(operand[part], columns.t())
             _leave_out(logits, span.start, None if excluded is None else excluded[part], plan)
-            probability = plan.exp_(logits.sub_(shift[part])).t()
-            grad[span] += matmul(probability, weighted[part])
-            del logits, probability
+            logits.sub_(shift[part])
+            grad[span] += matmul((logits.exp2_() if bounded else logits.exp_()).t(), weighted[part])
+            del logits
 
-    width = _columns(min(rows, len(scaled)), scaled.device.type)
+    width = _columns(min(rows, len(scaled)), scaled.device.type == "cpu")
     if scaled.device.type == "cpu":
         for_blocks(compute, len(plan.negatives), width, FEWEST_ROWS)
     else:
@@ -152,41 +169,34 @@ class _Plan(NamedTuple):
 
     problem: Problem
     negatives: Tensor  # (K', D), those that exist as far as the host can tell
+    short: bool  # few operators on all threads
     form: str  # "tiles" or "flash"
     logits: torch.dtype  # of the products that give the logits
     mean: torch.dtype  # of those that give the mean row
-    bounded: bool  # no logit can overflow exp() unshifted
-
-    @property
-    def unit(self) -> float:
-        """What logits are multiplied by: in tiles, and where none is so large that its last digits would count."""
-        return LOG2_E if self.bounded and self.form == "tiles" else 1.0
-
-    def exp_(self, tile: Tensor) -> Tensor:
-        return tile.exp_() if self.unit == 1.0 else tile.exp2_()
 
 
 def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
-    on_cpu = problem.query.device.type == "cpu"
     negatives = problem.negatives
-    if on_cpu and problem.existing is not None:
+    if problem.query.device.type != "cpu":
+        dtype = problem.matmul_dtype
+        return _Plan(problem, negatives, False, "tiles", problem.dtype if want_rank else dtype, dtype)
+    if problem.existing is not None:
         negatives = negatives[: int(problem.existing)]
-    form, dtype = _choose(problem, want_grad, want_rank) if on_cpu else ("tiles", problem.matmul_dtype)
-    if form == "flash":
-        bounded = True  # it keeps a maximum of its own
-    elif on_cpu:
-        bounded = _longest(negatives) * float(problem.inverse_temperature) <= UNSHIFTED_LIMIT
-    else:
-        bounded = is_bounded_by_contract(problem)
+    short = not want_rank and _is_short(problem, negatives)
+    form, dtype = _choose(problem, want_grad, want_rank, short)
+    if short:
+        negatives = _serial_copy(_serial_copy(negatives, problem.matmul_dtype), dtype)
+        problem = problem._replace(matmul_dtype=dtype)
     exact = problem.dtype if want_rank else dtype  # a rank compares exact products
-    return _Plan(problem, negatives, form, exact, dtype, bounded)
+    return _Plan(problem, negatives, short, form, exact, dtype)
 
 
-def _choose(problem: Problem, want_grad: bool, want_rank: bool) -> tuple[str, torch.dtype]:
+def _choose(problem: Problem, want_grad: bool, want_rank: bool, short: bool) -> tuple[str, torch.dtype]:
     """The fastest form on this CPU and the dtype of its products; docs/performance.md has the measurements."""
     cpu, dtype = processor(), problem.matmul_dtype
-    if dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu.bfloat16):
-        dtype = problem.dtype  # exact, and faster where 16-bit products have no instructions
+    # Exact, and faster where 16-bit products have no instructions, or so few that conversions would take longer.
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and not (cpu.amx if short else cpu.bfloat16)):
+        dtype = problem.dtype
     plain = not want_rank and problem.exclude is None
     flash_can = plain and cpu.flash
     if dtype == torch.bfloat16:
@@ -196,39 +206,79 @@ def _choose(problem: Problem, want_grad: bool, want_rank: bool) -> tuple[str, to
     return ("flash" if flash_can and want_grad else "tiles"), dtype
 
 
-def _longest(rows: Tensor) -> float:
-    """The largest norm, NaN if one is, to the digits of the rows' own dtype: another one would take a copy of them."""
-    norms = [rows.new_zeros(())]
+def _is_short(problem: Problem, negatives: Tensor) -> bool:
+    """Whether threads of our own would cost more than they save."""
+    rows = problem.query.shape[0] * problem.query.shape[2]
+    copied = negatives.dtype != problem.dtype or problem.matmul_dtype != problem.dtype
+    return 0 < rows * len(negatives) <= SHORT_LOGITS and not (copied and negatives.numel() > SHORT_COPY)
 
-    def compute(part: slice) -> None:
-        norms.append(torch.linalg.vector_norm(rows[part], dim=1).max())
 
-    for_blocks(compute, len(rows), max(1, len(rows)), 2048)
-    return float(torch.stack(norms).max())
+def _serial_parts(batch: int, positions: int, channels: int) -> list[slice]:
+    """Whole images, or pieces of one, that no operator on their rows shares out to threads."""
+    most = max(1, SERIAL // channels)
+    parts = -(-batch // max(1, most // positions))  # of images
+    step = -(-batch // parts) * positions
+    return [
+        slice(start, min(start + most, image + step, batch * positions))
+        for image in range(0, batch * positions, step)
+        for start in range(image, min(image + step, batch * positions), most)
+    ]
+
+
+def _serial_copy(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rows` in `dtype`, copied by the calling thread alone: torch's copy would wait for all of them."""
+    if rows.dtype == dtype:
+        return rows
+    copy, step = torch.empty_like(rows, dtype=dtype), max(1, SERIAL // rows.shape[1])
+    for ours, theirs in zip(copy.split(step), rows.split(step), strict=True):  # type: ignore[no-untyped-call]
+        ours.copy_(theirs)
+    return copy
 
 
 # ---- one block of query rows ----------------------------------------------------------------------------------------
 
 
+class _Rows(NamedTuple):
+    """Of a block of R query rows, in the dtype of the loss."""
+
+    part: slice  # of B P_q
+    unit: Tensor  # (R, D)
+    inverse: Tensor  # (R, 1), the inverse norms
+    match: Tensor  # (R, D), unit vectors
+    positive: Tensor  # (R, 1), the positives' logits
+    excluded: Tensor | None  # (R,)
+
+
 class _Attention(NamedTuple):
     log_sum_exp: Tensor  # (R, 1)
-    mean: Tensor | None  # (R, D), softmax-weighted mean of the negatives
-    rank: Tensor | None  # (R, 1)
+    total: Tensor  # (R, 1), what `mean` is to be divided by
+    mean: Tensor | None  # (R, D), the weighted sum of the negatives
+    twice_rank: Tensor | None  # (R, 1), of which a tie counts one
 
 
-def _attend(
-    scaled: Tensor, excluded: Tensor | None, positive: Tensor | None, want_mean: bool, plan: _Plan
-) -> _Attention:
-    """Log-sum-exp over the negatives of each scaled query row (R, D), with mean and, of `positive` (R, 1), rank."""
+def _attend(blocks: list[_Rows], want_mean: bool, want_rank: bool, plan: _Plan, shifted: bool) -> _Attention | None:
+    """The rows of all blocks over all negatives. Without `shifted` None if exp2() may have overflowed or vanished."""
+    problem, on_cpu = plan.problem, plan.negatives.device.type == "cpu"
+    # Powers of 2 where no logit is so large that its last digits would count.
+    scale = problem.inverse_temperature * (1.0 if shifted or plan.form == "flash" else LOG2_E)
+    units = [rows.unit.to(problem.matmul_dtype if want_rank else problem.dtype).to(problem.dtype) for rows in blocks]
+    scaled = units[0].new_empty(sum(map(len, units)), units[0].shape[1])
+    for unit, mine in zip(units, scaled.split([len(unit) for unit in units]), strict=True):  # type: ignore[no-untyped-call]
+        torch.mul(unit, scale, out=mine)
     if plan.form == "flash":
         return _attend_by_flash(scaled, want_mean, plan)
+    excluded = None if problem.exclude is None else torch.cat([cast(Tensor, rows.excluded) for rows in blocks])
     total = scaled.new_zeros(len(scaled), 1)
-    mean = torch.zeros_like(scaled) if want_mean else None
-    twice_rank = None if positive is None else torch.zeros_like(total, dtype=torch.int64)
-    top = None if plan.bounded else torch.full_like(total, float("-inf"))
-    tie = TIE_WIDTH[scaled.dtype] * plan.problem.inverse_temperature * plan.unit
+    mean: Tensor | None = None
+    top = torch.full_like(total, float("-inf")) if shifted else None
+    twice_rank = positive = None
+    if want_rank:
+        (rows,), (unit,) = blocks, units
+        positive = (unit * as_negatives(rows.match, problem).to(problem.dtype)).sum(1, keepdim=True) * scale
+        twice_rank = torch.zeros_like(total, dtype=torch.int64)
+    tie = TIE_WIDTH[scaled.dtype] * scale
     operand = scaled.to(plan.logits)
-    width = max(1, min(_columns(len(scaled), scaled.device.type), len(plan.negatives)))
+    width = len(plan.negatives) if plan.short else min(_columns(len(scaled), on_cpu), len(plan.negatives))
     spare: dict[torch.dtype, Tensor] = {}
 
     def room(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -237,16 +287,16 @@ def _attend(
             spare[dtype] = scaled.new_empty(len(scaled) * width, dtype=dtype)
         return spare[dtype][: len(scaled) * len(like)].view(len(scaled), len(like))
 
-    for start in range(0, len(plan.negatives), width):
-        rows = plan.negatives[start : start + width].to(plan.problem.matmul_dtype)
+    for start in range(0, len(plan.negatives), max(1, width)):
+        columns = plan.negatives[start : start + width].to(problem.matmul_dtype)
         if plan.logits == scaled.dtype:
-            logits = matmul(operand, rows.to(plan.logits).t())
+            logits = matmul(operand, columns.to(plan.logits).t())
         else:
-            logits = torch.mm(operand, rows.t(), out=room(rows, plan.logits))
-            logits = room(rows, scaled.dtype).copy_(logits)
+            logits = torch.mm(operand, columns.t(), out=room(columns, plan.logits))
+            logits = room(columns, scaled.dtype).copy_(logits)
         _leave_out(logits, start, excluded, plan)
         if twice_rank is not None and positive is not None:  # a tie is in the second sum alone, so it counts half
-            above = room(rows, scaled.dtype)  # of floats: bools take 5 times as long to add
+            above = room(columns, scaled.dtype)  # of floats: bools take 5 times as long to add
             torch.gt(logits, positive + tie, out=above)
             twice_rank += above.sum(1, keepdim=True).long()
             twice_rank += torch.ge(logits, positive - tie, out=above).sum(1, keepdim=True).long()
@@ -259,19 +309,25 @@ def _attend(
                 mean *= rescale
             logits.sub_(shift)
             top = higher
-        total += plan.exp_(logits).sum(1, keepdim=True)
-        if mean is not None:
-            share = logits if plan.mean == scaled.dtype else room(rows, plan.mean).copy_(logits)
-            mean += matmul(share, rows.to(plan.mean))
+        total += (logits.exp_() if shifted else logits.exp2_()).sum(1, keepdim=True)
+        if want_mean:
+            share = logits if plan.mean == scaled.dtype else room(columns, plan.mean).copy_(logits)
+            part_mean = matmul(share, columns.to(plan.mean)).to(scaled.dtype)
+            mean = part_mean if mean is None else mean.add_(part_mean)
             del share
         del logits  # so that the next tile takes its place: fresh memory costs a third of the time in page faults
-    log_sum_exp = total.log() if top is None else _finite(top) + total.log()
-    if mean is not None:
-        mean /= total.masked_fill(total == 0, 1.0)  # no negative at all: a mean of zero, which pull = 0 ignores
-    if twice_rank is None or positive is None:
-        return _Attention(log_sum_exp, mean, None)
-    last = plan.problem.negatives.shape[0]
-    return _Attention(log_sum_exp, mean, (twice_rank // 2).masked_fill_(positive.isnan(), last))
+    if not shifted and on_cpu:
+        least, most = total.nan_to_num(1.0, posinf=float("inf")).aminmax()
+        if least < LEAST_SUM or most > MOST_SUM:
+            return None
+    log_sum_exp = torch.xlogy(1.0, total)  # log() is MKL's, which shares out any number of values to all threads
+    if top is not None:
+        log_sum_exp += _finite(top)
+    if twice_rank is not None and positive is not None:
+        twice_rank.masked_fill_(positive.isnan(), 2 * len(problem.negatives))
+    # No negative at all: a mean of zero, which pull = 0 ignores.
+    mean = torch.zeros_like(scaled) if want_mean and mean is None else mean
+    return _Attention(log_sum_exp, total.masked_fill(total == 0, 1.0), mean, twice_rank)
 
 
 def _leave_out(logits: Tensor, first: int, excluded: Tensor | None, plan: _Plan) -> None:
@@ -292,23 +348,23 @@ def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention
     log_sum_exp = scaled.new_full((len(scaled), 1), float("-inf"))
     mean = torch.zeros_like(scaled)
     operand = scaled.to(plan.logits).contiguous()[None, None]  # it reads rows, and keys, as if they were
-    width = len(plan.negatives) if plan.negatives.dtype == plan.logits == scaled.dtype else 4096  # for small copies
+    one_dtype = plan.negatives.dtype == plan.logits == scaled.dtype
+    width = len(plan.negatives) if plan.short or one_dtype else 4096  # for small copies
     for start in range(0, len(plan.negatives), max(1, width)):
         rows = plan.negatives[start : start + width].to(plan.problem.matmul_dtype).to(plan.logits)
         rows = rows.contiguous()[None, None]
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         part_mean, part_sum = attention(operand, rows, rows, 0.0, False, scale=1.0)
-        part_sum = part_sum.view(-1, 1)
+        part_mean, part_sum = part_mean[0, 0].to(mean.dtype), part_sum.view(-1, 1)
         both = torch.logaddexp(log_sum_exp, part_sum)
-        if want_mean:
-            mean.lerp_(part_mean[0, 0].to(mean.dtype), (part_sum - both).exp_())
+        mean = part_mean if start == 0 else mean.lerp_(part_mean, (part_sum - both).exp_())
         log_sum_exp = both
-    return _Attention(log_sum_exp, mean if want_mean else None, None)
+    return _Attention(log_sum_exp, torch.ones_like(log_sum_exp), mean if want_mean else None, None)
 
 
-def _columns(rows: int, device_type: str) -> int:
+def _columns(rows: int, on_cpu: bool) -> int:
     """Negatives in a tile."""
-    if device_type != "cpu":
+    if not on_cpu:
         return max(128, 2**24 // rows)  # 64 MiB of logits: few launches, still nothing like N x K
     return min(MOST_COLUMNS, TILE_LOGITS // rows // 64 * 64)  # other widths take up to a sixth longer
 
@@ -318,10 +374,16 @@ def _block(problem: Problem, part: slice) -> tuple[Tensor, Tensor, Tensor | None
     positions = problem.query.shape[2]
     images = slice(part.start // positions, -(-part.stop // positions))
     inside = slice(part.start - images.start * positions, part.stop - images.start * positions)
-    query, key = (x[images].transpose(1, 2).to(problem.dtype) for x in (problem.query, problem.key))
-    key = gather_matches(key, None if problem.matches is None else problem.matches[images])
     excluded = None if problem.exclude is None else problem.exclude[images].repeat_interleave(positions)[inside]
-    return query.reshape(-1, query.shape[2])[inside], key.reshape(-1, key.shape[2])[inside], excluded
+    query, key = (x[images].transpose(1, 2) for x in (problem.query, problem.key))
+    matches = None if problem.matches is None else problem.matches[images]
+    if len(query) == 1:  # a piece of one image: what is outside of it is not read
+        query = query[:, inside]
+        key, matches = (key[:, inside], None) if matches is None else (key, matches[:, inside])
+        inside = slice(None)
+    key = gather_matches(key, matches)
+    query, key = (x.to(problem.dtype).reshape(-1, x.shape[2])[inside] for x in (query, key))
+    return query, key, excluded
 
 
 def _finite(x: Tensor) -> Tensor:
