@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -99,6 +100,27 @@ def run_ranks(worker: str, world: int, directory: Path, *arguments: str) -> list
             process.kill()
             process.wait()
     return [torch.load(directory / f"{rank}.pt") for rank in range(world)]
+
+
+def torchrun(script: str | Path, *arguments: str | Path) -> str:
+    """What two processes write to standard error, in the directory of the script."""
+    if not torch.distributed.is_available() or sys.platform == "win32":
+        pytest.skip("torchrun")
+    root, directory = str(Path(__file__).parents[1]), Path(script).parent
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+        *arguments,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 class NoFloat64(TorchDispatchMode):
