@@ -16,7 +16,7 @@ from helpers import GRADIENTS, assert_close, check, error, expected, make_case, 
 from densecl_ops import _processor
 from densecl_ops._processor import Processor
 from densecl_ops.info_nce import at_once, blockwise
-from densecl_ops.info_nce.problem import Problem
+from densecl_ops.info_nce.eager import Problem
 
 LOW = (torch.float16, torch.bfloat16)
 

@@ -36,7 +36,7 @@ from densecl_ops.correspondence import triton_launch as fused_matching  # noqa: 
 from densecl_ops.functional import dense_correspondence, dense_info_nce  # noqa: E402
 from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
 from densecl_ops.info_nce import triton_plan  # noqa: E402
-from densecl_ops.info_nce.problem import Problem  # noqa: E402
+from densecl_ops.info_nce.eager import Problem  # noqa: E402
 
 FLOAT32 = 2e-6  # relative error norm; at most 4e-7 over 12 seeds
 DEVICE = torch.device(helpers.DEVICES["triton"])
@@ -115,7 +115,7 @@ def test_products_follow_the_float32_setting_of_torch() -> None:
 import torch
 from densecl_ops import _triton
 from densecl_ops.info_nce import triton_plan
-from densecl_ops.info_nce.problem import Problem
+from densecl_ops.info_nce.eager import Problem
 _triton.describe = lambda device: _triton.Device("sm_90", 132)
 query, matmul = torch.zeros(1, 16, 4), torch.backends.cuda.matmul
 problem = Problem(query, query, query[0].T, 5.0, None, None, None, None, False, torch.float32, torch.float32)

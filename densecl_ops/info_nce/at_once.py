@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from densecl_ops._numerics import norm
-from densecl_ops.info_nce.problem import Problem, Result, gather_matches, rows_of
+from densecl_ops.info_nce.eager import Problem, Result, gather_matches, rows_of
 
 MOST_LOGITS = 2**15  # 128 KiB in float32: 8 queries by 4,096 negatives
 
@@ -19,7 +19,7 @@ def serves(problem: Problem, want_rank: bool) -> bool:
     query, negatives = problem.query, problem.negatives
     return (
         not want_rank
-        and problem.exclude is None
+        and problem.is_plain
         and query.device.type == "cpu"
         and negatives.dtype == problem.matmul_dtype == problem.dtype
         and query.shape[0] * query.shape[2] * negatives.shape[0] <= MOST_LOGITS

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from densecl_ops import _backends
 from densecl_ops._recomputation import compare, note_compiled, version_of
 from densecl_ops._tracing import inside_func, operator
-from densecl_ops.info_nce.problem import SCHEMA, Problem, Result
+from densecl_ops.info_nce.eager import SCHEMA, Problem, Result
 
 
 def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> tuple[Tensor, Tensor]:
@@ -69,18 +69,21 @@ class _InfoNCE(torch.autograd.Function):
         return _forward(*arguments[:-1])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, negatives, scale, learned_scale, matches, exclude, existing, *rest = inputs
-        *ctx.numbers, _, _, ctx.backend, ctx.version = rest
-        ctx.scale, ctx.query_dtype = scale, query.dtype
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *fields, _, _, ctx.backend, ctx.version = inputs
+        ctx.query_dtype = fields[0].dtype
         _, rank, *saved = output
         ctx.mark_non_differentiable(rank, *saved)
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
-        views = (query, key, matches) if needs_key or needs_negatives else (None,) * 3
-        queue = (negatives, exclude, existing) if needs_negatives else (None,) * 3
-        ctx.save_for_backward(ctx.version, *saved, learned_scale, *views, *queue)
+        if needs_key or needs_negatives:
+            problem: Any = Problem(*fields)
+            if not needs_negatives:
+                problem = problem._replace(**dict.fromkeys(("negatives", "exclude", "existing")))
+            saved += [x if isinstance(x, Tensor) else None for x in problem]
+            ctx.others = [None if isinstance(x, Tensor) else x for x in problem]
+        ctx.save_for_backward(ctx.version, *saved)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -102,21 +105,22 @@ _apply = super(torch.autograd.Function, _InfoNCE).apply
 
 
 def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-    log_sum_exp, pull, grad_query, grad_scale, learned_scale, query, key, matches, negatives, exclude, existing = saved
+    log_sum_exp, pull, grad_query, grad_scale, *tensors = saved
     needs_query, needs_key, needs_negatives, _, needs_scale, *not_differentiable = ctx.needs_input_grad
+    to_query = to_key = to_negatives = to_scale = None
     if needs_key or needs_negatives:
         row_weight = _weigh(grad_loss, pull)
-        rows = query.new_empty(0, query.shape[1]) if negatives is None else negatives  # the key's gradient reads none
-        problem = (query, key, rows, ctx.scale, learned_scale, matches, exclude, existing, *ctx.numbers)
-    to_query = to_key = to_negatives = to_scale = None
+        problem = Problem(*(other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)))
+        if needs_negatives:
+            to_negatives = _grad_negatives(*problem, log_sum_exp, row_weight, ctx.backend).to(problem.negatives.dtype)
+        else:  # the key's gradient reads none
+            problem = problem._replace(negatives=problem.query.new_empty(0, problem.query.shape[1]))
+        if needs_key:
+            to_key = _grad_key(*problem, row_weight, ctx.backend).mT.to(problem.key.dtype)
     if needs_query:
         to_query = _weigh(grad_loss[:, :, None], grad_query).mT.to(ctx.query_dtype)
-    if needs_key:
-        to_key = _grad_key(*problem, row_weight, ctx.backend).mT.to(key.dtype)
-    if needs_negatives:
-        to_negatives = _grad_negatives(*problem, log_sum_exp, row_weight, ctx.backend).to(negatives.dtype)
     if needs_scale:
-        to_scale = _weigh(grad_loss, grad_scale).sum().to(learned_scale.dtype)
+        to_scale = _weigh(grad_loss, grad_scale).sum()
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
 
 

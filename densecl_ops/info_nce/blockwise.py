@@ -21,7 +21,7 @@ from densecl_ops._numerics import inverse_norm
 from densecl_ops._parallel import for_blocks
 from densecl_ops._processor import matmul, processor
 from densecl_ops.info_nce import at_once
-from densecl_ops.info_nce.problem import (
+from densecl_ops.info_nce.eager import (
     TIE_WIDTH,
     UNSHIFTED_LIMIT,
     Problem,

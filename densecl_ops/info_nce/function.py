@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,25 @@ from densecl_ops._recomputation import Guard, note, version_of
 from densecl_ops._tracing import is_traced, outside_inference
 from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce import autograd, eager
-from densecl_ops.info_nce.problem import Problem
+from densecl_ops.info_nce.eager import Problem
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CallOptions(TypedDict, total=False):
+    """What a call of the module may ask for beside the rank, too; each as `dense_info_nce` says."""
+
+    weight: Tensor | None
+    exclude: Tensor | None
+
+
+class Options(CallOptions, total=False):
+    """What the module has as its own."""
+
+    temperature: float | Tensor
+    reduction: Reduction
+    backend: BackendName
 
 
 @overload
@@ -25,12 +43,8 @@ def dense_info_nce(
     negatives: Tensor | NegativeQueue,
     correspondence: Correspondence | Tensor | None = None,
     *,
-    temperature: float | Tensor = 0.2,
-    reduction: Reduction = "mean",
-    weight: Tensor | None = None,
-    exclude: Tensor | None = None,
     return_rank: Literal[False] = False,
-    backend: BackendName = "auto",
+    **options: Unpack[Options],
 ) -> Tensor: ...
 
 
@@ -41,12 +55,8 @@ def dense_info_nce(
     negatives: Tensor | NegativeQueue,
     correspondence: Correspondence | Tensor | None = None,
     *,
-    temperature: float | Tensor = 0.2,
-    reduction: Reduction = "mean",
-    weight: Tensor | None = None,
-    exclude: Tensor | None = None,
     return_rank: Literal[True],
-    backend: BackendName = "auto",
+    **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -57,12 +67,8 @@ def dense_info_nce(
     negatives: Tensor | NegativeQueue,
     correspondence: Correspondence | Tensor | None = None,
     *,
-    temperature: float | Tensor = 0.2,
-    reduction: Reduction = "mean",
-    weight: Tensor | None = None,
-    exclude: Tensor | None = None,
     return_rank: bool,
-    backend: BackendName = "auto",
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 

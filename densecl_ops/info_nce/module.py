@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from densecl_ops import _backends, _checks, _pairs, _tracing
 from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
-from densecl_ops.info_nce.function import dense_info_nce
+from densecl_ops.info_nce.function import CallOptions, dense_info_nce
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DenseInfoNCELoss(nn.Module):
@@ -103,9 +106,8 @@ class DenseInfoNCELoss(nn.Module):
             negatives: Tensor | NegativeQueue,
             correspondence: Correspondence | Tensor | None = None,
             *,
-            weight: Tensor | None = None,
-            exclude: Tensor | None = None,
             return_rank: Literal[False] = False,
+            **options: Unpack[CallOptions],
         ) -> Tensor: ...
 
         @overload
@@ -116,9 +118,8 @@ class DenseInfoNCELoss(nn.Module):
             negatives: Tensor | NegativeQueue,
             correspondence: Correspondence | Tensor | None = None,
             *,
-            weight: Tensor | None = None,
-            exclude: Tensor | None = None,
             return_rank: Literal[True],
+            **options: Unpack[CallOptions],
         ) -> tuple[Tensor, Tensor]: ...
 
         @overload
@@ -129,9 +130,8 @@ class DenseInfoNCELoss(nn.Module):
             negatives: Tensor | NegativeQueue,
             correspondence: Correspondence | Tensor | None = None,
             *,
-            weight: Tensor | None = None,
-            exclude: Tensor | None = None,
             return_rank: bool,
+            **options: Unpack[CallOptions],
         ) -> Tensor | tuple[Tensor, Tensor]: ...
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -143,11 +143,13 @@ class DenseInfoNCELoss(nn.Module):
         negatives: Tensor | NegativeQueue,
         correspondence: Correspondence | Tensor | None = None,
         *,
-        weight: Tensor | None = None,
-        exclude: Tensor | None = None,
         return_rank: bool = False,
+        **options: Unpack[CallOptions],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns the loss, or with return_rank the pair of the loss and the rank (B, P_q) of each positive."""
+        """Returns the loss, or with return_rank the pair of the loss and the rank (B, P_q) of each positive.
+
+        Further options are `weight` and `exclude`.
+        """
         return dense_info_nce(
             query,
             key,
@@ -155,10 +157,9 @@ class DenseInfoNCELoss(nn.Module):
             correspondence,
             temperature=self.temperature,
             reduction=self.reduction,
-            weight=weight,
-            exclude=exclude,
             return_rank=return_rank,
             backend=self.backend,
+            **options,
         )
 
     def extra_repr(self) -> str:

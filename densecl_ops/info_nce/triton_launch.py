@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from densecl_ops import _triton
 from densecl_ops.info_nce import blockwise, triton_plan
 from densecl_ops.info_nce import triton_kernels as kernels
-from densecl_ops.info_nce.problem import Problem, Result, is_bounded_by_contract, through_norm, unit_vectors
+from densecl_ops.info_nce.eager import Problem, Result, is_bounded_by_contract, through_norm, unit_vectors
 
 _LOG2_E = 1.4426950408889634
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from densecl_ops import _triton
-from densecl_ops.info_nce.problem import Problem
+from densecl_ops.info_nce.eager import Problem
 
 
 class Config(NamedTuple):
