@@ -230,55 +230,18 @@ def adaptive_pool(x: Array, grid: tuple[int, int]) -> Array:
     return out
 
 
-class HeadResult(NamedTuple):
-    image: Array  # (B, D)
-    dense: Array  # (B, D, P)
-    pooled: Array  # (B, D)
-    mean: Array  # (B, C), input of the image branch
-    grid: Array  # (B, C, P), input of the dense branch
+def head(params: Params, features: Array, grid_size: tuple[int, int] | None = None) -> tuple[Array, Array, Array]:
+    """Image (B, D), dense (B, D, P) and pooled (B, D), from weights named as in the module's state_dict."""
+    grid = features if grid_size is None else adaptive_pool(features, grid_size)
 
+    def mlp(branch: str, x: Array) -> Array:
+        w1, b1, w2, b2 = (params[f"{branch}.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
+        hidden = np.maximum(np.einsum("hc,bcp->bhp", w1.reshape(len(b1), -1), x) + b1[:, None], 0)
+        return np.einsum("dh,bhp->bdp", w2.reshape(len(b2), -1), hidden) + b2[:, None]
 
-def head(params: Params, features: Array, grid_size: tuple[int, int] | None = None) -> HeadResult:
-    """The two branches, from weights named as in the module's state_dict."""
-    mean = features.mean((2, 3))
-    pooled_features = features if grid_size is None else adaptive_pool(features, grid_size)
-    grid = pooled_features.reshape(*features.shape[:2], -1)
-    image = np.stack([_mlp(params, "image_mlp", vector[:, None])[:, 0] for vector in mean])
-    dense = np.stack([_mlp(params, "dense_mlp", positions) for positions in grid])
-    return HeadResult(image, dense, dense.mean(2), mean, grid)
-
-
-def _mlp(params: Params, branch: str, x: Array) -> Array:
-    """(C, P) -> (D, P)."""
-    w1, b1, w2, b2 = _layers(params, branch)
-    return w2 @ np.maximum(w1 @ x + b1, 0) + b2
-
-
-def _layers(params: Params, branch: str) -> tuple[Array, Array, Array, Array]:
-    w1, b1, w2, b2 = (params[f"{branch}.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
-    return w1.reshape(len(b1), -1), b1[:, None], w2.reshape(len(b2), -1), b2[:, None]
-
-
-def head_gradients(params: Params, result: HeadResult, d_image: Array, d_dense: Array) -> Params:
-    """Gradients of every parameter from those of `image` and `dense`."""
-    grads = {name: np.zeros_like(value) for name, value in params.items()}
-    for b in range(len(d_image)):
-        _mlp_gradients(params, grads, "image_mlp", result.mean[b][:, None], d_image[b][:, None])
-        _mlp_gradients(params, grads, "dense_mlp", result.grid[b], d_dense[b])
-    return grads
-
-
-def _mlp_gradients(params: Params, grads: Params, branch: str, x: Array, d_out: Array) -> None:
-    w1, b1, w2, _ = _layers(params, branch)
-    before = w1 @ x + b1
-    d_before = (w2.T @ d_out) * (before > 0)
-    for name, value in (
-        ("2.weight", d_out @ np.maximum(before, 0).T),
-        ("2.bias", d_out.sum(1)),
-        ("0.weight", d_before @ x.T),
-        ("0.bias", d_before.sum(1)),
-    ):
-        grads[f"{branch}.{name}"] += value.reshape(grads[f"{branch}.{name}"].shape)
+    image = mlp("image_mlp", features.mean((2, 3))[:, :, None])[:, :, 0]
+    dense = mlp("dense_mlp", grid.reshape(*features.shape[:2], -1))
+    return image, dense, dense.mean(2)
 
 
 # ---- the queue -----------------------------------------------------------------------------------------------------

@@ -86,38 +86,9 @@ def test_everything_learns(backend: str, dtype: torch.dtype) -> None:
         for a, b in zip(*results, strict=True):
             assert_close(b, a, {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5}[dtype])
         optimizer.step()
-
-
-def test_without_gradient(backend: str) -> None:
-    case = helpers.make_case(2)
-    args = helpers.to_device(backend, case.query, case.key, case.negatives, case.index)
-    fast = compiled(lambda *args: dense_info_nce(*args, return_rank=True, backend=backend))
     with torch.no_grad():
-        loss, rank = fast(*args)
-    truth = helpers.expected(case)
-    assert_close(loss, truth.loss, 1e-10)
-    assert rank.tolist() == truth.rank.tolist()
-
-
-@pytest.mark.parametrize(("compiler", "init"), [("aot_eager", "empty"), ("inductor", "random")])
-def test_queue_alone(compiler: str, init: str) -> None:
-    """Of a size that no batch divides, with reads of the rows around the write."""
-    queue = MomentumQueue(37, 8, init=init)
-    twin = copy.deepcopy(queue)
-
-    def step(queue: MomentumQueue, keys: Tensor) -> tuple[Tensor, Tensor]:
-        before = queue.rows.clone()
-        queue.enqueue(keys)
-        return before, queue.rows.clone()
-
-    fast = compiled(step, compiler)
-    for number in range(10):
-        keys = torch.randn(10, 8)
-        with no_recompile(number == 0):
-            seen = fast(queue, keys)
-        for a, b in zip(seen, step(twin, keys), strict=True):
-            assert_close(a, b, 1e-6)
-        assert (int(queue.position), int(queue.count)) == (int(twin.position), int(twin.count))
+        for a, b in zip(loss(*leaves), compiled(loss)(*leaves), strict=True):
+            assert_close(b, a, 1e-5)
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
@@ -166,16 +137,6 @@ def test_opcheck_loss(fused: str, dtype: torch.dtype, plain: bool) -> None:
     rows = torch.rand(2, 6, dtype=wide, device=tensors[0].device)
     torch.library.opcheck(OPS.info_nce_grad_negatives, (*arguments, rows, rows, fused), test_utils=CHECKS)
     torch.library.opcheck(OPS.info_nce_grad_key, (*arguments, rows, fused), test_utils=CHECKS)
-
-
-def test_operators_write_to_no_argument() -> None:
-    """So a compiler has no choice between a queue and the copy of it that the caller passed."""
-    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("densecl_ops::")]
-    assert len(names) >= 2
-    for name in names:
-        schema = getattr(torch.ops.densecl_ops, name.removeprefix("densecl_ops::").split(".")[0]).default._schema
-        assert not schema.is_mutable
-        assert all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
 
 
 @pytest.mark.parametrize("rows", ["zero", "large", "equal"])

@@ -23,38 +23,29 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Correspo
     return query, key, Correspondence(index, torch.zeros(B, P), valid), torch.rand(B, P).to(torch.float64)
 
 
-def at_keys(per_position: np.ndarray, index: Tensor) -> np.ndarray:
-    """(B, D, P) summed into the (B, D, P_K) that the index points at."""
-    return np.einsum("bdi,bij->bdj", per_position, np.eye(P_K)[index])
-
-
-def expected(
-    query: Tensor, key: Tensor, match: Correspondence, weight: Tensor, reduction: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The loss and its gradients to query and key."""
-    (q, q_inverse), (k, k_inverse) = (oracle.unit(flat64(x), 1) for x in (query, key))
-    k, k_inverse = (np.take_along_axis(x, match.index[:, None].numpy(), 2) for x in (k, k_inverse))
-    cosine = (q * k).sum(1)
-    rows = np.where(match.valid, weight.numpy(), 0.0)
-    loss, divisor = rows * (2 - 2 * cosine), rows.sum() if reduction == "mean" else 1.0
-    slope, cosine = (-2 * rows / divisor)[:, None], cosine[:, None]
-    d_q, d_k = slope * (k - cosine * q) * q_inverse, slope * (q - cosine * k) * k_inverse
-    return (loss if reduction == "none" else loss.sum() / divisor), d_q, at_keys(d_k, match.index)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str
 )
 def test_loss_and_gradients(dtype: torch.dtype, tolerance: float, reduction: str) -> None:
+    """The loss by numpy, gradients by finite differences in float64, and those of other dtypes by these."""
     query, key, match, weight = inputs(dtype)
-    query.requires_grad_()
-    key = key.to(memory_format=torch.channels_last).requires_grad_()
-    loss = dense_cosine(query, key, match, weight=weight, reduction=reduction)
-    loss.sum().backward()
+    leaves = [x.detach().requires_grad_() for x in (query, key.to(memory_format=torch.channels_last))]
+    exact = [x.detach().double().requires_grad_() for x in (query, key)]
+
+    def call(query: Tensor, key: Tensor) -> Tensor:
+        return dense_cosine(query, key, match, weight=weight, reduction=reduction)
+
+    loss = call(*leaves)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for found, wish in zip((loss, query.grad, key.grad), expected(query, key, match, weight, reduction), strict=True):
-        assert_close(found, wish, tolerance)
+    q, k = (oracle.unit(flat64(x), 1)[0] for x in (query, key))
+    rows = np.where(match.valid, weight.numpy(), 0.0)
+    truth = rows * (2 - 2 * (q * np.take_along_axis(k, match.index[:, None].numpy(), 2)).sum(1))
+    assert_close(loss, {"none": truth, "sum": truth.sum(), "mean": truth.sum() / rows.sum()}[reduction], tolerance)
+    assert torch.autograd.gradcheck(call, exact, fast_mode=True)
+    gradients = (torch.autograd.grad(call(*x).sum(), x) for x in (leaves, exact))
+    for seen, wish in zip(*gradients, strict=True):
+        assert_close(seen, wish, tolerance)
 
 
 def test_same_position_and_vectors() -> None:
@@ -94,6 +85,4 @@ def test_gather_matches() -> None:
     found = gather_matches(key.requires_grad_(), match)
     for b in range(B):
         assert torch.equal(found[b], key.flatten(2)[b][:, match.index[b]])
-    upstream = torch.randn_like(found)
-    found.backward(upstream)
-    assert_close(key.grad, at_keys(upstream.numpy(), match.index), 1e-14, "shared keys add up")
+    assert torch.autograd.gradcheck(lambda key: gather_matches(key, match), key, fast_mode=True)  # shared keys add up

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import assert_close, flat64, numpy64
+from helpers import assert_close, numpy64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,19 +18,16 @@ from densecl_ops import DenseCorrespondence, DenseProjectionHead, Projection, _m
 from densecl_ops.functional import location_correspondence
 
 
-def params_of(head: nn.Module) -> oracle.Params:
-    return {name: numpy64(value) for name, value in head.state_dict().items()}
-
-
 def make_head(**options: object) -> DenseProjectionHead:
     return DenseProjectionHead(5, 7, 4, **options).double()
 
 
 def check_head(head: DenseProjectionHead, features: torch.Tensor, tolerance: float = 1e-12) -> Projection:
-    truth, seen = oracle.head(params_of(head), numpy64(features), head.grid_size), head(features)
+    params, seen = {name: numpy64(value) for name, value in head.state_dict().items()}, head(features)
     assert isinstance(seen, Projection)
-    for name in Projection._fields:
-        assert_close(getattr(seen, name), getattr(truth, name), tolerance, name)
+    truth = oracle.head(params, numpy64(features), head.grid_size)
+    for name, actual, expected in zip(Projection._fields, seen, truth, strict=True):
+        assert_close(actual, expected, tolerance, name)
     return seen
 
 
@@ -54,16 +51,14 @@ def test_head(
 
 
 def test_gradients() -> None:
-    """Of the parameters by the oracle, of the features by finite differences."""
+    """Of features and parameters, by finite differences."""
     head, features = make_head(grid_size=(2, 3)), torch.randn(3, 5, 5, 4, dtype=torch.float64, requires_grad=True)
-    truth = oracle.head(params_of(head), numpy64(features), (2, 3))
-    upstream = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 4), (3, 4, 2, 3), (3, 4))]
-    torch.autograd.backward(head(features), upstream)
-    d_dense = flat64(upstream[1]) + numpy64(upstream[2])[:, :, None] / 6
-    grads = oracle.head_gradients(params_of(head), truth, numpy64(upstream[0]), d_dense)
-    for name, parameter in head.named_parameters():
-        assert_close(parameter.grad, grads[name], 1e-12, name)
-    assert torch.autograd.gradcheck(lambda x: tuple(head(x)), features)
+    names, parameters = zip(*head.named_parameters(), strict=True)
+
+    def call(features: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.func.functional_call(head, dict(zip(names, parameters, strict=True)), features))
+
+    assert torch.autograd.gradcheck(call, (features, *parameters))
 
 
 def test_tokens_and_vectors() -> None:

@@ -129,15 +129,6 @@ def test_any_values(backend: str, case: helpers.Case, data: st.DataObject) -> No
         assert_close(seen.query, truth.query, tolerance, "gradient to query", floor)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("valid", [1, 0.5, 0])
-def test_weights(backend: str, reduction: str, kind: str, valid: float) -> None:
-    case = make_case(10, reduction=reduction, valid=torch.rand(3, 6) < valid)
-    case.weight = WEIGHTS[kind](torch.rand(3, 6, dtype=torch.float64))
-    check(backend, case, wanted=GRADIENTS if kind == "float64" else GRADIENTS[:4])
-
-
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, "queue"])
 def test_queues(backend: str, kind: Any) -> None:
     """Rows and a count of any integer dtype are all that the protocol asks for."""
