@@ -22,7 +22,7 @@ import pytest
 import recipes
 import torch
 import torch.distributed as dist
-from helpers import EPS, numpy64, refused
+from helpers import EPS, check_queue, deque_of, refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,8 +56,7 @@ class Both:
     """A queue, and the deque that it must equal on each of `ranks`: all start from the random rows of the first."""
 
     def __init__(self, ranks: Sequence[int], init: str = "random", dtype: torch.dtype = torch.float64, **options: Any):
-        start = new_queue(ranks[0], init, dtype)
-        self.model = oracle.Queue(SIZE, numpy64(start.rows[: int(start.count)]))
+        self.model = deque_of(new_queue(ranks[0], init, dtype))
         self.queue = new_queue(dist.get_rank(), init, dtype, **options)
         self.ranks, self.eps = ranks, EPS[dtype]
 
@@ -75,12 +74,10 @@ class Both:
 
     def check(self) -> None:
         """The rows of the deque, and to the bit those of all ranks."""
-        queue, model = self.queue, self.model
-        assert (int(queue.position), int(queue.count)) == (model.position, model.count)
-        np.testing.assert_allclose(numpy64(queue.rows[: model.count]), model.rows(), rtol=0, atol=self.eps)
-        states = [None] * dist.get_world_size(queue.process_group)
-        dist.all_gather_object(states, queue.state_dict(), group=queue.process_group)
-        for state in states if queue.gather_distributed else ():
+        check_queue(self.queue, self.model, self.eps)
+        states = [None] * dist.get_world_size(self.queue.process_group)
+        dist.all_gather_object(states, self.queue.state_dict(), group=self.queue.process_group)
+        for state in states if self.queue.gather_distributed else ():
             torch.testing.assert_close(state, states[0], rtol=0, atol=0)
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
 
-from densecl_ops import Correspondence
+from densecl_ops import Correspondence, MomentumQueue
 from densecl_ops.functional import dense_correspondence, dense_info_nce
 
 BACKENDS = ("eager", "blockwise")
@@ -83,23 +80,15 @@ def refused(call: Callable[[], Any], words: str = "") -> pytest.ExceptionInfo[Ex
     return caught
 
 
-def run_ranks(worker: str, world: int, directory: Path, *arguments: str) -> list[Any]:
-    """`python WORKER RANK WORLD DIRECTORY ARGUMENT...` once a rank; what each saved as DIRECTORY/RANK.pt."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(world), str(directory), *arguments],
-            stderr=(directory / f"{rank}.err").open("w"),
-        )
-        for rank in range(world)
-    ]
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=240) == 0, (directory / f"{rank}.err").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [torch.load(directory / f"{rank}.pt") for rank in range(world)]
+def deque_of(queue: MomentumQueue) -> oracle.Queue:
+    """With the rows that a new queue starts from."""
+    return oracle.Queue(queue.size, numpy64(queue.rows[: int(queue.count)]))
+
+
+def check_queue(queue: MomentumQueue, model: oracle.Queue, eps: float) -> None:
+    assert (int(queue.position), int(queue.count)) == (model.position, model.count)
+    rows = model.rows().reshape(model.count, queue.dim)
+    np.testing.assert_allclose(numpy64(queue.rows[: model.count]), rows, rtol=0, atol=eps)
 
 
 def torchrun(script: str | Path, *arguments: str | Path) -> str:

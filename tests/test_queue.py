@@ -10,10 +10,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from helpers import EPS, numpy64
+from helpers import EPS, check_queue, deque_of, numpy64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,18 +25,6 @@ DTYPES = st.sampled_from(list(EPS))
 
 def keys_of(seed: int, n: int, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(np.random.default_rng(seed).standard_normal((n, dim)) * 3, dtype=dtype)
-
-
-def same(queue: MomentumQueue, model: oracle.Queue, eps: float) -> None:
-    assert int(queue.position) == model.position
-    assert int(queue.count) == model.count
-    np.testing.assert_allclose(
-        numpy64(queue.rows[: model.count]), model.rows().reshape(model.count, queue.dim), atol=eps
-    )
-
-
-def model_of(queue: MomentumQueue) -> oracle.Queue:
-    return oracle.Queue(queue.size, numpy64(queue.rows[: int(queue.count)]))
 
 
 def reloaded(queue: MomentumQueue) -> MomentumQueue:
@@ -59,9 +46,9 @@ def reloaded(queue: MomentumQueue) -> MomentumQueue:
 def test_queue_and_its_copies_are_deques(
     duplicate: Any, queue: MomentumQueue, key_dtype: torch.dtype, batches: list[int], copied_at: int, seed: int
 ) -> None:
-    model, dtype = model_of(queue), queue.rows.dtype
+    model, dtype = deque_of(queue), queue.rows.dtype
     eps = EPS[dtype]
-    same(queue, model, eps)
+    check_queue(queue, model, eps)
     left = []  # a queue stays as it is once its copy goes on
     for step, n in enumerate(batches):
         if step == copied_at:
@@ -70,10 +57,10 @@ def test_queue_and_its_copies_are_deques(
         keys = keys_of(seed + step, n, queue.dim, key_dtype)
         queue.enqueue(keys)
         model.enqueue(numpy64(keys))
-        same(queue, model, eps)
+        check_queue(queue, model, eps)
         assert (queue.rows.dtype, queue.position.dtype, queue.count.dtype) == (dtype, torch.int64, torch.int64)
     for pair in left:
-        same(*pair, eps)
+        check_queue(*pair, eps)
 
 
 def test_defaults() -> None:
@@ -120,14 +107,14 @@ def test_random_rows_are_unit_in_any_dtype(dtype: torch.dtype | None, defaults: 
 def test_keys_of_any_kind_are_neither_changed_nor_kept(guise: Any, mode: Any) -> None:
     keys = guise(keys_of(2, 5, 4))
     queue, before = MomentumQueue(7, 4, dtype=torch.float64), numpy64(keys).copy()
-    model = model_of(queue)
+    model = deque_of(queue)
     with mode():
         queue.enqueue(keys)
     np.testing.assert_array_equal(numpy64(keys), before)
     with torch.inference_mode():
         keys[0] = 7
     model.enqueue(before)
-    same(queue, model, EPS[keys.dtype])
+    check_queue(queue, model, EPS[keys.dtype])
     assert not queue.rows.requires_grad
 
 
