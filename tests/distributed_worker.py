@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: python distributed_worker.py RANK WORLD DIRECTORY runs every case below in turn.
+"""One rank of test_distributed.py: torchrun ... distributed_worker.py DIRECTORY runs every case below in turn.
 
 A case compares what this rank sees with one process on the concatenated batch of all.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import os
 import pickle
 import sys
 import warnings
@@ -390,7 +391,7 @@ def rows_from_before_the_process_group(rank: int, world: int) -> None:
 
 
 def join(rank: int, world: int, name: str) -> None:
-    where, limit = (Path(sys.argv[3]) / name).as_uri(), datetime.timedelta(seconds=60)
+    where, limit = (Path(sys.argv[1]) / name).as_uri(), datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=limit)
 
 
@@ -409,10 +410,10 @@ def main(rank: int, world: int) -> None:
     for name, function in CASES.items():
         print(f"rank {rank}: {name}", file=sys.stderr)
         function(rank, world)
-    torch.save(list(CASES), Path(sys.argv[3]) / f"{rank}.pt")
+    torch.save(list(CASES), Path(sys.argv[1]) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

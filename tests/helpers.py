@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,21 +94,13 @@ def check_queue(queue: MomentumQueue, model: oracle.Queue, eps: float) -> None:
     np.testing.assert_allclose(numpy64(queue.rows[: model.count]), rows, rtol=0, atol=eps)
 
 
-def torchrun(script: str | Path, *arguments: str | Path) -> str:
-    """What two processes write to standard error, in the directory of the script."""
+def torchrun(script: str | Path, *arguments: str | Path, processes: int = 2) -> str:
+    """What the processes write to standard error, in the directory of the script."""
     if not torch.distributed.is_available() or sys.platform == "win32":
         pytest.skip("torchrun")
     root, directory = str(Path(__file__).parents[1]), Path(script).parent
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        script,
-        *arguments,
-    ]
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    command = [sys.executable, *launcher, script, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_worker as worker
 import pytest
 import torch
+from helpers import torchrun
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -16,17 +15,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 @pytest.fixture(scope="module", params=[2, 4])
 def passed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """The cases that each of 2 and 4 gloo processes went through."""
-    folder, processes = tmp_path_factory.mktemp("ranks"), []
-    for rank in range(request.param):
-        command = [sys.executable, worker.__file__, str(rank), str(request.param), str(folder)]
-        processes.append(subprocess.Popen(command, stderr=(folder / f"{rank}.err").open("w")))
-    try:
-        for rank, process in enumerate(processes):
-            assert process.wait(timeout=240) == 0, (folder / f"{rank}.err").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(worker.__file__, folder, processes=request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
