@@ -43,6 +43,9 @@ def extremes() -> dict[str, tuple[helpers.Case, float]]:
     few = make_case(2, channels=16, negatives=64)
     few.negatives[0] = -1e5  # at s = -1e6
     cases["one far below"] = replace(few, query=few.query.abs()), 1e-5
+    low = make_case(12, channels=8, negatives=2000, temperature=0.1)
+    low.query[:, 0], low.negatives[:, 0] = 5, low.negatives[:, 0] - 12  # at s = -110, more than a call at once
+    cases["all far below"] = low, 1e-4
     zero = make_case(10)
     cases["all zero"] = replace(zero, query=0 * zero.query, key=0 * zero.key, negatives=0 * zero.negatives), 1e-6
     return cases
