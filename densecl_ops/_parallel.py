@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+SERIAL = 2**15 - 1  # numbers that torch's operators leave to the calling thread
+
 
 def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int = 1) -> None:
     """Calls `work` with slices of even size that cover range(size), on as many threads as torch has.

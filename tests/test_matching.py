@@ -109,6 +109,14 @@ def test_few_images_with_many_channels_in_many_tiles(monkeypatch: pytest.MonkeyP
         check_match("blockwise", *pair(batch=7), mutual)
 
 
+def test_a_short_call_of_rows() -> None:
+    """On a CPU in few operators, the scores scaled by some images at a time."""
+    maps = pair(batch=40, channels=24, query=(7, 7), key=(7, 7))
+    query, key = (x.float().contiguous(memory_format=torch.channels_last) for x in maps)
+    query[3, :, 2, 2] = key[7, :, 1, 1] = 0
+    check_match("blockwise", query, key)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mutual", [False, True])
 def test_ties_go_to_the_lowest_index(backend: str, dtype: torch.dtype, mutual: bool) -> None:

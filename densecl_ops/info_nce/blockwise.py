@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densecl_ops._numerics import inverse_norm
-from densecl_ops._parallel import for_blocks
+from densecl_ops._parallel import SERIAL, for_blocks
 from densecl_ops._processor import matmul, processor
 from densecl_ops.info_nce import at_once
 from densecl_ops.info_nce.eager import (
@@ -40,7 +40,6 @@ BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**18, 4096
 # A call of up to SHORT_LOGITS runs in operators on all threads, four for each SHORT_TILE. Threads of our own would
 # share the cores with torch's, which spin for some 6 ms after their last operator.
 SHORT_LOGITS, SHORT_TILE, SHORT_COPY = 2**23, 2**22, 2**20
-SERIAL = 2**15 - 1  # numbers that torch's operators leave to the calling thread
 LOG2_E = math.log2(math.e)  # exp2() of 2^19 values takes 0.07 ms where exp() takes 0.30 (MKL on Zen 5)
 # What the sum of exp2() of a row may be without a shift: above, the mean could overflow, below, terms may vanish.
 LEAST_SUM, MOST_SUM = 1e-24, 1e30
