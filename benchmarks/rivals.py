@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import compiled
@@ -86,16 +85,6 @@ def attend_cudnn(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
     return out[0], out[1]
 
 
-def attend_flex() -> Attend:
-    flex = compiled(flex_attention)
-
-    def attend(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
-        rows = queue[None, None]
-        return flex(query[None, None], rows, rows, scale=1 / TEMPERATURE, return_lse=True)  # type: ignore[no-any-return]
-
-    return attend
-
-
 class _QueueAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, queue: Tensor, attend: Attend) -> Tensor:
@@ -134,6 +123,4 @@ def all_rivals(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
         found["attention, cuDNN"] = lambda inputs: attention(inputs, attend_cudnn)
     else:
         found["attention, flash"] = lambda inputs: attention(inputs, attend_cpu)
-    flex = attend_flex()
-    found["attention, flex"] = lambda inputs: attention(inputs, flex)
     return found

@@ -29,8 +29,6 @@ OPTIONS = [field for field in fields(Setting) if field.name not in ("arm", "seed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--camvid", type=Path, metavar="DIR", required=True, help="holds train, trainannot, val, ...")
     add("--photographs", type=Path, metavar="DIR", required=True, help="any folder of photographs")
