@@ -41,12 +41,19 @@ README_NAMES = ("materialise", "torch.compile", "chunked", "attention, flash", O
 MODES = {"train": "Forward + backward", "forward": "Forward alone, under no_grad"}
 
 
+Case = dict[str, Any]
+
+
 def load(folder: str, suite: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((RESULTS / folder / f"{suite}.json").read_text())
     return record
 
 
-def headline(folder: str, mode: str) -> list[dict[str, Any]]:
+def median(case: Case, name: str) -> float:
+    return float(case["rows"][name]["milliseconds"][1])
+
+
+def headline(folder: str, mode: str) -> list[Case]:
     """The cases that the loss suite measures first, in float32 and bfloat16."""
     record = load(folder, "loss")
     shape = HEADLINE_CPU if record["runs"][0]["environment"]["gpu"] is None else HEADLINE
@@ -54,23 +61,21 @@ def headline(folder: str, mode: str) -> list[dict[str, Any]]:
     return [next(case for case in record["cases"] if case["shape"] == one) for one in wanted]
 
 
-def served(cases: Iterable[dict[str, Any]]) -> list[str]:
+def served(cases: Iterable[Case]) -> list[str]:
     """The contestants that could serve one of the cases."""
     return [name for name in NAMES if any("ratio" in case["rows"].get(name, {}) for case in cases)]
 
 
-def loss_table(names: Iterable[str], cases: list[dict[str, Any]]) -> str:
+def loss_table(names: Iterable[str], cases: list[Case]) -> str:
     """Time as a multiple of the materialised form's in the same interleaved run, and extra memory."""
-    lines = []
-    for key in names:
-        cells = [NAMES[key][0]]
-        for case in cases:
-            row, base = case["rows"].get(key), case["rows"]["materialise"]["milliseconds"][1]
-            if row is None or "failed" in row:
-                cells += ["" if row is None else "failed", ""]
-            else:
-                cells += [f"{row['milliseconds'][1] / base:.2f}", f"{row['peak_extra_mib']:,.0f} MiB"]
-        lines.append(cells)
+
+    def cells(case: Case, name: str) -> list[str]:
+        row = case["rows"].get(name)
+        if row is None or "failed" in row:
+            return ["" if row is None else "failed", ""]
+        return [f"{median(case, name) / median(case, 'materialise'):.2f}", f"{row['peak_extra_mib']:,.0f} MiB"]
+
+    lines = [[NAMES[name][0], *(cell for case in cases for cell in cells(case, name))] for name in names]
     return table(["", "float32: time", "extra memory", "bfloat16: time", "extra memory"], lines)
 
 
@@ -80,33 +85,27 @@ def cost(folder: str) -> str:
     environment = load(folder, "loss")["runs"][cases[0]["run"]]["environment"]
     machine = f"a GPU ({environment['gpu']}" if environment["gpu"] else f"a CPU ({environment['device']}"
     shape, rows = cases[0]["shape"], cases[0]["rows"]
-    first, second = (case["rows"]["materialise"]["milliseconds"][1] for case in cases)
-    lines = [
+    times = [median(case, "materialise") for case in cases]
+    text = (
         f"Loss forward + backward on {machine}, torch {environment['torch']}) at N = {shape['n']:,} "
         f"({shape['n'] // 49} images, 7 x 7), K = {shape['k']:,}, D = {shape['d']}; times relative to the materialised "
-        f"form in the same interleaved run ({_ms(first)} and {_ms(second)}):",
-        "",
-        loss_table(README_NAMES, cases),
-        "",
+        f"form in the same interleaved run ({' and '.join(map(_ms, times))}):\n\n{loss_table(README_NAMES, cases)}\n\n"
         f"In float32 the gradient is off the float64 one by {rows[OURS]['error_gradient']:.0e} (relative), the "
-        f"materialised form's by {rows['materialise']['error_gradient']:.0e}.",
-    ]
+        f"materialised form's by {rows['materialise']['error_gradient']:.0e}."
+    )
     if "arithmetic" in rows:
-        floor = rows["arithmetic"]["milliseconds"][1]
-        lines[-1] += (
+        floor = median(cases[0], "arithmetic")
+        text += (
             f" The arithmetic alone (both products and one exponential, all rows at once, in torch operations) takes "
-            f"{floor / first:.2f}; the loss takes {rows[OURS]['milliseconds'][1] / floor:.2f} times as long."
+            f"{floor / times[0]:.2f}; the loss takes {median(cases[0], OURS) / floor:.2f} times as long."
         )
-    return "\n".join(lines)
+    return text
 
 
 def loss(folder: str) -> str:
     """The headline case: all rivals, both modes."""
-    parts = []
-    for mode, title in MODES.items():
-        cases = headline(folder, mode)
-        parts.append(f"{title}:\n\n{loss_table(served(cases), cases)}")
-    return "\n\n".join(parts)
+    both = {title: headline(folder, mode) for mode, title in MODES.items()}
+    return "\n\n".join(f"{title}:\n\n{loss_table(served(cases), cases)}" for title, cases in both.items())
 
 
 def grid(folder: str) -> str:
@@ -170,13 +169,13 @@ def others(folder: str) -> str:
     return "\n\n".join(parts)
 
 
-def multiples(cases: list[dict[str, Any]], title: str, names: list[str]) -> list[list[str]]:
+def multiples(cases: list[Case], title: str, names: list[str]) -> list[list[str]]:
     """A row per case: ours in milliseconds, all others as multiples of it."""
     lines = []
     for case in cases:
         rows, cold = case["rows"], ", cold cache" if case["shape"].get("cache") == "cold" else ""
-        median = _ms(rows[OURS]["milliseconds"][1]) if "milliseconds" in rows[OURS] else "failed"
-        lines.append([title.format(**case["shape"]) + cold, median, *(_multiple(rows.get(name)) for name in names)])
+        own = _ms(median(case, OURS)) if "milliseconds" in rows[OURS] else "failed"
+        lines.append([title.format(**case["shape"]) + cold, own, *(_multiple(rows.get(name, {})) for name in names)])
     return lines
 
 
@@ -185,11 +184,10 @@ def _ms(value: float) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _multiple(row: dict[str, Any] | None) -> str:
-    if row is None or "ratio" in row:
-        return f"{row['ratio']:.2f}" if row else ""
-    reason = str(row.get("failed", "")).lower()
-    return "no memory" if "memory" in reason or "gib" in reason else "cannot"
+def _multiple(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return "no memory" if re.search("memory|GiB", row["failed"]) else "cannot"
+    return f"{row['ratio']:.2f}" if row else ""
 
 
 def demo(folder: str) -> str:
@@ -219,11 +217,11 @@ def curves(folder: str, last: int = 20) -> str:
         end = {key: f"{statistics.fmean(values[-last:]):.2f}" for key, values in history.items()}
         peak, low = max(history["dense_loss"]), min(history["mutual_share"])
         at_peak, at_low = history["dense_loss"].index(peak) + 1, history["mutual_share"].index(low) + 1
-        both = {key: f"{start[key]}, {end[key]}" for key in ("image_loss", "top1", "match_score")}
+        image, top1, score = (f"{start[key]}, {end[key]}" for key in ("image_loss", "top1", "match_score"))
         dense = f"{start['dense_loss']}, {peak:.2f} ({at_peak}), {end['dense_loss']}"
         mutual = f"{start['mutual_share']}, {low:.2f} ({at_low}), {end['mutual_share']}"
-        cells = both["image_loss"], dense, both["top1"], end["top5"], both["match_score"], mutual
-        lines.append([run["label"], *cells, f"{run['matches']['close']:.2f}"])
+        stereo = f"{run['matches']['close']:.2f}"
+        lines.append([run["label"], image, dense, top1, end["top5"], score, mutual, stereo])
     return table(heads, lines)
 
 
@@ -247,31 +245,29 @@ def versions(folder: str) -> str:
 def counts(suite: str) -> str:
     """What tests/ptx/count.py counted: now, and before where a record of that lies beside it and differs."""
 
-    def read(name: str) -> dict[tuple[str, str], dict[str, Any]]:
-        path = RESULTS / "counts" / f"{name}.json"
+    def read(when: str, target: str) -> dict[tuple[str, str], dict[str, Any]]:
+        path = RESULTS / "counts" / f"{suite}{when}_{target}.json"
         rows = json.loads(path.read_text()) if path.exists() else []
         return {(row["case"], row["kernel"].removesuffix("_kernel")): row for row in rows}
 
-    shown: list[tuple[str, str, Callable[[dict[str, Any]], str]]] = [
-        ("instructions", "sm_80", lambda row: f"{row['instructions']:,}"),
-        ("instructions", "sm_90", lambda row: f"{row['instructions']:,}"),
-        (
-            "read",
-            "sm_90",
-            lambda row: f"{row['bytes read'] / 1e6:.2f} MB, {row['bytes asked for'] / row['bytes read']:.0%}",
-        ),
-        ("wavefronts", "sm_90", lambda row: f"x{row['wavefronts'] / max(1, row['without conflicts']):.2f}"),
-    ]
-    now, before = ({target: read(f"{suite}{when}_{target}") for _, target, _ in shown} for when in ("", "_before"))
+    def megabytes(row: dict[str, Any]) -> str:
+        return f"{row['bytes read'] / 1e6:.2f} MB, {row['bytes asked for'] / row['bytes read']:.0%}"
+
+    shown: dict[str, Callable[[dict[str, Any]], str]] = {
+        "instructions, sm_80": lambda row: f"{row['instructions']:,}",
+        "instructions, sm_90": lambda row: f"{row['instructions']:,}",
+        "read, sm_90": megabytes,
+        "wavefronts, sm_90": lambda row: f"x{row['wavefronts'] / max(1, row['without conflicts']):.2f}",
+    }
+    records = {head: (read("", head[-5:]), read("_before", head[-5:]), form) for head, form in shown.items()}
     lines = []
-    for case, kernel in now["sm_90"]:
+    for case, kernel in read("", "sm_90"):
         cells = []
-        for _, target, form in shown:
-            row = now[target][case, kernel]
-            pair = form(before[target].get((case, kernel), row)), form(row)
-            cells.append(" → ".join(dict.fromkeys(pair)))
+        for now, before, form in records.values():
+            row = now[case, kernel]
+            cells.append(" → ".join(dict.fromkeys((form(before.get((case, kernel), row)), form(row)))))
         lines.append([kernel, case, *cells])
-    return table(["kernel", "case", *(f"{name}, {target}" for name, target, _ in shown)], lines)
+    return table(["kernel", "case", *shown], lines)
 
 
 OWN = (cost, loss, grid, quiet, busy, others, demo, curves, versions, counts)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.__main__ import main
 from benchmarks.records import RESULTS
-from benchmarks.transfer import data, page, pretraining, suite, tasks, views
+from benchmarks.transfer import page, pretraining, suite, tasks
 from benchmarks.transfer.pretraining import Setting
 
 SMALL = Setting("nearest", 0, 0.05, steps=4, view=32, window=40, batch=4, queue=16)
@@ -50,7 +50,7 @@ def photographs() -> list[torch.Tensor]:
 def cells(frames: int, generator: torch.Generator) -> tasks.Cells:
     features = (2 + torch.randn(frames, 6, 4, 5, generator=generator)).bfloat16()  # cosines near 1
     truth = torch.randint(0, 12, (frames, 32, 40), generator=generator).to(torch.uint8)
-    return tasks.Cells(features, data.cell_counts(truth, 8), [(i, i + 1) for i in range(frames - 1)])
+    return tasks.Cells(features, tasks.cell_counts(truth), [(i, i + 1) for i in range(frames - 1)])
 
 
 def test_score_is_that_of_every_pixel() -> None:
@@ -59,7 +59,7 @@ def test_score_is_that_of_every_pixel() -> None:
     truth[truth == 4] = 5  # a class that never occurs has no IoU
     predicted = torch.randint(0, 12, (2, 3, 4), generator=generator)
     predicted[predicted == 4] = 6
-    result = tasks.score(predicted, data.cell_counts(truth, 8))
+    result = tasks.score(predicted, tasks.cell_counts(truth))
     pixels, truth = predicted.repeat_interleave(8, 1).repeat_interleave(8, 2), truth[:, :, :32]
     for label, seen in enumerate(result["classes"]):
         both = ((pixels == label) & (truth == label)).sum()
@@ -120,7 +120,7 @@ def test_views_lie_where_their_boxes_say() -> None:
     window = torch.stack([place.expand(side, side), place[:, None].expand(side, side), torch.zeros(side, side)])
     uniform = torch.rand(8, 14, generator=torch.Generator().manual_seed(0))
     uniform[:, [9, 10, 12]] = 1  # no colours, no grey, no blur
-    found = views.augment(window.expand(8, 3, side, side) / 2 + 0.5, uniform, view)
+    found = pretraining.augment(window.expand(8, 3, side, side) / 2 + 0.5, uniform, view)
     centre = (torch.arange(view) + 0.5) / view
     x0, y0, x1, y1 = found.boxes.T[..., None]
     x, y = x0 + (x1 - x0) * centre, y0 + (y1 - y0) * centre
@@ -135,18 +135,18 @@ def test_grey_and_blur() -> None:
     uniform = torch.full((4, 14), 0.5)  # strengths in the middle change nothing
     uniform[:, 10] = torch.tensor([0.1, 0.9, 0.1, 0.9])  # two turn grey
     uniform[::2, 8] = torch.tensor([0.2, 0.9])  # another hue is of the same luma
-    recoloured = views._recolour(images, uniform.unbind(1))
+    recoloured = pretraining._recolour(images, uniform.unbind(1))
     torch.testing.assert_close(recoloured[::2], color.rgb_to_grayscale(images[::2]).expand(-1, 3, -1, -1))
     torch.testing.assert_close(recoloured[1::2], images[1::2])
 
     sigma = torch.tensor([0.3, 0.6, 1.0, 2.0])
     blurred = filters.gaussian_blur2d(images, (5, 5), sigma[:, None].expand(-1, 2))
-    torch.testing.assert_close(views._blur(images, sigma, 2), blurred, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pretraining._blur(images, sigma, 2), blurred, atol=1e-6, rtol=0)
 
 
 def test_consecutive_frames() -> None:
     names = ["A_000030", "A_000060", "A_000120", "A_000150", "B_f00150", "B_f00152"]
-    assert data.consecutive(names) == [(0, 1), (2, 3), (4, 5)]
+    assert tasks.consecutive(names) == [(0, 1), (2, 3), (4, 5)]
 
 
 def test_arms_of_a_seed_are_paired(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_byol_terms(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step's terms, from the model's own maps and projections, in float64."""
     monkeypatch.setattr(pretraining, "processor", lambda: SimpleNamespace(bfloat16=False))
     model = pretraining.Siamese(replace(SMALL, arm=arm)).train()
-    pair = views.draw(photographs(), 4, 40, 32, torch.Generator().manual_seed(0))
+    pair = pretraining.draw(photographs(), 4, 40, 32, torch.Generator().manual_seed(0))
     with torch.no_grad():
         image_loss, dense_loss = model(*pair, 0.99)
         maps = [

@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.records import RESULTS, spread, table
-from benchmarks.transfer.data import CLASSES
 from benchmarks.transfer.pretraining import ARMS, BYOL, IMAGE
 from benchmarks.transfer.suite import Record, chosen_rate, load, on_val
-from benchmarks.transfer.tasks import TASKS
+from benchmarks.transfer.tasks import CLASSES, TASKS
 
 NAMES = {
     "random": "random weights",
@@ -31,10 +30,10 @@ def values(record: Record) -> list[float]:
     return [float(record[f"test.{task}"][key]) for task, (key, _) in TASKS.items()]
 
 
-def by_arm(records: Iterable[Record]) -> dict[str, dict[int, Record]]:
-    """Arm: {seed: record}."""
-    every = sorted(records, key=lambda record: int(record["setting"]["seed"]))
-    found = {arm: {r["setting"]["seed"]: r for r in every if r["setting"]["arm"] == arm} for arm in ARMS}
+def by_arm(records: Iterable[Record], key: str = "seed") -> dict[str, dict[float, Record]]:
+    """Arm: {seed, or another setting: record}."""
+    every = sorted(records, key=lambda record: float(record["setting"][key]))
+    found = {arm: {r["setting"][key]: r for r in every if r["setting"]["arm"] == arm} for arm in ARMS}
     return {arm: runs for arm, runs in found.items() if runs}
 
 
@@ -96,11 +95,12 @@ def search_stereo(folder: str) -> str:
 def _by_rate(folder: str, heading: str, value: Callable[[Record], float], bold: bool) -> str:
     records, rows = load(RESULTS / folder / "search"), []
     rates = sorted({record["setting"]["rate"] for record in records})
-    for arm in (arm for arm in ARMS if any(record["setting"]["arm"] == arm for record in records)):
-        found = {r["setting"]["rate"]: f"{value(r):.3f}" for r in records if r["setting"]["arm"] == arm}
+    for arm, runs in by_arm(records, "rate").items():
+        cells = [f"{value(runs[rate]):.3f}" if rate in runs else "" for rate in rates]
         if bold:
-            found[chosen_rate(records, arm)] = f"**{found[chosen_rate(records, arm)]}**"
-        rows.append([NAMES[arm], *(found.get(rate, "") for rate in rates)])
+            taken = rates.index(chosen_rate(records, arm))
+            cells[taken] = f"**{cells[taken]}**"
+        rows.append([NAMES[arm], *cells])
     return table([heading, *(f"rate {rate:g}" for rate in rates)], rows)
 
 

@@ -16,15 +16,19 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 
 from benchmarks.measure import environment
 from benchmarks.records import write
-from benchmarks.transfer import data
 from benchmarks.transfer.pretraining import ARMS, RANDOM, Setting, pretrain
-from benchmarks.transfer.tasks import measure
+from benchmarks.transfer.tasks import VOID, Frames, measure
 
 Record = dict[str, Any]
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+SHORT_SIDE = 360  # pixels; larger photographs are scaled down to it once, smaller ones stay as they are
 OPTIONS = [field for field in fields(Setting) if field.name not in ("arm", "seed", "rate")]
 
 
@@ -73,12 +77,40 @@ def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
             yield Setting(arm, seed, 0.0, **chosen)
 
 
+def load_split(folder: Path, split: str) -> Frames:
+    """Reads `folder`/`split` (images) and `folder`/`split`annot (labels)."""
+    paths = _images_in(folder / split)
+    labels = [folder / f"{split}annot" / f"{path.stem}.png" for path in paths]
+    images = torch.stack([_rgb(Image.open(path)) for path in paths])
+    truth = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in labels])
+    if truth.shape != (len(images), *images.shape[2:]) or int(truth.max()) > VOID:
+        raise ValueError(f"{folder}: labels of {split} are {tuple(truth.shape)}, at most {int(truth.max())}")
+    return Frames([path.stem for path in paths], images, truth)
+
+
+def load_photographs(folder: Path) -> list[Tensor]:
+    """(3, H, W) uint8 images below `folder`, in the order of their names."""
+    images = map(Image.open, _images_in(folder))
+    return [_rgb(ImageOps.scale(image, min(1.0, SHORT_SIDE / min(image.size)))) for image in images]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise SystemExit(f"{folder}: no image found; docs/dense-tasks.md says where the data come from")
+    return paths
+
+
+def _rgb(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
 def main(arguments: argparse.Namespace) -> None:
     """One run per seed, arm and rate; all data in memory."""
     torch.backends.cudnn.benchmark = True
     described = environment()  # before hours of work may have changed what is checked out
-    train, val, test = (data.load_split(arguments.camvid, split) for split in ("train", "val", "test"))
-    photographs = [x.to(arguments.device) for x in (*data.load_photographs(arguments.photographs), *train.images)]
+    train, val, test = (load_split(arguments.camvid, split) for split in ("train", "val", "test"))
+    photographs = [x.to(arguments.device) for x in (*load_photographs(arguments.photographs), *train.images)]
     for setting in settings(arguments):
         path = arguments.out / arguments.part / f"{setting.name}.json"
         if not path.exists():

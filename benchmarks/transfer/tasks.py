@@ -6,16 +6,22 @@ intersection over union (mIoU) is one over pixels, of predictions as coarse as a
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.transfer.data import VOID, Frames, cell_counts, consecutive
 from benchmarks.transfer.pretraining import encode
 from densecl_ops import DenseCorrespondence
 
+CLASSES = (
+    *("sky", "building", "pole", "road", "pavement", "tree"),
+    *("sign", "fence", "car", "pedestrian", "bicyclist"),
+)
+VOID = len(CLASSES)  # the label of pixels that no task counts
 STRIDE = 8  # pixels per cell
 EVERY = 4  # one train frame and one val frame in four is looked at: neighbours are a second apart and much alike
 MEMORY = 8192  # train cells that k-NN retrieval looks up
@@ -28,6 +34,20 @@ TASKS = {  # of the test split: key of the record's value, heading
     "propagation": ("miou", "label propagation, mIoU"),
     "stereo": ("close", "stereo, within 1.5 cells"),
 }
+
+
+class Frames(NamedTuple):
+    """One split of CamVid.
+
+    Attributes:
+        names: Sequence and number of every frame, such as "0001TP_008550"; sorted.
+        images: (N, 3, H, W) uint8.
+        truth: (N, H, W) uint8, a class or VOID.
+    """
+
+    names: list[str]
+    images: Tensor
+    truth: Tensor
 
 
 class Cells(NamedTuple):
@@ -44,6 +64,24 @@ class Cells(NamedTuple):
     pairs: list[tuple[int, int]]
 
 
+def cell_counts(truth: Tensor) -> Tensor:
+    """(N, H / STRIDE, W / STRIDE, CLASSES + 1) how many pixels of each cell bear each label, VOID last; float32."""
+    labels = F.one_hot(truth.long(), VOID + 1).movedim(3, 1).float()
+    return F.avg_pool2d(labels, STRIDE, divisor_override=1).movedim(1, 3)
+
+
+def consecutive(names: list[str]) -> list[tuple[int, int]]:
+    """Pairs of neighbours (previous, current) of one sequence, as close together as its closest are."""
+    places = [re.findall(r"(.+_[a-z]*)(\d+)", name)[0] for name in names]
+    gaps = [
+        (i, sequence, int(other) - int(number))
+        for i, ((sequence, number), (following, other)) in enumerate(itertools.pairwise(places))
+        if sequence == following
+    ]
+    closest = {sequence: min(gap for _, own, gap in gaps if own == sequence) for _, sequence, _ in gaps}
+    return [(i, i + 1) for i, sequence, gap in gaps if gap == closest[sequence]]
+
+
 @torch.no_grad()
 def look_at(network: nn.Module, frames: Frames, batch: int = 8) -> Cells:
     """Encodes a split."""
@@ -53,7 +91,7 @@ def look_at(network: nn.Module, frames: Frames, batch: int = 8) -> Cells:
         encode(network, images[:, :, :height, :width].to(device)).contiguous()
         for images in torch.split(frames.images, batch)
     ]
-    counts = torch.cat([cell_counts(truth, STRIDE) for truth in torch.split(frames.truth, batch)])
+    counts = torch.cat([cell_counts(truth) for truth in torch.split(frames.truth, batch)])
     return Cells(torch.cat(maps), counts.to(device), consecutive(frames.names))
 
 
