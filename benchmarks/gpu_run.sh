@@ -5,7 +5,7 @@
 #   benchmarks/gpu_run.sh FOLDER second    4 minutes, after a change: races, selftest, the loss again, the other tests
 #
 # The next stage runs even if one fails. What comes back is FOLDER.tar.gz, renewed after every stage. Variables:
-#   PYTHON    the interpreter: with torch for this GPU, triton, einops, numpy, pytest, pytest-timeout and hypothesis
+#   PYTHON    the interpreter: with torch for this GPU, triton, einops, numpy, pillow, pytest, pytest-timeout, hypothesis
 #   COMMIT    what is measured, where there is no .git: COMMIT=$(git describe --always --dirty --exclude='*')
 #   OPTIONS   of the benchmarks, and PATIENCE, a factor on every limit: for a rehearsal on a slow machine without a GPU
 #             (then `tune` fails), OPTIONS="--toy --device cpu --seconds 0.01" PATIENCE=10
@@ -16,20 +16,15 @@ if (($# != 2)) || [[ ! $2 =~ ^(first|second)$ ]]; then
 fi
 mkdir -p "$1" && out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit
-if [[ -z ${COMMIT:-} ]] && ! git rev-parse HEAD > /dev/null 2>&1; then
-    echo "no record without its commit, and there is no .git here: set COMMIT"
-    exit 2
-fi
 python=${PYTHON:-python3} failed=()
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+"$python" -c "from benchmarks.measure import commit; commit()" || exit 2 # before minutes of a GPU are spent
 
 run() { # LOG SECONDS COMMAND...: at most so long; prints the end of the output
-    local status=0
     echo "== $1"
     # Not through a pipe: a process that outlives its parent would hold it open.
-    timeout -k 5 $(($2 * ${PATIENCE:-1})) "${@:3}" > "$out/$1.txt" 2>&1 || status=$?
+    timeout -k 5 $(($2 * ${PATIENCE:-1})) "${@:3}" > "$out/$1.txt" 2>&1 || failed+=("$1: status $?")
     tail -n 25 "$out/$1.txt"
-    ((status == 0)) || failed+=("$1: status $status")
     tar -czf "$out.part" -C "$(dirname "$out")" "$(basename "$out")" && mv "$out.part" "$out.tar.gz"
 }
 

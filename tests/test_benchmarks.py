@@ -7,6 +7,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -211,8 +212,8 @@ def test_gpu_run_fits_its_call(tmp_path: Path, call: str, seconds: int) -> None:
         program.parent.mkdir(exist_ok=True)
         program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/notes\n')
         program.chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    subprocess.run(["bash", GPU_RUN, tmp_path / "out", call], env=os.environ | {"PATH": path}, check=True)
+    changed = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    subprocess.run(["bash", GPU_RUN, tmp_path / "out", call], env=os.environ | changed, check=True)
     limits = [int(line.split()[2]) for line in (tmp_path / "notes").read_text().splitlines()]
     assert len(limits) >= 5
     assert sum(limits) <= seconds
