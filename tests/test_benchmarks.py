@@ -37,20 +37,17 @@ def _no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(record: dict) -> None:
     """What every reader of a file relies on."""
     assert record.keys() == {"suite", "runs", "cases"}
-    for one in record["runs"]:
-        assert one.keys() == {"command", "environment", "rates"}
-        assert all(one["environment"][key] for key in ("device", "python", "torch", "commit", "system"))
-    shapes = [json.dumps(case["shape"]) for case in record["cases"]]
-    assert len(set(shapes)) == len(shapes)
+    assert all(one.keys() == {"command", "environment", "rates"} for one in record["runs"])
+    shapes = {json.dumps(case["shape"]) for case in record["cases"]}
+    assert len(shapes) == len(record["cases"])
     for case in record["cases"]:
         assert 0 <= case["run"] < len(record["runs"])
         for row in case["rows"].values():
-            if row.get("failed"):
-                continue
-            low, middle, high = row["milliseconds"]
-            assert 0 < low <= middle <= high
-            assert row["rounds"] >= 3 or (row["rounds"] == 1 and low == high)
-            assert all(0 <= value < 1 for key, value in row.items() if key.startswith("error_"))
+            if "failed" not in row:
+                low, middle, high = row["milliseconds"]
+                assert 0 < low <= middle <= high
+                assert row["rounds"] >= 3 or (row["rounds"] == 1 and low == high)
+                assert all(0 <= value < 1 for key, value in row.items() if key.startswith("error_"))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +67,9 @@ def test_suite(request: pytest.FixtureRequest, tmp_path: Path, suite: str, cases
         request.getfixturevalue("gpu")
     command = [suite, "--toy", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", *options]
     main(command)
-    (path,) = tmp_path.glob("*.json")
+    path = tmp_path / f"{suite}{'-busy1' * (suite == 'queue')}.json"
     record = json.loads(path.read_text())
     check(record)
-    assert path.stem == suite + ("-busy1" if suite == "queue" else "")
     assert len(record["cases"]) == cases
     for case in record["cases"]:
         served = {name: row for name, row in case["rows"].items() if "failed" not in row}
@@ -109,28 +105,14 @@ def test_a_wrong_match_is_counted() -> None:
     assert lost > 0
 
 
-def trainer(dtype: str) -> step.Trainer:
-    return step.Trainer({"backbone": "small", "batch": 4, "pixels": 32, "k": 16, "dtype": dtype}, CPU)
-
-
 def test_both_ways_of_a_dense_step_give_the_same_loss() -> None:
     """The rival does the same work: equal queues, equal weights, equal loss."""
-    ours = trainer("float32")
+    ours = step.Trainer({"backbone": "small", "batch": 4, "pixels": 32, "k": 16, "dtype": "float32"}, CPU)
     ours.image_slices.queue.copy_(ours.image_queue.rows.t())
     ours.dense_slices.queue.copy_(ours.dense_queue.rows.t())
     images, usual = torch.randn(4, 3, 32, 32), copy.deepcopy(ours)
     torch.testing.assert_close(ours.step(ours.ours, images), usual.step(usual.usual, images))
     torch.testing.assert_close(ours.dense_queue.rows.t(), usual.dense_slices.queue)
-
-
-def test_every_loss_of_a_mixed_step_is_mixed() -> None:
-    """As on a GPU: outside of autocast the float32 queue would make the products float32, also of a part alone."""
-    ours, mixed, images = trainer("bfloat16"), list[bool](), torch.randn(4, 3, 32, 32)
-    ours.criterion.register_forward_pre_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
-    ours.step(ours.ours, images)
-    for part in ours.parts(images).values():
-        part(images)
-    assert mixed == [True] * 3
 
 
 def test_committed_results() -> None:
@@ -153,21 +135,13 @@ def test_commit_comes_from_the_variable_where_git_is_not(monkeypatch: pytest.Mon
 
 
 def test_what_a_contestant_cannot_do_is_a_result() -> None:
-    """And names no path of the machine."""
-    greedy, broken = (
-        Mock(side_effect=torch.OutOfMemoryError),
-        Mock(side_effect=OSError("/home/me/lib/x.so: cannot open")),
-    )
-    entries = {"greedy": greedy, "known": greedy, "broken": broken, "densecl_ops": Mock()}
-    rows = compare(entries, [None], CPU, seconds=0, needs={"known": 2**50})
+    """And names no path of the machine. A hopeless one is timed once."""
+    greedy, broken = Mock(side_effect=torch.OutOfMemoryError), Mock(side_effect=OSError("/home/me/lib/x.so: no file"))
+    entries = {"greedy": greedy, "known": greedy, "broken": broken, "slow": lambda _: time.sleep(0.2), "fast": Mock()}
+    rows = compare(entries, [None], CPU, seconds=0.2, needs={"known": 2**50})
     assert rows["greedy"] == {"failed": "out of memory"}
     assert rows["known"] == {"failed": "not run: needs about 1048576 GiB"}
-    assert rows["broken"] == {"failed": "OSError: (path): cannot open"}
-    assert rows["densecl_ops"]["rounds"] >= 3
-
-
-def test_a_hopeless_contestant_is_timed_once() -> None:
-    rows = compare({"slow": lambda _: time.sleep(0.2), "fast": lambda _: None}, [None], CPU, seconds=0.2)
+    assert rows["broken"] == {"failed": "OSError: (path): no file"}
     assert [rows[name]["rounds"] for name in ("slow", "fast")] == [1, 25]
     low, middle, high = rows["slow"]["milliseconds"]
     assert 200 <= low == middle == high
@@ -187,9 +161,8 @@ def test_curves(name: str, tmp_path: Path) -> None:
     for module in ("kornia", "matplotlib", "skimage", "tqdm"):
         pytest.importorskip(module)
     main(["curves", "--runs", name, "--out", str(tmp_path), "--options", "--steps 2 --batch-size 4 --lambda-warmup 0"])
-    record, committed = (
-        json.loads((folder / "curves_cpu" / f"{name}.json").read_text()) for folder in (tmp_path, RESULTS)
-    )
+    paths = (folder / "curves_cpu" / f"{name}.json" for folder in (tmp_path, RESULTS))
+    record, committed = (json.loads(path.read_text()) for path in paths)
     assert record.keys() == committed.keys()
     assert record["settings"]["queue_size"] == committed["settings"]["queue_size"]
     assert {key: len(values) for key, values in record["history"].items()} == dict.fromkeys(committed["history"], 2)
@@ -207,12 +180,10 @@ GPU_RUN = Path(records.__file__).with_name("gpu_run.sh")
 @pytest.mark.parametrize(("call", "seconds"), [("first", 420), ("second", 240)])
 def test_gpu_run_fits_its_call(tmp_path: Path, call: str, seconds: int) -> None:
     """Programs that note how they are called stand in for those of a machine with a GPU."""
-    for name in ("timeout", "nvidia-smi"):
-        program = tmp_path / "bin" / name
-        program.parent.mkdir(exist_ok=True)
+    for program in (tmp_path / "timeout", tmp_path / "nvidia-smi"):
         program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/notes\n')
         program.chmod(0o755)
-    changed = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    changed = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
     subprocess.run(["bash", GPU_RUN, tmp_path / "out", call], env=os.environ | changed, check=True)
     limits = [int(line.split()[2]) for line in (tmp_path / "notes").read_text().splitlines()]
     assert len(limits) >= 5
