@@ -39,9 +39,9 @@ def test_passes_here(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         (loss, "grad_query", "gradient to query has more than twice the error"),
         (loss, "noise", "repeats differ"),
         (loss, "no field", "AttributeError: 'Result' object has no attribute 'no field'"),
-        (matching, 0, "wrong match"),
-        (matching, 1, "wrong match"),
-        (matching, 2, "wrong mutual pairs"),
+        (matching, 0, "match has more than twice the error"),
+        (matching, 1, "score has more than twice the error"),
+        (matching, 2, "valid has more than twice the error"),
     ],
 )
 def test_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch, module: Any, field: Any, message: str) -> None:
