@@ -9,6 +9,7 @@ in its backward(): `note` leaves the version of the negatives with the ctx of su
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -67,28 +68,21 @@ def note(negatives: Tensor) -> None:
         frame = frame.f_back
 
 
-class _Reads:
-    """Of one version of the negatives: first computations, and those that the backward pass under way has repeated."""
-
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.firsts = self.repeats = 0
-        self.backward_pass = -1
-
-
 def note_compiled(negatives: Tensor) -> None:
     """The same where compiled code computes the loss: there neither gradients nor hooks are known.
 
-    It counts the first computations that met the negatives as they are now, which a backward pass may each repeat once.
+    It counts the first computations that met the negatives as they are now, and the repeats by the backward pass under
+    way, which may repeat each once.
     """
     if negatives.is_inference():
         return
     # Kept on the storage, which torch keeps with its attributes for as long as the memory is used.
     known = negatives.untyped_storage().__dict__
-    reads: _Reads | None = known.get("_densecl_ops_reads")
+    reads = known.get("_densecl_ops_reads")
     if not in_backward():
         if reads is None or reads.version != negatives._version:
-            reads = known["_densecl_ops_reads"] = _Reads(negatives._version)
+            reads = SimpleNamespace(version=negatives._version, firsts=0, repeats=0, backward_pass=-1)
+            known["_densecl_ops_reads"] = reads
         reads.firsts += 1
     elif reads is not None:
         backward_pass = torch._C._current_graph_task_id()

@@ -27,9 +27,8 @@ def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tens
     Example:
         >>> import torch
         >>> from densecl_ops.functional import dense_correspondence, gather_matches
-        >>> features_q, features_k = torch.randn(2, 4, 64, 7, 7)
-        >>> key = torch.randn(4, 128, 7, 7)
-        >>> gather_matches(key, dense_correspondence(features_q, features_k)).shape
+        >>> match = dense_correspondence(*torch.randn(2, 4, 64, 7, 7))
+        >>> gather_matches(torch.randn(4, 128, 7, 7), match).shape
         torch.Size([4, 128, 49])
     """
     _maps.require_map("key", key)
@@ -89,16 +88,14 @@ def dense_cosine(
     Example:
         >>> import torch
         >>> from densecl_ops.functional import dense_correspondence, dense_cosine
-        >>> features_q, features_k = torch.randn(2, 4, 64, 7, 7)
+        >>> match = dense_correspondence(*torch.randn(2, 4, 64, 7, 7))  # of backbone features
         >>> prediction, target = torch.randn(4, 128, 7, 7, requires_grad=True), torch.randn(4, 128, 7, 7)
-        >>> loss = dense_cosine(prediction, target, dense_correspondence(features_q, features_k))
-        >>> loss.backward()
+        >>> dense_cosine(prediction, target, match).backward()
         >>> dense_cosine(target, target).item() < 1e-6
         True
 
         The best 10 pairs of every image, as VICRegL takes them:
 
-        >>> match = dense_correspondence(features_q, features_k)
         >>> best = torch.zeros(4, 49).scatter_(1, match.score.topk(10, dim=1).indices, 1.0)
         >>> loss = dense_cosine(prediction, target, match, weight=best)
     """

@@ -74,7 +74,7 @@ class DenseProjectionHead(nn.Module):
 
         Args:
             features: (B, C, H, W), any strides; (B, C, P) tokens and (B, C) vectors also work, without grid_size.
-                A warning tells of vectors once: a backbone that pools leaves the dense term one position an image.
+                A warning tells of vectors: a backbone that pools leaves the dense term one position an image.
 
         Returns:
             Projection(image (B, D), dense (B, D, S, S), pooled (B, D)); `dense` is (B, D, P) or (B, D) for tokens or

@@ -43,18 +43,17 @@ def in_batch_negatives(
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
-        ValueError: keys is not (B, D), process_group is not a group of this process, or the ranks disagree on D, on
-            dtype or on requires_grad. An error on one rank raises on all. Or the ranks gather inside
-            DistributedDataParallel.join().
+        ValueError: keys is not (B, D), process_group is not a group of this process, the ranks disagree on D, dtype or
+            requires_grad, or gather inside DistributedDataParallel.join(). An error on one rank raises on all.
 
     Example:
         >>> import torch
         >>> from densecl_ops.functional import dense_info_nce, in_batch_negatives
         >>> query, key = torch.randn(2, 8, 128, 7, 7)
         >>> negatives, own = in_batch_negatives(key.mean((2, 3)))
-        >>> loss = dense_info_nce(query, key, negatives, exclude=own)  # 7 negatives per image
         >>> negatives.shape, own.tolist()
         (torch.Size([8, 128]), [0, 1, 2, 3, 4, 5, 6, 7])
+        >>> loss = dense_info_nce(query, key, negatives, exclude=own)  # 7 negatives per image
     """
     _checks.require_bool("gather_distributed", gather_distributed)
     _distributed.require_group(process_group)

@@ -24,14 +24,12 @@ class MomentumQueue(nn.Module):
     """First-in, first-out store of unit rows that serve as negatives (MoCo, arXiv 1911.05722).
 
     Pass it to the loss as `negatives`, and enqueue after the loss, so that a batch is not among its own negatives.
+    Buffers, all in the state_dict: `rows` (size, dim); `position`, 0-d int64, where the next row goes; `count`, 0-d
+    int64, how many rows are negatives (the first `count` ones).
 
     Averages of a whole model average its buffers too, and an average of rows is no row: leave the queue out, by
     use_buffers=False (AveragedModel, EMAWeightAveraging) or ignore_startswith_names={"queue"} (ema-pytorch, whose
-    `update_model_with_ema_every` would write the averages back). nn.DataParallel throws away what its replicas write:
-    `enqueue` raises there; use DistributedDataParallel.
-
-    Buffers, all in the state_dict: `rows` (size, dim); `position`, 0-d int64, where the next row goes; `count`, 0-d
-    int64, how many rows are negatives (the first `count` ones).
+    `update_model_with_ema_every` would write the averages back).
 
     Args:
         size: K, rows kept. Default 65,536.

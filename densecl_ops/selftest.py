@@ -35,25 +35,17 @@ REPEATS = 100
 
 
 class Case(NamedTuple):
-    """One call to check.
+    """One call to check."""
 
-    Attributes:
-        shape: (B, D or C, H, W) of the query map.
-        key_grid: (H, W) of the key map.
-        dtype: Of the maps.
-        negatives: K of the loss; 0 stands for a matching.
-        options: Of: "count", "exclude", "rank", "learned" (temperature), "cold" (temperature 0.01), "channels_last",
-            "autocast" (a float32 queue under bfloat16), "frozen" (no gradient to key and negatives), "mutual",
-            "repeated" (on a GPU REPEATS times; a tile overwritten too soon shows in some).
-        real: Whether the size is one of training: timed, and compared with float64 by its first images.
-    """
-
-    shape: tuple[int, int, int, int]
-    key_grid: tuple[int, int]
-    dtype: torch.dtype
-    negatives: int
+    shape: tuple[int, int, int, int]  # (B, D or C, H, W) of the query map
+    key_grid: tuple[int, int]  # (H, W) of the key map
+    dtype: torch.dtype  # of the maps
+    negatives: int  # K of the loss; 0 stands for a matching
+    # Of: "count", "exclude", "rank", "learned" (temperature), "cold" (temperature 0.01), "channels_last", "autocast" (a
+    # float32 queue under bfloat16), "frozen" (no gradient to key and negatives), "mutual", "repeated" (on a GPU REPEATS
+    # times; a tile overwritten too soon shows in some).
     options: str = ""
-    real: bool = False
+    real: bool = False  # a size of training: timed, and compared with float64 by its first images
 
     def __str__(self) -> str:
         name = f"loss, K {self.negatives}," if self.negatives else "matching"

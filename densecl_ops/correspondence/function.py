@@ -35,8 +35,7 @@ def dense_correspondence(
 
     Args:
         query_features: (B, C, H, W) backbone map of the first view, any strides; (B, C, P) and (B, C) also work. A
-            ViT's (B, P, C) tokens need .transpose(1, 2): C is not known here, so they would be matched by channel
-            without a word; index.shape[1] is P when all is well.
+            ViT's (B, P, C) tokens need .transpose(1, 2), else channels are matched: index.shape[1] should be P.
         key_features: The same of the second view. Its grid may differ.
         grid_size: Average-pools both maps to S x S (or (H, W)) before matching. Pass what the projection head
             was given, so that index and projection speak of the same positions.
@@ -61,8 +60,6 @@ def dense_correspondence(
         >>> match = dense_correspondence(key.flip(3), key)  # the query view is the key view, mirrored
         >>> match.index[0].tolist()
         [2, 1, 0, 5, 4, 3, 8, 7, 6]
-        >>> bool(match.valid.all()), match.score.shape
-        (True, torch.Size([2, 9]))
     """
     grid = _checks.require_grid_size("grid_size", grid_size)
     mutual = _checks.require_bool("mutual", mutual)

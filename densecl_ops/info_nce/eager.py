@@ -28,32 +28,19 @@ class Problem(NamedTuple):
     """One dense InfoNCE problem: B images, P_q query and P_k key positions, D channels, K negatives.
 
     The fields are the arguments of the operators, whose schema is made of them. New ones go to the end.
-
-    Attributes:
-        query: (B, D, P_q) raw projections, any strides.
-        key: (B, D, P_k) raw projections, any strides.
-        negatives: (K, D) rows, used as they are.
-        scale: 1 / t, a number, or None where it is learned.
-        learned_scale: 1 / t, a 0-d tensor (unknown to the host), or None where it is a number.
-        matches: (B, P_q) int64 positions in the key grid, or None where position i matches position i.
-        exclude: (B,) int64 row of `negatives` that image b must not see, or None.
-        existing: 0-d int64, how many of the first negatives exist; None for all.
-        unit_negatives: Whether the negatives are known to be unit rows, as those of a queue are; bounds the logits.
-        dtype: float32 or float64, for norms, sums, logits and the loss.
-        matmul_dtype: What the products with the negatives run in.
     """
 
-    query: Tensor
-    key: Tensor
-    negatives: Tensor
-    scale: float | None
-    learned_scale: Tensor | None
-    matches: Tensor | None
-    exclude: Tensor | None
-    existing: Tensor | None
-    unit_negatives: bool
-    dtype: torch.dtype
-    matmul_dtype: torch.dtype
+    query: Tensor  # (B, D, P_q) raw projections, any strides
+    key: Tensor  # (B, D, P_k) likewise
+    negatives: Tensor  # (K, D) rows, used as they are
+    scale: float | None  # 1 / t, a number, or None where it is learned
+    learned_scale: Tensor | None  # 1 / t, a 0-d tensor (unknown to the host), or None where it is a number
+    matches: Tensor | None  # (B, P_q) int64 positions in the key grid, or None where position i matches position i
+    exclude: Tensor | None  # (B,) int64 row of `negatives` that image b must not see
+    existing: Tensor | None  # 0-d int64, how many of the first negatives exist; None for all
+    unit_negatives: bool  # whether they are known to be unit rows, as those of a queue are; bounds the logits
+    dtype: torch.dtype  # float32 or float64, for norms, sums, logits and the loss
+    matmul_dtype: torch.dtype  # of the products with the negatives
 
     @property
     def inverse_temperature(self) -> float | Tensor:
@@ -129,23 +116,14 @@ def _leave_out(logits: Tensor, problem: Problem) -> Tensor:
 
 
 class Result(NamedTuple):
-    """What one pass over the negatives yields for every query position.
+    """What one pass over the negatives yields for every query position; tensors that are not asked for are (0,)."""
 
-    Attributes:
-        loss: (B, P_q).
-        rank: (B, P_q) int64, how many negatives score above the positive, as `_rank` defines it; (0,) if not wanted.
-        log_sum_exp: (B, P_q) over the negatives' logits alone.
-        pull: (B, P_q), 1 - p+, the probability that the negatives take; it scales every gradient.
-        grad_query: (B, P_q, D) d loss_i / d query_i (raw); (0,) when not asked for.
-        grad_scale: (B, P_q) d loss_i / d scale; (0,) when not asked for.
-    """
-
-    loss: Tensor
-    rank: Tensor
-    log_sum_exp: Tensor
-    pull: Tensor
-    grad_query: Tensor
-    grad_scale: Tensor
+    loss: Tensor  # (B, P_q)
+    rank: Tensor  # (B, P_q) int64, as `_rank` defines it
+    log_sum_exp: Tensor  # (B, P_q) over the negatives' logits alone
+    pull: Tensor  # (B, P_q), 1 - p+, the probability that the negatives take; it scales every gradient
+    grad_query: Tensor  # (B, P_q, D) d loss_i / d query_i (raw)
+    grad_scale: Tensor  # (B, P_q) d loss_i / d scale
 
 
 class Backend(Protocol):

@@ -102,8 +102,8 @@ def dense_info_nce(
             position i, and the two grids must agree.
         temperature: t, at least 1e-18; a number, or a 0-d tensor, which receives a gradient if it asks for one.
         reduction: "mean" (over the total weight), "sum" or "none".
-        weight: (B, P_q) scales the rows. A row of weight 0 or with an invalid match is left out,
-            even if it holds NaN (in the gradients of "eager" a NaN stays).
+        weight: (B, P_q) scales the rows. One of weight 0 or with an invalid match is left out, even if it holds NaN (in
+            the gradients of "eager" a NaN stays).
         exclude: (B,) integer, the row of `negatives` that belongs to the same image, left out of its sum.
         return_rank: Also return how many negatives score above each positive (0: the positive wins). Both are compared
             in the dtype in which the rows are kept and multiplied. Ties, cosines within 2^-18, count half, rounded
@@ -113,13 +113,13 @@ def dense_info_nce(
             check with. "triton" is the kernels or an error.
 
     Returns:
-        The loss in float32 (float64 if query, key or negatives are), under autocast too. It is 0-d, or (B, P_q) for
-        "none". It is 0 when every row is left out. With return_rank, a pair of the loss and the rank (B, P_q) int64.
+        The loss in float32 (float64 if query, key or negatives are), under autocast too: 0-d, or (B, P_q) for "none";
+        0 when every row is left out. With return_rank, a pair of the loss and the rank (B, P_q) int64.
 
-        Gradients flow to query, to key, negatives and temperature where they require grad, and to weight. The
-        products run in the autocast dtype under autocast, else in the wider of the query's and the negatives' dtype.
-        Except in "eager", nothing of size (B P_q) x K is held, `negatives` may change before backward(), and there are
-        no second derivatives.
+        Gradients flow to all of query, key, negatives, temperature and weight that require grad. The products run in
+        the autocast dtype under autocast, else in the wider of the query's and the negatives' dtype. Except in "eager",
+        nothing of size (B P_q) x K is held, `negatives` may change before backward(), and there are no second
+        derivatives.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
@@ -129,13 +129,10 @@ def dense_info_nce(
 
     Example:
         >>> import torch
-        >>> import torch.nn.functional as F
         >>> from densecl_ops.functional import dense_correspondence, dense_info_nce
-        >>> features_q, features_k = torch.randn(2, 4, 64, 7, 7)
-        >>> query = torch.randn(4, 128, 7, 7, requires_grad=True)
-        >>> key = torch.randn(4, 128, 7, 7)
-        >>> negatives = F.normalize(torch.randn(1024, 128), dim=1)
-        >>> match = dense_correspondence(features_q, features_k)
+        >>> match = dense_correspondence(*torch.randn(2, 4, 64, 7, 7))  # of backbone features
+        >>> query, key = torch.randn(4, 128, 7, 7, requires_grad=True), torch.randn(4, 128, 7, 7)
+        >>> negatives = torch.nn.functional.normalize(torch.randn(1024, 128), dim=1)
         >>> loss, rank = dense_info_nce(query, key, negatives, match, return_rank=True)
         >>> loss.backward()
         >>> top1 = (rank < 1).float().mean()  # contrastive accuracy
