@@ -8,16 +8,15 @@ import re
 import warnings
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from densecl_ops import _triton
 from densecl_ops._checks import require_choice
-from densecl_ops._types import BackendName
+from densecl_ops._types import BACKENDS
 
-BACKENDS = get_args(BackendName)
 HAS_TRITON = find_spec("triton") is not None  # looked up here, imported at need: that costs half a second
 WIDEST = 512
 OLDEST_TRITON = (3, 6)  # the oldest that the kernels were compiled with

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
 from densecl_ops import _checks, _maps
-from densecl_ops._types import Correspondence, Grids, Reduction
+from densecl_ops._types import Correspondence, Grids
 
-REDUCTIONS = get_args(Reduction)
 Parts = tuple[Tensor | None, Tensor | None, str, Grids | None]  # index, validity, what to call the index, grids
 
 

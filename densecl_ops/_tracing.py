@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Body = TypeVar("Body", bound=Callable[..., Any])
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -53,12 +51,12 @@ def outside_inference(*tensors: Tensor | None) -> tuple[Any, ...]:
 def operator(
     name: str,
     schema: str,
+    body: Callable[..., Any],
     fake: Callable[..., Any],
-    *,
     flops: Callable[..., int] | None = None,
     when_traced: Callable[..., None] | None = None,
-) -> Callable[[Body], Body]:
-    """Registers the decorated function as the operator densecl_ops::`name`; the result is called as the function is.
+) -> Callable[..., Any]:
+    """Registers a function as the operator densecl_ops::`name`; the result is called as the function is.
 
     Compilers, fake tensors, torch.func and dispatch modes see the operator: traced, the tile loops of a backend would
     unroll. Eager calls go to the function itself, since a registered operator costs them some 60 us of host time.
@@ -67,28 +65,24 @@ def operator(
     the products' operations for FlopCounterMode; the registered operator alone calls `when_traced` first.
     """
 
-    def register(body: Body) -> Body:
-        def traced(*arguments: Any) -> Any:
-            if when_traced is not None:
-                when_traced(*arguments)
+    def traced(*arguments: Any) -> Any:
+        if when_traced is not None:
+            when_traced(*arguments)
+        return body(*arguments)
+
+    registered = torch.library.custom_op(f"densecl_ops::{name}", traced, mutates_args=(), schema=schema)
+    registered.register_fake(fake)
+    registered.register_vmap(functools.partial(_one_by_one, registered))
+    packet = getattr(torch.ops.densecl_ops, name)
+
+    def call(*arguments: Any) -> Any:
+        if not is_traced(arguments[0]):
             return body(*arguments)
+        if flops is not None and not torch.compiler.is_compiling():
+            _tell_flop_counters(packet, flops)
+        return registered(*arguments)
 
-        registered = torch.library.custom_op(f"densecl_ops::{name}", traced, mutates_args=(), schema=schema)
-        registered.register_fake(fake)
-        registered.register_vmap(functools.partial(_one_by_one, registered))
-        packet = getattr(torch.ops.densecl_ops, name)
-
-        @functools.wraps(body)
-        def call(*arguments: Any) -> Any:
-            if not is_traced(arguments[0]):
-                return body(*arguments)
-            if flops is not None and not torch.compiler.is_compiling():
-                _tell_flop_counters(packet, flops)
-            return registered(*arguments)
-
-        return call  # type: ignore[return-value]
-
-    return register
+    return call
 
 
 def _tell_flop_counters(packet: Any, flops: Callable[..., int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.utils import _pytree
 BackendName = Literal["auto", "eager", "blockwise", "triton"]
 Reduction = Literal["mean", "sum", "none"]
 Init = Literal["random", "empty"]
+BACKENDS, REDUCTIONS, INITS = map(get_args, (BackendName, Reduction, Init))
 Grids = tuple[tuple[int, ...], tuple[int, ...]]  # (H, W) of query and key
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from densecl_ops import _checks, _maps, _pairs, _tracing
 from densecl_ops._numerics import accumulation_dtype, no_autocast, normalize
-from densecl_ops._types import Correspondence, Reduction
+from densecl_ops._types import REDUCTIONS, Correspondence, Reduction
 
 
 def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def dense_cosine(
         >>> best = torch.zeros(4, 49).scatter_(1, match.score.topk(10, dim=1).indices, 1.0)
         >>> loss = dense_cosine(prediction, target, match, weight=best)
     """
-    _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
+    _checks.require_choice("reduction", reduction, REDUCTIONS)
     index, valid, name, _ = match = _pairs.parts(correspondence)
     _pairs.require_pairs(query, key, weight, match)
     query, key, index, valid, weight = _tracing.outside_inference(query, key, index, valid, weight)

@@ -88,7 +88,15 @@ class DenseProjectionHead(nn.Module):
                 f"features: got shape {_checks.shape_of(features)}, expected {self.in_channels} channels (in_channels)"
                 + (f"; it looks like {way}" if way else f", or a head with in_channels={flat.shape[1]}")
             )
-        self._require_like_parameters(features)
+        first = self.image_mlp[0]
+        if type(first) is nn.Linear:  # a quantised layer, or one of another library, has its own rules
+            if features.is_meta and not first.weight.is_meta:
+                raise ValueError(f"features: got a tensor on meta, expected {first.weight.device}, where the head is")
+            if features.dtype != first.weight.dtype and not torch.is_autocast_enabled(features.device.type):
+                raise TypeError(
+                    f"features: got dtype {features.dtype}, expected {first.weight.dtype}, which the head has, "
+                    "or a call under torch.autocast"
+                )
         if features.ndim == 2 and not torch.compiler.is_compiling():
             warnings.warn(
                 "features: got (B, C) vectors, so that dense is one position an image; a backbone that pools, such as "
@@ -105,28 +113,15 @@ class DenseProjectionHead(nn.Module):
         shape = (*dense.shape[:2], *grid.shape[2:])
         return Projection(image, dense.reshape(shape), pooled)
 
-    def _require_like_parameters(self, features: Tensor) -> None:
-        first = self.image_mlp[0]
-        if type(first) is not nn.Linear:  # a quantised layer, or one of another library, has its own rules
-            return
-        if features.is_meta and not first.weight.is_meta:
-            raise ValueError(f"features: got a tensor on meta, expected {first.weight.device}, where the head is")
-        if features.dtype != first.weight.dtype and not torch.is_autocast_enabled(features.device.type):
-            raise TypeError(
-                f"features: got dtype {features.dtype}, expected {first.weight.dtype}, which the head has, "
-                "or a call under torch.autocast"
-            )
-
     def extra_repr(self) -> str:
         sizes = f"in_channels={self.in_channels}, hidden_channels={self.hidden_channels}, "
         return f"{sizes}out_channels={self.out_channels}, grid_size={self.grid_size}"
 
 
 def _norm(norm_layer: Callable[[int], nn.Module], channels: int) -> nn.Module:
-    norm: object = None
     no_maps = (nn.LayerNorm, nn.BatchNorm1d, nn.InstanceNorm2d, nn.GroupNorm)
-    if callable(norm_layer) and not isinstance(norm_layer, nn.Module) and norm_layer not in no_maps:
-        norm = norm_layer(channels)
+    makes = callable(norm_layer) and not isinstance(norm_layer, nn.Module) and norm_layer not in no_maps
+    norm = norm_layer(channels) if makes else None
     if not isinstance(norm, nn.Module):
         raise TypeError(
             f"norm_layer: got {norm_layer!r}, expected what makes a norm of (B, C, H, W) maps, also of 1 x 1, such as "

@@ -6,7 +6,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from densecl_ops import _checks, _distributed, _tracing
 from densecl_ops._numerics import accumulation_dtype, normalize_keys
 from densecl_ops._recomputation import in_backward
-from densecl_ops._types import Init
-
-INITS = get_args(Init)
+from densecl_ops._types import INITS, Init
 
 
 class MomentumQueue(nn.Module):

@@ -116,11 +116,12 @@ def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple
     return index, torch.empty_like(index, dtype=torch.float32), torch.empty_like(index, dtype=torch.bool)
 
 
-@operator(
+_match = operator(
     "match",
     "(Tensor query, Tensor key, bool mutual, str backend) -> (Tensor, Tensor, Tensor)",
+    lambda query, key, mutual, backend: _backends.call(
+        backend, "correspondence", "match", query, key.dtype, query, key, mutual
+    ),
     _fake_match,
     flops=lambda query, key, *_: 2 * query.numel() * key.shape[2],
 )
-def _match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _backends.call(backend, "correspondence", "match", query, key.dtype, query, key, mutual)  # type: ignore[no-any-return]

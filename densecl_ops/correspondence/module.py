@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from densecl_ops import _backends, _checks
-from densecl_ops._types import BackendName, Correspondence
+from densecl_ops import _checks
+from densecl_ops._types import BACKENDS, BackendName, Correspondence
 from densecl_ops.correspondence.function import dense_correspondence
 
 
@@ -43,7 +43,7 @@ class DenseCorrespondence(nn.Module):
         backend: BackendName = "auto",
     ) -> None:
         super().__init__()
-        _checks.require_choice("backend", backend, _backends.BACKENDS)
+        _checks.require_choice("backend", backend, BACKENDS)
         self.grid_size = _checks.require_grid_size("grid_size", grid_size)
         self.mutual = _checks.require_bool("mutual", mutual)
         self.min_score = None if min_score is None else _checks.require_cosine("min_score", min_score)

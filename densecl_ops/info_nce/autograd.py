@@ -159,7 +159,7 @@ def _operator(
 
     operator_name = "info_nce" if name == "forward" else f"info_nce_{name}"
     schema = f"({SCHEMA}, {arguments}, str backend) -> {returns}"
-    return operator(operator_name, schema, fake_body, **options)(body)
+    return operator(operator_name, schema, body, fake_body, **options)
 
 
 def _fake_forward(problem: Problem, want_grad: bool, want_rank: bool, backend: str) -> Result:

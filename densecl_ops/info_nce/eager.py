@@ -62,10 +62,10 @@ SCHEMA = ", ".join(f"{_SCHEMA[kind]} {name}" for name, kind in get_type_hints(Pr
 # ---- the textbook ---------------------------------------------------------------------------------------------------
 
 
-@operator("snapshot", "(Tensor negatives) -> Tensor", torch.empty_like, when_traced=note_compiled)
-def _snapshot(negatives: Tensor) -> Tensor:
-    """A frozen queue is enqueued into before backward() reads it: the copy that MoCo makes."""
-    return negatives.clone()
+# A frozen queue is enqueued into before backward() reads it: the copy that MoCo makes.
+_snapshot = operator(
+    "snapshot", "(Tensor negatives) -> Tensor", torch.clone, torch.empty_like, when_traced=note_compiled
+)
 
 
 def row_loss(problem: Problem, want_rank: bool) -> tuple[Tensor, Tensor]:

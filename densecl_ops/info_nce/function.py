@@ -13,7 +13,7 @@ from densecl_ops import _backends, _checks, _maps, _pairs
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._recomputation import Guard, note, version_of
 from densecl_ops._tracing import is_traced, outside_inference
-from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
+from densecl_ops._types import REDUCTIONS, BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce import autograd, eager
 from densecl_ops.info_nce.eager import Problem
 
@@ -139,7 +139,7 @@ def dense_info_nce(
         >>> loss.dtype, rank.shape, query.grad.shape
         (torch.float32, torch.Size([4, 49]), torch.Size([4, 128, 7, 7]))
     """
-    _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
+    _checks.require_choice("reduction", reduction, REDUCTIONS)
     return_rank = _checks.require_bool("return_rank", return_rank)
     rows, count, unit_rows = _negatives(negatives)
     match = _pairs.parts(correspondence)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from densecl_ops import _backends, _checks, _pairs, _tracing
-from densecl_ops._types import BackendName, Correspondence, NegativeQueue, Reduction
+from densecl_ops import _checks, _tracing
+from densecl_ops._types import BACKENDS, REDUCTIONS, BackendName, Correspondence, NegativeQueue, Reduction
 from densecl_ops.info_nce.function import CallOptions, dense_info_nce
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class DenseInfoNCELoss(nn.Module):
         backend: BackendName = "auto",
     ) -> None:
         super().__init__()
-        _checks.require_choice("reduction", reduction, _pairs.REDUCTIONS)
+        _checks.require_choice("reduction", reduction, REDUCTIONS)
         _checks.require_bool("learnable_temperature", learnable_temperature)
-        _checks.require_choice("backend", backend, _backends.BACKENDS)
+        _checks.require_choice("backend", backend, BACKENDS)
         self._start = _checks.require_temperature("temperature", temperature)
         self.reduction = reduction
         self.backend = backend
