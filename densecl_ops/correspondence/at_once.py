@@ -18,25 +18,18 @@ MOST_SCORES = 2**17  # 32 images of 8 x 8 positions
 
 def serves(query: Tensor, key: Tensor, mutual: bool) -> bool:
     """Whether a call is short and plain enough."""
-    plain = not mutual and query.device.type == "cpu" and query.dtype == key.dtype == torch.float32
+    if mutual or query.device.type != "cpu" or not query.dtype == key.dtype == torch.float32:
+        return False
+    scores = query.shape[0] * query.shape[2] * key.shape[2]
     rows = query.stride(1) == key.stride(1) == 1  # along other strides a norm takes 4 times as long
-    return plain and _scores(query, key) <= MOST_SCORES and (rows or _is_small(query, key))
-
-
-def _scores(query: Tensor, key: Tensor) -> int:
-    return query.shape[0] * query.shape[2] * key.shape[2]
-
-
-def _is_small(query: Tensor, key: Tensor) -> bool:
-    return query.numel() + key.numel() + _scores(query, key) <= SMALL
+    return scores <= (MOST_SCORES if rows else SMALL - query.numel() - key.numel())
 
 
 def match(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As in Backend, not mutual."""
     images, _, queries = query.shape
-    if _is_small(query, key):
-        unit = normalize(torch.cat([query, key], 2), 1)
-        query, key = unit.tensor_split((queries,), 2)
+    if query.numel() + key.numel() <= SMALL:
+        query, key = normalize(torch.cat([query, key], 2), 1).tensor_split((queries,), 2)
         score, index = torch.bmm(query.mT, key).max(2)
         return index, score, torch.ones_like(index, dtype=torch.bool)
     products = torch.bmm(query.mT, key)
