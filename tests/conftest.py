@@ -33,9 +33,9 @@ settings.load_profile("repeatable")
 
 # What `make quick` leaves out: compilers, processes, long runs, and one branch again in further sizes or dtypes.
 SLOW = re.compile(
-    r"""test_(benchmarks|distributed|torchrun|typing|kernels)\.py::(?!test_group_of_one)
+    r"""test_(benchmarks|distributed|typing|kernels)\.py::(?!test_group_of_one)
     |test_compile\.py::(?!test_whole_step.blockwise-aot|test_opcheck.*float32)
-    |test_concurrency\.py::test_first_calls_race|test_pages\.py::test_page_on_two
+    |test_concurrency\.py::test_first_calls_race|test_p(ages|retrain)\.py::test_(page_on_)?two
     |test_errors\.py::test_junk|test_loss\.py::test_any_values|test_recipes\.py::test_command_runs
     |test_parallel\.py::test_parallel_regions|test_step\.py::test_memory
     |test_loss_memory\.py::test_memory_of|test_loss_numerics\.py::test_low_precision

@@ -1,24 +1,25 @@
-"""docs/examples/pretrain.py for test_torchrun.py: distributed_pretrain.py STALL_AT ARGUMENT...
-
-Writes its process id beside the checkpoint. At step STALL_AT the last rank makes a file "waiting", and waits for "go".
-A "{rank}" in the arguments is filled in. At the end, no thread may be left of a group, a loader or a bar.
-"""
+"""docs/examples/pretrain.py on every process that torchrun starts, for test_pretrain.py: runs below a DIRECTORY."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
+import signal
 import sys
 import threading
-import time
 from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
 
 import pretrain
+import pytest
 import torch
+from PIL import Image
 from pretraining import stereo
 
+TINY = ["--steps", "4", "--batch-size", "4", "--lambda-warmup", "2", "--no-amp", "--backbone", "small_gn"]
 schedule = pretrain.lambda_at
 
 
@@ -30,21 +31,35 @@ def small_pair(stride: int, device: torch.device) -> stereo.Pair:
     return pair._replace(left=left, right=right, disparity=disparity)
 
 
-def stalling(step: int, value: float, warmup: int) -> float:
-    if step == int(sys.argv[1]) and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-        (out / "waiting").touch()
-        while not (out / "go").exists():
-            time.sleep(0.1)
+pretrain.load_pair = small_pair
+
+
+def run(out: Path, *arguments: object, **options: object) -> None:
+    pretrain.main([*TINY, "--out", str(out), *map(str, arguments)], **options)
+
+
+def terminate(step: int, value: float, warmup: int) -> float:
+    """Signals rank 1 and its workers in the middle of a step, as a scheduler would."""
+    if step == 1 and rank == 1:
+        for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+            os.kill(pid, signal.SIGTERM)
     return schedule(step, value, warmup)
 
 
 if __name__ == "__main__":
-    arguments = [argument.replace("{rank}", os.environ["RANK"]) for argument in sys.argv[2:]]
-    out = Path(arguments[arguments.index("--out") + 1])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
-    pretrain.lambda_at, pretrain.load_pair = stalling, small_pair
-    pretrain.main(arguments)
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    assert not [name for name in names if "gloo" in name], names
+    root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    node, pictures = root / f"node{rank}", root / f"images{rank}"  # the ranks have no disk in common
+    pretrain.lambda_at = terminate
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        run(node, "--workers", 1)
+    pretrain.lambda_at = schedule
+    if rank == 0:
+        shutil.copytree(node, root / "alone")
+    run(node, "--resume")
+    run(root / "whole")
+    pictures.mkdir()
+    Image.new("RGB", (40, 40)).save(pictures / f"{rank}.png")
+    with pytest.raises(SystemExit, match="processes differ in names of images: rank 0: "):
+        run(root / "other", "--images", pictures)
+    assert not [path for path in Path("/proc/self/task").glob("*/comm") if "gloo" in path.read_text()]
     assert threading.enumerate() == [threading.main_thread()]

@@ -166,7 +166,4 @@ def dense_byol() -> Any:
     learner = BYOL(recipe.TinyResNet(), 64, **options)
     model = recipe.DenseBYOL(learner, in_channels=64, hidden_channels=16, out_channels=8)
     disturb(learner.target_encoder, model.target_head)
-    for module in model.modules():  # the learner has seen a batch in float32, whose rounding goes with the threads
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.reset_running_stats()
     return model.double()

@@ -21,19 +21,14 @@ class MoCo(nn.Module):
         super().__init__()
         self.K, self.m, self.T = K, m, T
         self.encoder_q, self.encoder_k = base_encoder(num_classes=dim), base_encoder(num_classes=dim)
-        for theirs, ours in self._pairs():
-            theirs.requires_grad = False
-            theirs.data.copy_(ours.data)
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
-    def _pairs(self) -> zip:
-        return zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
-
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
-        for theirs, ours in self._pairs():
-            theirs.mul_(self.m).add_(ours * (1 - self.m))
+        for ours, theirs in zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True):
+            ours.mul_(self.m).add_(theirs * (1 - self.m))
 
     @torch.no_grad()
     def _batch_unshuffle_ddp(self, x: Tensor, idx_unshuffle: Tensor) -> Tensor:

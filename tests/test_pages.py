@@ -35,32 +35,22 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
 
 # ---- code -----------------------------------------------------------------------------------------------------------
 
-RUN_IN_ORDER: dict[str, tuple[str, ...]] = {  # with the packages that they need
-    "docs/faq.md": (),
-    "docs/multi-crop.md": (),
-    "docs/matching.md": ("kornia",),
-    "docs/training.md": ("matplotlib",),
-}
-RUN_ELSEWHERE = {
+RUN_ELSEWHERE = (
     *("README.md", "docs/index.md", "docs/distributed.md"),  # below
     "docs/pretraining.md",  # test_pretrain.py
     "docs/checkpoints.md",  # test_interop.py, on checkpoints that only that file can write
     "docs/use-the-weights.md",  # test_interop.py, where torchvision or timm is installed
-}
+)
+RUN_IN_ORDER = [page for page in PAGES if blocks(page) and page not in RECIPES and name_of(page) not in RUN_ELSEWHERE]
 
 
-def test_code_has_a_test() -> None:
-    shown = {name_of(page) for page in PAGES if blocks(page)}
-    assert shown - {*map(name_of, RECIPES)} == {*RUN_IN_ORDER, *RUN_ELSEWHERE}
-
-
-@pytest.mark.parametrize("name", RUN_IN_ORDER)
-def test_blocks_run_in_order(name: str) -> None:
+@pytest.mark.parametrize("page", RUN_IN_ORDER, ids=name_of)
+def test_blocks_run_in_order(page: Path) -> None:
     """An `assert` in them is the page's own claim."""
-    for module in RUN_IN_ORDER[name]:
+    for module in ("kornia", "matplotlib"):
         pytest.importorskip(module)
     space: dict[str, Any] = {}
-    for block in blocks(ROOT / name):
+    for block in blocks(page):
         exec(block, space)
     assert space["loss"].isfinite()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import operator
 import re
 import runpy
 import sys
@@ -122,11 +123,8 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_step_with_queues(name: str) -> None:
     make, encode, options, size = MODELS[name]
-
-    def step(model: Any, *views: Tensor) -> Any:
-        return model(*views, **options)
-
-    check_step_with_queues(make().double(), step, lambda model: (model.encoder_q, model.encoder_k), encode, size)
+    encoders = operator.attrgetter("encoder_q", "encoder_k")
+    check_step_with_queues(make().double(), lambda model, *views: model(*views, **options), encoders, encode, size)
 
 
 def test_what_moco_scripts_read() -> None:
@@ -136,19 +134,15 @@ def test_what_moco_scripts_read() -> None:
     assert (model.m, model.criterion.temperature, model.image_queue.size, model.dense_queue.size) == (0.9, 0.07, 10, 10)
     kept = {name for name in model.state_dict() if name.startswith("encoder_q.") and ".fc." not in name}
     assert kept == {f"encoder_q.{name}" for name in module.TinyResNet(7).state_dict() if not name.startswith("fc.")}
-    for query, key in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
-        assert torch.equal(query, key)
+    assert_same(model.encoder_k.state_dict(), model.encoder_q.state_dict())
     with pytest.raises(ValueError, match=r"^base_encoder: got Sequential without avgpool, expected a torchvision"):
         module.backbone_map(nn.Sequential(nn.Identity()), torch.randn(1, 3, 8, 8))
 
 
-class Settings(dict):
-    __getattr__ = dict.__getitem__
-
-
 def test_solo_learn() -> None:
     """A symmetric step with two small crops, an optimizer step, and what the host moves then."""
-    settings = Settings(proj_hidden_dim=16, proj_output_dim=8, temperature=0.1, queue_size=12)
+    settings = SimpleNamespace(proj_hidden_dim=16, proj_output_dim=8, temperature=0.1, queue_size=12)
+    settings.get = lambda name, default: default
     config = SimpleNamespace(method_kwargs=settings, backbone=example("with_byol_pytorch").TinyResNet)
     model = example("with_solo_learn").DenseMoCoV2Plus(config).double()
     recipes.disturb(model.backbone, model.head)
