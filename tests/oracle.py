@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -193,27 +194,23 @@ def location_match(
     boxes: tuple[Integers, Integers],
     grids: tuple[tuple[int, int], tuple[int, int]],
     flips: tuple[NDArray[np.bool_], NDArray[np.bool_]],
-    max_distance: float | None,
-) -> Match:
-    """Brute force on rendered coordinates: cut, mirror and pool an image whose pixels say where they are."""
-    canvas = int(max(boxes[0].max(), boxes[1].max()))
-    ys, xs = np.mgrid[0:canvas, 0:canvas] + 0.5
-    image = np.stack([xs, ys])
-    centres = [[], []]
-    diagonals = [[], []]
-    for view in (0, 1):
-        for (x0, y0, x1, y1), flip in zip(boxes[view], flips[view], strict=True):
-            crop = image[:, y0:y1, x0:x1]
-            crop = crop[:, :, ::-1] if flip else crop
-            centres[view].append(adaptive_pool(crop[None], grids[view])[0].reshape(2, -1))
-            diagonals[view].append(np.hypot((x1 - x0) / grids[view][1], (y1 - y0) / grids[view][0]))
-    difference = np.stack(centres[0])[:, :, :, None] - np.stack(centres[1])[:, :, None, :]
-    distance = np.sqrt((difference**2).sum(1))
-    distance = distance / np.maximum(*map(np.array, diagonals))[:, None, None]
-    index = distance.argmin(2)
-    nearest = distance.min(2)
-    valid = np.ones(index.shape, bool) if max_distance is None else nearest <= max_distance
-    return Match(index, -nearest, valid, -distance)
+) -> tuple[Integers, Array]:
+    """Index and distance in cell diagonals, by brute force over cells, in fractions: equal distances are equal."""
+    index, distance = [], []
+    for image in range(len(flips[0])):
+        centres, diagonals = [], []
+        for box, (height, width), flip in zip(boxes, grids, flips, strict=True):
+            x0, y0, x1, y1 = box[image].tolist()
+            cell_x, cell_y = Fraction(x1 - x0, width), Fraction(y1 - y0, height)
+            columns = range(width)[::-1] if flip[image] else range(width)
+            centres.append(
+                [(x0 + (2 * i + 1) * cell_x / 2, y0 + (2 * j + 1) * cell_y / 2) for j in range(height) for i in columns]
+            )
+            diagonals.append(cell_x**2 + cell_y**2)
+        squares = [[(x - u) ** 2 + (y - v) ** 2 for u, v in centres[1]] for x, y in centres[0]]
+        index.append([row.index(min(row)) for row in squares])
+        distance.append([float(min(row) / max(diagonals)) ** 0.5 for row in squares])
+    return np.array(index), np.array(distance)
 
 
 # ---- the head ------------------------------------------------------------------------------------------------------
