@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from densecl_ops import _checks, _tracing
 from densecl_ops.head import DenseProjectionHead
-from densecl_ops.interop.formats import ALL_PARTS, plain_names, strip_wrappers, without_wrappers
+from densecl_ops.interop.names import ALL_PARTS, plain_names, strip_wrappers, without_wrappers
 from densecl_ops.queue import MomentumQueue
 
 State = dict[str, Tensor]

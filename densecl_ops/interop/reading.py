@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from densecl_ops import _checks
+from densecl_ops.interop import names
 from densecl_ops.interop.checkpoint import Checkpoint, State, raise_all
-from densecl_ops.interop.formats import FORMATS, plain_names, recognise, strip_wrappers
-from densecl_ops.interop.networks import KEY_SIDE, NETWORKS, belongs, find_networks
 
-NAMES = (*FORMATS, "backbone")
+NAMES = (*names.FORMATS, "backbone")
 NOT_PLAIN = (
     "{path}: got a file that torch.load(weights_only=True) refuses ({reason}), expected tensors and plain values only. "
     "If you trust it, save its plain part where it was written:\n"
@@ -72,25 +71,25 @@ def read_checkpoint(
     state: Mapping[str, Any] = content if key is None else content[key]
     _require_flat(state, "content" if key is None else f"content[{key!r}]")
 
-    before = strip_wrappers(state) if prefix is None else prefix
+    before = names.strip_wrappers(state) if prefix is None else prefix
     below = {name: name.removeprefix(before) for name in state if name.startswith(before)}
     if not below:
-        there = list(find_networks(plain_names(state).values())) or _roots(state)
+        there = list(names.find_networks(names.plain_names(state).values())) or _roots(state)
         raise ValueError(f"prefix: got {before!r}, with which no name begins, expected one of {', '.join(there)}")
-    plain = plain_names(below.values())
+    plain = names.plain_names(below.values())
     origin = {plain[name]: full for full, name in below.items()}
     if len(origin) != len(below):
         raise ValueError("checkpoint: got entries with and without the names of wrappers, expected each of them once")
     inside = {name: state[full] for name, full in origin.items()}
 
-    found = recognise(inside, format, anywhere=prefix is None)
+    found = names.recognise(inside, format, anywhere=prefix is None)
     if found is not None and format != "backbone":
         kind, root = found
         parts, placed = _take_apart(_below(root, inside), kind)
     elif format in ("auto", "backbone"):
         kind, root = "backbone", _root_of_backbone(inside, found, before, format == "backbone" and prefix is not None)
-        network = find_networks(inside).get(root)
-        backbone = {name: x for name, x in _below(root, inside).items() if belongs(name, network)}
+        network = names.find_networks(inside).get(root)
+        backbone = {name: x for name, x in _below(root, inside).items() if names.belongs(name, network)}
         parts, placed = {"backbone_q": backbone}, set(backbone)
     else:
         raise ValueError(_not_recognised(inside, before, repr(format)))
@@ -111,13 +110,13 @@ def _require_flat(state: Mapping[Any, Any], path: str) -> None:
             "source: got a mapping of mappings, expected one state dict. With content = torch.load(path), pass the one "
             f"you mean to read_checkpoint: {', '.join(_state_dicts(state, path)) or 'none of them holds weights'}"
         )
-    wrong = [f"{name}: got {type(x).__name__}, expected a tensor" for name, x in state.items() if not _entry(name, x)]
-    raise_all("checkpoint", wrong)
+    wrong = {name: x for name, x in state.items() if not isinstance(name, str) or not isinstance(x, Tensor)}
+    raise_all("checkpoint", [f"{name}: got {type(x).__name__}, expected a tensor" for name, x in wrong.items()])
 
 
 def _state_dicts(content: Mapping[Any, Any], path: str) -> Iterator[str]:
     """Every mapping inside that holds weights, as the expression that reaches it; an optimizer's names have no dot."""
-    if any(_entry(name, value) and "." in name for name, value in content.items()):
+    if any(isinstance(value, Tensor) and "." in str(name) for name, value in content.items()):
         yield path
     for name, value in content.items():
         if isinstance(value, Mapping):
@@ -126,9 +125,9 @@ def _state_dicts(content: Mapping[Any, Any], path: str) -> Iterator[str]:
 
 def _root_of_backbone(inside: State, found: tuple[str, str] | None, before: str, unknown_too: bool) -> str:
     """What stands before the query backbone: of the known format, else of the only network that is no key side."""
-    networks = find_networks(inside)
-    of_format = [] if found is None else [found[1] + (FORMATS[found[0]].name_of("backbone_q", "") or "")]
-    query = [root for root in networks if not KEY_SIDE.search(root)]
+    networks = names.find_networks(inside)
+    of_format = [] if found is None else [found[1] + names.FORMATS[found[0]].theirs["backbone_q."]]
+    query = [root for root in networks if not names.KEY_SIDE.search(root)]
     stems = {root: next(x for name, x in inside.items() if name.startswith(root)) for root in reversed(query)}
     query = list({stem.data_ptr(): root for root, stem in stems.items()}.values())  # one module may have two names
     for roots in ([""] if "" in networks else [], of_format, query):
@@ -138,7 +137,7 @@ def _root_of_backbone(inside: State, found: tuple[str, str] | None, before: str,
         what = f"{len(query)} networks" if query else "momentum encoders alone"
         kinds = ", ".join(f"{before + root!r} ({kind})" for root, kind in networks.items())
         raise ValueError(f'prefix: got {what}, expected a choice: format="backbone" and one of these prefixes: {kinds}')
-    if not unknown_too or not any(belongs(name, None) for name in inside):
+    if not unknown_too or not any(names.belongs(name, None) for name in inside):
         raise ValueError(_not_recognised(inside, before, f"{', '.join(NAMES[:-1])} or a known network"))
     return ""
 
@@ -147,14 +146,14 @@ def _not_recognised(inside: State, before: str, expected: str) -> str:
     roots = [before + root for root in _roots(inside)]
     return (
         f"format: got names such as {', '.join(list(inside)[:3])}, expected those of {expected}. Known networks: "
-        f'{", ".join(NETWORKS)}. Any other is read with format="backbone" and the prefix= before its names, of '
+        f'{", ".join(names.NETWORKS)}. Any other is read with format="backbone" and the prefix= before its names, of '
         f"{', '.join(map(repr, [before, *roots]))}"
     )
 
 
-def _roots(names: Iterable[str]) -> list[str]:
+def _roots(full: Iterable[str]) -> list[str]:
     """The first of what stands before the first dots."""
-    return list(dict.fromkeys(f"{name.partition('.')[0]}." for name in names if "." in name))[:8]
+    return list(dict.fromkeys(f"{name.partition('.')[0]}." for name in full if "." in name))[:8]
 
 
 def _below(root: str, state: State) -> State:
@@ -163,35 +162,35 @@ def _below(root: str, state: State) -> State:
 
 def _take_apart(state: State, format: str) -> tuple[dict[str, State], set[str]]:  # noqa: A002
     """Parts in our names, and the names that found a place in them."""
-    table = FORMATS[format]
+    known = names.FORMATS[format]
     parts: dict[str, State] = {}
     placed: set[str] = set()
     problems: list[str] = []
     for name, value in state.items():
-        part, entry = table.locate(name) or ("", name)
-        if part and (not part.startswith("backbone") or belongs(entry, None)):
-            linear = format == "lightly" and entry.startswith("dense_mlp.") and value.ndim == 2
-            parts.setdefault(part, {})[entry] = value[:, :, None, None] if linear else value  # as a 1x1 convolution
-            placed.add(name)
-    for name, value in parts.get("backbone_q", {}).items() if table.copy is not None else ():
-        copy = f"{table.copy}{name}"
-        if not _same(value, state.get(copy, value)):
-            source = table.name_of("backbone_q", name)
-            problems.append(f"{copy}: got other values than {source}, expected a copy of it")
-        placed |= {copy} & state.keys()
+        part, _, entry = (names.renamed(name, known.names) or "").partition(".")
+        if not part or (part.startswith("backbone") and not names.belongs(entry, None)):
+            continue
+        placed.add(name)
+        held = parts.setdefault(part, {})
+        if format == "densecl" and entry in held and not _same(held[entry], value):
+            problems.append(f"backbone.{entry}: got other values than encoder_q.0.{entry}, expected a copy of it")
+        linear = format == "lightly" and entry.startswith("dense_mlp.") and value.ndim == 2
+        held[entry] = value[:, :, None, None] if linear else value  # as a 1x1 convolution
     for part in [part for part in parts if part.endswith("queue")]:
         rows, position = parts[part].get("rows"), parts[part].get("position")
         if rows is None or rows.ndim != 2 or position is None or position.shape != (1,):
-            shapes = [x if x is None else _checks.shape_of(x) for x in (rows, position)]
-            names = [table.name_of(part, name) for name in ("rows", "position")]
-            problems.append(
-                f"{names[0]} and {names[1]}: got shapes {shapes[0]} and {shapes[1]}, expected (D, K) and (1,)"
-            )
+            shapes = " and ".join(str(x if x is None else tuple(x.shape)) for x in (rows, position))
+            queue = known.theirs[f"{part}.rows"]
+            problems.append(f"{queue} and {queue}_ptr: got shapes {shapes}, expected (D, K) and (1,)")
         else:  # ours are (K, D); those projects take every row as a negative
             own = {"rows": rows.t().contiguous(), "position": position.reshape(()).clone()}
             parts[part] = own | {"count": position.new_tensor(rows.shape[1])}
     raise_all(f"{format} checkpoint", problems)
     return parts, placed
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
 
 
 def _load(source: object) -> Mapping[str, Any]:
@@ -209,13 +208,3 @@ def _load(source: object) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise TypeError(f"source: got a file with a {type(content).__name__}, expected a mapping")
     return content
-
-
-def _entry(name: object, value: object) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Equal in dtype, shape and values; NaN equals itself."""
-    same_kind = one.dtype == other.dtype and one.shape == other.shape
-    return same_kind and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

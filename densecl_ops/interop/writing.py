@@ -9,9 +9,10 @@ import torch
 
 from densecl_ops import _checks
 from densecl_ops.interop.checkpoint import Checkpoint, State, raise_all
-from densecl_ops.interop.formats import ALL_PARTS, FORMATS, WRITTEN
+from densecl_ops.interop.names import ALL_PARTS, FORMATS, WRITTEN, renamed
 
 SAME_PARAMETER_ORDER = {"densecl", "mmpretrain"}  # so that an optimizer's numbers mean the same
+MMPRETRAIN_ALONE = ("encoder_k.steps", "data_preprocessor.")  # beginnings of what nobody else needs
 
 
 def write_checkpoint(
@@ -77,53 +78,49 @@ def write_checkpoint(
 
 
 def _training_state(checkpoint: Checkpoint, format: str, prefix: str | None) -> dict[str, Any]:  # noqa: A002
-    table, same = FORMATS[format], checkpoint.format == format
+    table, source, same = FORMATS[format], checkpoint.format, checkpoint.format == format
     if prefix is None:
         prefix = checkpoint.prefix if same else table.prefix
     state: State = {}
     problems: list[str] = []
     for part in ALL_PARTS:
         entries: State | None = getattr(checkpoint, part)
+        held = any(ours.startswith(part) for ours in table.theirs)
         if entries is None:
-            problems += [f"{part}: got None, expected its entries"] if part in table.parts and not same else []
+            problems += [f"{part}: got None, expected its entries"] if held and not same else []
             continue
-        if part.endswith("queue") and part in table.parts:
+        if part.endswith("queue") and held:
             rows, position, count = (entries[name] for name in ("rows", "position", "count"))
             if int(count) != len(rows):  # the others take every row as a negative
                 problems.append(f"{part}.count: got {int(count)} of {len(rows)} rows, expected a full queue")
             entries = {"rows": rows.t().contiguous(), "position": position.reshape(1).clone()}  # theirs are (D, K)
         for name, value in entries.items():
-            theirs = table.name_of(part, name)
+            theirs = renamed(f"{part}.{name}", table.theirs)
             if theirs is None or (part.startswith("backbone") and name.startswith("fc.")):
                 problems.append(f"{part}.{name}: got an entry that the format has no place for, expected none")
             else:
                 state[theirs] = value
-    if not same:
-        problems += _of_the_source(checkpoint, format)
+    if not same:  # what only the project that wrote it understands
+        understood = source == "densecl_ops" or {source, format} <= SAME_PARAMETER_ORDER
+        unmapped = [
+            x for x in checkpoint.unmapped if not x.removeprefix(checkpoint.prefix).startswith(MMPRETRAIN_ALONE)
+        ]
+        problems += [
+            f"{field}: got {', '.join(map(str, names[:3]))} of a {source} run, expected none: "
+            f"dataclasses.replace(checkpoint, {field}={{}}) drops them"
+            for field, names in (("extra", [] if understood else list(checkpoint.extra)), ("unmapped", unmapped))
+            if names
+        ]
     raise_all(f"checkpoint as {format!r}", problems)
 
-    if table.copy is not None:
-        state |= {table.copy + name: value for name, value in (checkpoint.backbone_q or {}).items()}
+    if format == "densecl":
+        state |= {f"backbone.{name}": value for name, value in (checkpoint.backbone_q or {}).items()}
     if format == "mmpretrain" and not same:
         state["encoder_k.steps"] = torch.tensor(1, device="cpu")
     written: dict[str, Any] = {prefix + name: value for name, value in state.items()}
-    if same:
-        before = checkpoint.prefix
-        for name, value in checkpoint.unmapped.items():
-            written[prefix + name.removeprefix(before) if name.startswith(before) else name] = value
-    key = checkpoint.key if same else "state_dict"
-    return written if key is None else {**checkpoint.extra, key: written}
-
-
-def _of_the_source(checkpoint: Checkpoint, format: str) -> list[str]:  # noqa: A002
-    """What only the project that wrote it understands."""
-    carried = FORMATS[checkpoint.format].carried if checkpoint.format in FORMATS else ()
-    understood = checkpoint.format == "densecl_ops" or {checkpoint.format, format} <= SAME_PARAMETER_ORDER
-    extra = [] if understood else list(checkpoint.extra)
-    unmapped = [name for name in checkpoint.unmapped if not name.removeprefix(checkpoint.prefix).startswith(carried)]
-    return [
-        f"{field}: got {', '.join(map(str, names[:3]))} of a {checkpoint.format} run, expected none: "
-        f"dataclasses.replace(checkpoint, {field}={{}}) drops them"
-        for field, names in (("extra", extra), ("unmapped", unmapped))
-        if names
-    ]
+    if not same:
+        return {**checkpoint.extra, "state_dict": written}
+    for name, value in checkpoint.unmapped.items():
+        inside = name.startswith(checkpoint.prefix)
+        written[prefix + name.removeprefix(checkpoint.prefix) if inside else name] = value
+    return written if checkpoint.key is None else {**checkpoint.extra, checkpoint.key: written}
