@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import distributions
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import collect_env
 from torch.utils.benchmark import Timer
 
 import densecl_ops
@@ -26,8 +26,6 @@ import densecl_ops
 Row = dict[str, Any]
 
 HOPELESS = 20  # on two cores one rival takes 75 times our time, 23 s: its repetitions would cost more than all others'
-
-_CLEAR = Path("/proc/self/clear_refs")
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -66,19 +64,15 @@ def compare(
     samples: dict[str, list[float]] = {}
     torch._dynamo.reset()  # so that every case is compiled for its own shapes
     for name, run in contestants.items():
-        need = (needs or {}).get(name, 0)
-        if device.type == "cpu" and need > 0.7 * available_bytes():
-            rows[name] = {"failed": f"not run: needs about {need / 2**30:.0f} GiB"}
-            continue
+        first, need = functools.partial(run, inputs[0]), (needs or {}).get(name, 0)
         try:
-            first = functools.partial(run, inputs[0])
+            if device.type == "cpu" and need > 0.7 * available_bytes():
+                raise MemoryError(f"not run, needs about {need / 2**30:.0f} GiB")
             first()  # compiles, loads libraries
             rows[name] = {"peak_extra_mib": peak_extra_mib(first, device)}
             samples[name] = [_seconds(first, device, cold)]
-        except torch.OutOfMemoryError:
-            rows[name] = {"failed": "out of memory"}
         except Exception as error:  # a rival that cannot serve this dtype or width says so in many ways
-            text = re.sub(r"(/[\w.+-]+){2,}", "(path)", next(iter(str(error).strip().splitlines()), ""))
+            text = re.sub(r"(/[\w.+-]+){2,}", "(path)", str(error).strip().partition("\n")[0])
             rows[name] = {"failed": f"{type(error).__name__}: {text[:160]}"}
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -140,10 +134,11 @@ def peak_extra_mib(run: Callable[[], Any], device: torch.device) -> float | None
         run()
         torch.cuda.synchronize()
         return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    if not _CLEAR.exists():
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
         return None
     ctypes.CDLL(None).malloc_trim(0)
-    _CLEAR.write_text("5")  # sets the peak back to the present size
+    clear.write_text("5")  # sets the peak back to the present size
     resident = _kib("self/status", "VmRSS")
     run()
     return round((_kib("self/status", "VmHWM") - resident) / 2**10, 1)
@@ -194,7 +189,7 @@ def environment() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "gpu": torch.cuda.get_device_name() if gpu else None,
-        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if gpu else None,
+        "driver": collect_env.get_nvidia_driver_version(collect_env.run) if gpu else None,  # type: ignore[no-untyped-call]
         "cuda": torch.version.cuda,
         "float32_matmul": torch.get_float32_matmul_precision(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -211,16 +206,8 @@ def commit() -> str:
 
     The variable COMMIT names it on a machine that .git did not travel to.
     """
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    found = _output(describe) or os.environ.get("COMMIT")
+    describe = f"git -C '{Path(__file__).parent}' describe --always --dirty --exclude='*'"
+    found: str | None = collect_env.run_and_read_all(collect_env.run, describe) or os.environ.get("COMMIT")  # type: ignore[no-untyped-call]
     if not found:
         raise SystemExit("a record names its commit, and there is no .git here: set COMMIT")
     return found
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None
