@@ -41,42 +41,39 @@ def draw_loss(source: Path, dtype: str) -> Figure:
     wanted = {"d": 128, "dtype": dtype, "mode": "train", "cache": "warm"}
     cases = [case for case in record["cases"] if wanted.items() <= case["shape"].items()]
     n = statistics.mode(case["shape"]["n"] for case in cases)  # the N with most K
-    against_n = sorted((c for c in cases if c["shape"]["k"] == 65536), key=lambda c: int(c["shape"]["n"]))
-    against_k = sorted((c for c in cases if c["shape"]["n"] == n), key=lambda c: int(c["shape"]["k"]))
-
+    panels = (
+        ("n", "milliseconds", "time against N, K = 65,536", "ms"),
+        ("k", "milliseconds", f"time against K, N = {n:,}", "ms"),
+        ("n", "peak_extra_mib", "extra memory against N, K = 65,536", "MiB"),
+        ("n", "tflops", "4 N K D operations; dashed: large matrix products", "TFLOP/s"),
+    )
     figure = Figure(figsize=(9.6, 7.2), layout="constrained", dpi=110)
-    (time_n, time_k), (memory, rate) = figure.subplots(2, 2)
-    _panel(time_n, against_n, "n", "milliseconds", "time against N, K = 65,536", "ms")
-    _panel(time_k, against_k, "k", "milliseconds", f"time against K, N = {n:,}", "ms")
-    _panel(memory, against_n, "n", "peak_extra_mib", "extra memory against N, K = 65,536", "MiB")
-    _panel(rate, against_n, "n", "tflops", "4 N K D operations; dashed: large matrix products", "TFLOP/s")
+    for axes, (along, value, title, unit) in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
+        fixed = {"n": ("k", 65536), "k": ("n", n)}[along]
+        shown = sorted((c for c in cases if fixed in c["shape"].items()), key=lambda c: int(c["shape"][along]))
+        for place, (name, (label, colour, marker)) in enumerate(STYLES.items()):
+            rows = [(case["shape"][along], case["rows"].get(name, {})) for case in shown]
+            points = [(x, row[value][1] if value == "milliseconds" else row[value]) for x, row in rows if value in row]
+            size, width, order = (13, 5, 1) if name == "densecl_ops" else (8 - 0.6 * place, 3 - 0.3 * place, 2)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": size, "lw": width, "zorder": order}
+            lowest = 0.1 if value == "peak_extra_mib" else 0  # the scale is a logarithm's
+            if points:
+                axes.plot([x for x, _ in points], [max(y, lowest) for _, y in points], label=label, **style)
+        axes.set(xscale="log", yscale="log")
+        ticks = sorted({case["shape"][along] for case in shown})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter(NullFormatter())
+        _finish(axes, title, 10, along.upper(), unit)
     best = max(run["rates"][f"matmul_{dtype}_tflops"] for run in record["runs"])  # a busy moment can only lower it
-    rate.axhline(best, color="0.4", linestyle="--", linewidth=1)
-    rate.set_yscale("linear")
-    rate.set_ylim(bottom=0)
+    axes.axhline(best, color="0.4", linestyle="--", linewidth=1)
+    axes.set_yscale("linear")
+    axes.set_ylim(bottom=0)
     environment = record["runs"][-1]["environment"]
     device = environment["gpu"] or environment["device"]
     figure.suptitle(f"Loss forward + backward, {dtype}, D = 128; {device}, torch {environment['torch']}", fontsize=11)
     _legend(figure, fontsize=9)
     return figure
-
-
-def _panel(axes: Axes, cases: list[dict[str, Any]], along: str, value: str, title: str, unit: str) -> None:
-    for place, (name, (label, colour, marker)) in enumerate(STYLES.items()):
-        rows = [(case["shape"][along], case["rows"].get(name, {})) for case in cases]
-        points = [(x, row[value][1] if value == "milliseconds" else row[value]) for x, row in rows if value in row]
-        if points:
-            size, width, order = (13, 5, 1) if name == "densecl_ops" else (8 - 0.6 * place, 3 - 0.3 * place, 2)
-            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": size, "lw": width, "zorder": order}
-            along_x, along_y = zip(*points, strict=True)
-            lowest = 0.1 if value == "peak_extra_mib" else 0  # the scale is a logarithm's
-            axes.plot(along_x, [max(y, lowest) for y in along_y], label=label, **style)
-    axes.set(xscale="log", yscale="log")
-    ticks = sorted({case["shape"][along] for case in cases})
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
-    _finish(axes, title, 10, along.upper(), unit)
 
 
 def _finish(axes: Axes, title: str, size: int, x: str = "", y: str = "") -> None:
@@ -122,20 +119,17 @@ def draw_curves(source: Path, styles: dict[str, dict[str, Any]]) -> Figure:
     # 32: the queue is full; 50: the warm-up ends
     for axes, (column, (title, unit)) in zip(figure.subplots(2, 3).ravel(), CURVES.items(), strict=True):
         for name, run in runs.items():
-            values = smooth(run["history"][column])
-            axes.plot(range(1, len(values) + 1), values, **{"label": run["label"], **styles[name]})
+            # Step n as the mean over n/20 steps either side: nothing is lost at the start, where the axis is wide.
+            every = run["history"][column]
+            near = [every[max(0, i - (i + 1) // 20) : i + (i + 1) // 20 + 1] for i in range(len(every))]
+            style = {"label": run["label"], **styles[name]}
+            axes.plot(range(1, len(every) + 1), [statistics.fmean(part) for part in near], **style)
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
         axes.minorticks_off()
         _finish(axes, title, 11, "step (log scale)", unit)
     _legend(figure)
     return figure
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Step n as the mean over n/20 steps either side: nothing is lost at the start, where the axis is wide."""
-    reach = [(i + 1) // 20 for i in range(len(values))]
-    return [statistics.fmean(values[max(0, i - near) : i + near + 1]) for i, near in enumerate(reach)]
 
 
 def draw_runs(source: Path) -> Figure:
