@@ -1,4 +1,4 @@
-"""Draws records: the loss suite's (time against N and K, memory and rate against N), curves, and the dense tasks'."""
+"""Draws records: the curves of docs/training.md, the runs of docs/dense-tasks.md."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import hashlib
 import io
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -21,71 +20,12 @@ from benchmarks.records import RESULTS
 from benchmarks.transfer.page import HEADINGS, by_arm, values
 from benchmarks.transfer.suite import load
 
-# Okabe and Ito's colours, told apart by colour-blind readers as well. Lines get thinner from the first to the last, so
-# that none hides another; ours is the wide black one below all.
-STYLES = {
-    "materialise": ("materialised", "#d55e00", "o"),
-    "torch.compile": ("torch.compile of it", "#e69f00", "s"),
-    "chunked": ("in chunks, recomputed", "#cc79a7", "v"),
-    "linear_cross_entropy": ("linear_cross_entropy", "#009e73", "^"),
-    "linear_cross_entropy, chunks": ("linear_cross_entropy, chunks", "#56b4e9", "<"),
-    "attention, flash": ("flash attention by hand", "#0072b2", "D"),
-    "attention, cuDNN": ("cuDNN attention by hand", "#56b4e9", "P"),
-    "densecl_ops": ("densecl_ops", "#000000", "*"),
-}
-
-
-def draw_loss(source: Path, dtype: str) -> Figure:
-    """Four panels of training (forward + backward) at D = 128 in one dtype."""
-    record = json.loads(source.read_text())
-    wanted = {"d": 128, "dtype": dtype, "mode": "train", "cache": "warm"}
-    cases = [case for case in record["cases"] if wanted.items() <= case["shape"].items()]
-    n = statistics.mode(case["shape"]["n"] for case in cases)  # the N with most K
-    panels = (
-        ("n", "milliseconds", "time against N, K = 65,536", "ms"),
-        ("k", "milliseconds", f"time against K, N = {n:,}", "ms"),
-        ("n", "peak_extra_mib", "extra memory against N, K = 65,536", "MiB"),
-        ("n", "tflops", "4 N K D operations; dashed: large matrix products", "TFLOP/s"),
-    )
-    figure = Figure(figsize=(9.6, 7.2), layout="constrained", dpi=110)
-    for axes, (along, value, title, unit) in zip(figure.subplots(2, 2).ravel(), panels, strict=True):
-        fixed = {"n": ("k", 65536), "k": ("n", n)}[along]
-        shown = sorted((c for c in cases if fixed in c["shape"].items()), key=lambda c: int(c["shape"][along]))
-        for place, (name, (label, colour, marker)) in enumerate(STYLES.items()):
-            rows = [(case["shape"][along], case["rows"].get(name, {})) for case in shown]
-            points = [(x, row[value][1] if value == "milliseconds" else row[value]) for x, row in rows if value in row]
-            size, width, order = (13, 5, 1) if name == "densecl_ops" else (8 - 0.6 * place, 3 - 0.3 * place, 2)
-            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": size, "lw": width, "zorder": order}
-            lowest = 0.1 if value == "peak_extra_mib" else 0  # the scale is a logarithm's
-            if points:
-                axes.plot([x for x, _ in points], [max(y, lowest) for _, y in points], label=label, **style)
-        axes.set(xscale="log", yscale="log")
-        ticks = sorted({case["shape"][along] for case in shown})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_minor_formatter(NullFormatter())
-        _finish(axes, title, 10, along.upper(), unit)
-    best = max(run["rates"][f"matmul_{dtype}_tflops"] for run in record["runs"])  # a busy moment can only lower it
-    axes.axhline(best, color="0.4", linestyle="--", linewidth=1)
-    axes.set_yscale("linear")
-    axes.set_ylim(bottom=0)
-    environment = record["runs"][-1]["environment"]
-    device = environment["gpu"] or environment["device"]
-    figure.suptitle(f"Loss forward + backward, {dtype}, D = 128; {device}, torch {environment['torch']}", fontsize=11)
-    _legend(figure, fontsize=9)
-    return figure
-
 
 def _finish(axes: Axes, title: str, size: int, x: str = "", y: str = "") -> None:
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, fontsize=size)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(figure: Figure, **options: Any) -> None:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, **options)
 
 
 CURVES = {  # column: (title, unit)
@@ -128,7 +68,8 @@ def draw_curves(source: Path, styles: dict[str, dict[str, Any]]) -> Figure:
         axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
         axes.minorticks_off()
         _finish(axes, title, 11, "step (log scale)", unit)
-    _legend(figure)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -154,31 +95,24 @@ def draw_runs(source: Path) -> Figure:
     return figure
 
 
-def plots() -> Iterator[tuple[str, Path, Callable[[Path], Figure]]]:
-    """Name under docs/images, results, and how they are drawn, of every plot there should be."""
-    yield "transfer-runs", RESULTS / "transfer_cpu", draw_runs
-    yield "curves-healthy", RESULTS / "curves_cpu", functools.partial(draw_curves, styles=HEALTHY)
-    yield "curves-broken", RESULTS / "curves_cpu", functools.partial(draw_curves, styles=BROKEN)
-    for source in sorted(RESULTS.glob("*/loss.json")):
-        shapes = [case["shape"] for case in json.loads(source.read_text())["cases"]]
-        if len({shape["n"] for shape in shapes if shape["k"] == 65536}) > 1:  # else nothing to draw against N
-            for dtype in sorted({shape["dtype"] for shape in shapes}):
-                yield f"loss-{source.parent.name}-{dtype}", source, functools.partial(draw_loss, dtype=dtype)
+PLOTS: dict[str, tuple[str, Callable[[Path], Figure]]] = {  # name under docs/images: folder of results, picture
+    "transfer-runs": ("transfer_cpu", draw_runs),
+    "curves-healthy": ("curves_cpu", functools.partial(draw_curves, styles=HEALTHY)),
+    "curves-broken": ("curves_cpu", functools.partial(draw_curves, styles=BROKEN)),
+}
 
 
-def digest(source: Path) -> str:
-    """Of a result file, or of all in a folder."""
-    files = sorted(source.glob("*.json")) if source.is_dir() else [source]
+def digest(folder: str) -> str:
+    files = sorted((RESULTS / folder).glob("*.json"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def save_all(folder: Path) -> None:
+def save_all(to: Path) -> None:
     """The digest of its source goes into a picture, so that a test can tell a stale one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, source, draw in plots():
+    for name, (folder, draw) in PLOTS.items():
         drawn, note = io.BytesIO(), PngInfo()
-        draw(source).savefig(drawn)
-        note.add_text("Source", digest(source))
+        draw(RESULTS / folder).savefig(drawn)
+        note.add_text("Source", digest(folder))
         # 128 colours are enough for lines and a third of the bytes.
         picture = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        picture.save(folder / f"{name}.png", optimize=True, pnginfo=note)
+        picture.save(to / f"{name}.png", optimize=True, pnginfo=note)
