@@ -137,7 +137,6 @@ def measure(shape: Shape, arguments: argparse.Namespace, losses: Contestants = c
         if "failed" in row:
             continue
         row["tflops"] = significant(1e-9 * flop / row["milliseconds"][1])
-        row["share_of_matmul"] = significant(row["tflops"] / arguments.rates[f"matmul_{shape['dtype']}_tflops"], 3)
         if name != "arithmetic":
             value, grad = entries[name](inputs[0])
             row["error_loss"] = relative_error(value, exact_loss)

@@ -98,13 +98,6 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
             if "failed" not in row:
                 row["tflops"] = significant(2e-9 * b * positions**2 * c / row["milliseconds"][1])
                 row["gb_per_s"] = significant(2e-6 * b * c * positions * size / row["milliseconds"][1])
-                # The floor: one read of both maps, or the product at the measured rate, whichever is longer.
-                shares = {
-                    "reading": row["gb_per_s"] / arguments.rates["copy_gb_per_s"],
-                    "products": row["tflops"] / arguments.rates[f"matmul_{shape['dtype']}_tflops"],
-                }
-                row["floor"] = max(shares, key=lambda name: shares[name])
-                row["share_of_floor"] = significant(shares[row["floor"]], 3)
                 differ, lost = gap(inputs[0], entries[name](inputs[0]))
                 row["error_index"], row["error_score"] = significant(differ, 3), significant(lost, 3)
     return rows

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import collect_env
-from torch.utils.benchmark import Timer
 
 import densecl_ops
 
@@ -155,24 +154,6 @@ def _kib(file: str, field: str) -> int:
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
     return significant(float((value.double() - exact).norm() / exact.norm()), 3)
-
-
-def rates(device: torch.device, toy: bool = False) -> dict[str, float]:
-    """What this machine does at best, measured on random data: large matrix products, and one copy."""
-
-    def median(run: Callable[[], Any]) -> float:
-        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        return float(timer.blocked_autorange(min_run_time=0.01 if toy else 0.3).median)
-
-    side = 256 if toy else 8192 if device.type == "cuda" else 2048
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        square = torch.randn(side, side, device=device).to(dtype)
-        seconds = median(functools.partial(torch.matmul, square, square))
-        found[f"matmul_{str(dtype)[6:]}_tflops"] = significant(2e-12 * side**3 / seconds)
-    source = torch.randn(2 ** (16 if toy else 28 if device.type == "cuda" else 26), device=device)
-    found["copy_gb_per_s"] = significant(8e-9 * source.numel() / median(source.clone))
-    return found
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Result files: one JSON per suite and device, a case added as soon as it is measured, so that a run can be cut off.
 
-{"suite": "loss", "runs": [{"command": ..., "environment": {...}, "rates": {...}}],
+{"suite": "loss", "runs": [{"command": ..., "environment": {...}}],
  "cases": [{"run": 0, "shape": {...}, "rows": {contestant: {...}}}]}
 """
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.measure import Row, environment, rates
+from benchmarks.measure import Row, environment
 
 Shape = dict[str, Any]
 OURS = "densecl_ops"
@@ -33,7 +33,7 @@ class Suite(NamedTuple):
         name: Of the result file.
         title: Of a case, a format of its shape's keys.
         shapes: The cases to measure, most wanted first.
-        measure: One case, as a row per contestant. It finds the machine's own rates in `arguments.rates`.
+        measure: One case, as a row per contestant.
         add_options: Options beyond the shared ones.
     """
 
@@ -61,9 +61,8 @@ class Suite(NamedTuple):
             record = json.loads(path.read_text())
         done = [] if arguments.again else [case["shape"] for case in record["cases"]]
         began = time.perf_counter()
-        arguments.rates = rates(arguments.device, arguments.toy)
-        run = {"command": arguments.command, "environment": environment(), "rates": arguments.rates}
-        print(", ".join(f"{key} {value}" for key, value in {**run["environment"], **run["rates"]}.items() if value))
+        run = {"command": arguments.command, "environment": environment()}
+        print(", ".join(f"{key} {value}" for key, value in run["environment"].items() if value))
         with busy(arguments.busy):
             for shape in self.shapes(arguments):
                 if shape in done:

@@ -37,7 +37,7 @@ def _no_code_generation(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(record: dict) -> None:
     """What every reader of a file relies on."""
     assert record.keys() == {"suite", "runs", "cases"}
-    assert all(one.keys() == {"command", "environment", "rates"} for one in record["runs"])
+    assert all(one.keys() >= {"command", "environment"} for one in record["runs"])
     shapes = {json.dumps(case["shape"]) for case in record["cases"]}
     assert len(shapes) == len(record["cases"])
     for case in record["cases"]:
