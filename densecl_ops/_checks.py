@@ -152,7 +152,9 @@ def require_temperature(name: str, value: object) -> float:
     return number
 
 
-def require_cosine(name: str, value: object) -> float:
+def require_cosine(name: str, value: object) -> float | None:
+    if value is None:
+        return None
     number = require_number(name, value)
     if not -1.0 <= number <= 1.0:
         raise ValueError(f"{name}: got {number}, expected a cosine similarity within -1 to 1")

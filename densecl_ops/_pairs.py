@@ -73,15 +73,13 @@ def _likely_cause(query: Tensor, swapped: bool) -> str:
     return "give matching and head the same grid_size"
 
 
-def row_weight(weight: Tensor | None, valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`weight` with invalid rows at 0, in the dtype of the loss; None if every row counts alike."""
+def reduce(loss: Tensor, weight: Tensor | None, valid: Tensor | None, reduction: str) -> Tensor:
+    """Rows that are invalid or weigh 0 are left out, whatever they hold."""
     if weight is None:
-        return None if valid is None else valid.to(dtype)
-    weight = weight.to(dtype)
-    return weight if valid is None else weight.masked_fill(~valid, 0.0)
-
-
-def reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+        weight = None if valid is None else valid.to(loss.dtype)
+    else:
+        weight = weight.to(loss.dtype)
+        weight = weight if valid is None else weight.masked_fill(~valid, 0.0)
     if weight is not None:
         loss = loss.masked_fill(weight == 0, 0.0) * weight
     if reduction == "none":

@@ -55,7 +55,8 @@ class Guard(torch.autograd.Function):
 
 def note(negatives: Tensor) -> None:
     """For every loss in eager mode: raises if it recomputes one of a reentrant checkpoint beside other negatives."""
-    if (torch.is_grad_enabled() and not in_backward()) or torch.is_inference_mode_enabled() or negatives.is_inference():
+    first = torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1  # as in_backward() asks
+    if first or torch.is_inference_mode_enabled() or negatives.is_inference():
         return
     memory = negatives.untyped_storage().data_ptr()  # slices of a queue share it, as they share its version
     frame = inspect.currentframe()

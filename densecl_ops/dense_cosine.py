@@ -38,13 +38,9 @@ def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tens
         raise TypeError("correspondence: got None, expected a Correspondence or an integer tensor")
     positions = index.shape[1] if index.ndim == 2 and index.numel() > 0 else k.shape[2]
     _checks.require_index(name, _checks.require_tensor(name, index), (k.shape[0], positions), "key", k)
-    _require_range(name, index, k)
-    return _gather(k, index)
-
-
-def _require_range(name: str, index: Tensor, key: Tensor) -> None:
     if _tracing.host_may_look(index):
-        _checks.require_range(name, index, key.shape[2])
+        _checks.require_range(name, index, k.shape[2])
+    return _gather(k, index)
 
 
 def _gather(key: Tensor, index: Tensor | None) -> Tensor:
@@ -104,10 +100,10 @@ def dense_cosine(
     _pairs.require_pairs(query, key, weight, match)
     query, key, index, valid, weight = _tracing.outside_inference(query, key, index, valid, weight)
     q, k = _maps.flatten(query), _maps.flatten(key)
-    if index is not None:
-        _require_range(name, index, k)
+    if index is not None and _tracing.host_may_look(index):
+        _checks.require_range(name, index, k.shape[2])
     dtype = accumulation_dtype(q, k)
     with no_autocast(q):
         unit_query, unit_key = normalize(q.to(dtype), dim=1), normalize(k.to(dtype), dim=1)
         cosine = (unit_query * _gather(unit_key, index)).sum(1)
-        return _pairs.reduce(2 - 2 * cosine, _pairs.row_weight(weight, valid, dtype), reduction)
+        return _pairs.reduce(2 - 2 * cosine, weight, valid, reduction)

@@ -26,7 +26,7 @@ def serves(query: Tensor, key: Tensor, mutual: bool) -> bool:
 
 
 def match(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As in Backend, not mutual."""
+    """As in eager.py, not mutual."""
     images, _, queries = query.shape
     if query.numel() + key.numel() <= SMALL:
         query, key = normalize(torch.cat([query, key], 2), 1).tensor_split((queries,), 2)

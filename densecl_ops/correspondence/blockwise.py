@@ -17,7 +17,7 @@ TILE_SCORES_CPU, TILE_FEATURES = 2**19, 2**20
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As in Backend.
+    """As in eager.py.
 
     The raw product is scaled by 1 / |key| afterwards: C times less to normalise than the maps themselves. Tiles
     run over images first and over query positions when one image alone is too large; a tile always sees every

@@ -10,7 +10,11 @@ from densecl_ops._numerics import accumulation_dtype, normalize
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As in Backend."""
+    """Of (B, C, P_q) and (B, C, P_k) features: index (B, P_q) int64, score float32 and agreed bool of that shape.
+
+    A position agrees if its match's own nearest query position is this one; all do where mutual is False. No input asks
+    for a gradient, and autocast is off.
+    """
     dtype = accumulation_dtype(query, key)
     similarity = einsum(normalize(query.to(dtype), 1), normalize(key.to(dtype), 1), "b c i, b c j -> b i j")
     score, index = similarity.max(dim=2)  # torch's max takes the lowest index of a tie

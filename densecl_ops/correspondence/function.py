@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -63,8 +61,7 @@ def dense_correspondence(
     """
     grid = _checks.require_grid_size("grid_size", grid_size)
     mutual = _checks.require_bool("mutual", mutual)
-    if min_score is not None:
-        min_score = _checks.require_cosine("min_score", min_score)
+    min_score = _checks.require_cosine("min_score", min_score)
     traced = is_traced(query_features)
     dtype = (_check if traced else _check_once)(query_features, key_features, grid)
     query, key = _prepare(query_features, grid), _prepare(key_features, grid)
@@ -98,17 +95,6 @@ def _prepare(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """As backends take them: pooled, (B, C, P), and without a gradient (torch.no_grad() takes twice as long)."""
     features = features.detach() if features.requires_grad else features
     return _maps.flatten(features if grid is None else _maps.pool_to_grid(features, grid))
-
-
-class Backend(Protocol):
-    """What every backend offers."""
-
-    def match(self, query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of (B, C, P_q) and (B, C, P_k) features: index (B, P_q) int64, score float32 and agreed bool of that shape.
-
-        A position agrees if its match's own nearest query position is this one; all do where mutual is False. Runs
-        without gradients (no input asks for one), with autocast off.
-        """
 
 
 def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:

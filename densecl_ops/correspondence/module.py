@@ -46,7 +46,7 @@ class DenseCorrespondence(nn.Module):
         _checks.require_choice("backend", backend, BACKENDS)
         self.grid_size = _checks.require_grid_size("grid_size", grid_size)
         self.mutual = _checks.require_bool("mutual", mutual)
-        self.min_score = None if min_score is None else _checks.require_cosine("min_score", min_score)
+        self.min_score = _checks.require_cosine("min_score", min_score)
         self.backend = backend
 
     if TYPE_CHECKING:

@@ -26,7 +26,7 @@ class Config(NamedTuple):
 
 
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As in Backend."""
+    """As in eager.py."""
     if query.dtype != key.dtype:
         dtype = torch.promote_types(query.dtype, key.dtype)
         query, key = query.to(dtype), key.to(dtype)

@@ -183,7 +183,7 @@ def dense_info_nce(
             loss = Guard.apply(loss, version_of(rows))  # type: ignore[no-untyped-call]
     else:
         loss, rank = autograd.row_loss(problem, return_rank, chosen, traced)
-    loss = _pairs.reduce(loss, _pairs.row_weight(weight, valid, dtype), reduction)
+    loss = _pairs.reduce(loss, weight, valid, reduction)
     return (loss, rank) if return_rank else loss
 
 
