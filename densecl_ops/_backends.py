@@ -1,7 +1,5 @@
 """Which implementation serves a call."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re

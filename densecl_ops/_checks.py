@@ -4,8 +4,6 @@ Each check names the argument, what came and what was expected. Shapes, dtypes a
 host; values are looked at only where the tensor already lives there, so that no check waits for a device.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import warnings

@@ -1,7 +1,5 @@
 """(B, C, H, W) maps and what is accepted in their place: checks, the one form that the backends see, pooling."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Arithmetic that every backend and module must do alike."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

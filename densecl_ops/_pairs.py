@@ -1,7 +1,5 @@
 """What the losses over matched positions share: which positions pair, what each row weighs, the reduction."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

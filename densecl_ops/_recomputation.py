@@ -6,8 +6,6 @@ they differ. The reentrant one is an autograd.Function, which computes first in 
 in its backward(): `note` leaves the version of the negatives with the ctx of such a Function.
 """
 
-from __future__ import annotations
-
 import inspect
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """What runs a call: values alone, or a compiler, torch.func, a mode. Operators, which those see as one opaque node."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

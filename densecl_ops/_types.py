@@ -1,7 +1,5 @@
 """Public tuples, protocols and choices that several modules share."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch

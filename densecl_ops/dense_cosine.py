@@ -1,7 +1,5 @@
 """The dense term without negatives: for hosts such as BYOL and SimSiam."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from densecl_ops import _checks, _maps, _pairs, _tracing

@@ -1,7 +1,5 @@
 """The projection head: one image-level and one dense branch over the same backbone map."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING

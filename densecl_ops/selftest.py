@@ -6,8 +6,6 @@ eager form. Needs nothing but the package; most of its minute on a GPU goes into
 check fails; the JSON is for reports of what went wrong.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib

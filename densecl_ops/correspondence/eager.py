@@ -1,7 +1,5 @@
 """Feature matching as the textbook writes it: all B x P_q x P_k scores. It defines what the other backends compute."""
 
-from __future__ import annotations
-
 import torch
 from einops import einsum
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Stateless feature matching: checks, normal forms, choice of backend."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The matching rule as a module."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn

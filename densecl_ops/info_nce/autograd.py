@@ -5,8 +5,6 @@ any reduction. Key gradients follow from what was kept of the queries; only grad
 again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any

@@ -4,8 +4,6 @@ row_loss() defines what the other backends compute: all N x K logits, then cross
 autograd alone. Benchmarks compare with it.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, Protocol, get_type_hints
 
 import torch
