@@ -3,7 +3,6 @@
 import functools
 import importlib
 import re
-import warnings
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from densecl_ops import _triton
-from densecl_ops._checks import require_choice
+from densecl_ops._checks import require_choice, warn_once
 from densecl_ops._types import BACKENDS
 
 HAS_TRITON = find_spec("triton") is not None  # looked up here, imported at need: that costs half a second
@@ -84,12 +83,16 @@ def call(backend: str, operation: str, function: str, query: Tensor, dtype: torc
     if kind not in _failed:
         try:
             return getattr(_module(operation, "triton"), function)(*arguments)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except Exception as error:  # the compiler, its assembler, the driver: each has its own
-            if _is_no_fault_of_the_kernels(error):
+            if isinstance(error, RuntimeError) and _SYMPTOMS.search(str(error)):
                 raise
             _failed.add(kind)
+            line = " ".join(str(error).split())
+            line = line if len(line) <= 300 else f"{line[:100]} ... {line[-200:]}"  # it can be a whole program
             _warn_slow(
-                f"its kernels failed ({', '.join(map(str, kind))}): {_short(error)}; "
+                f"its kernels failed ({', '.join(map(str, kind))}): {type(error).__name__}: {line}; "
                 "backend='triton' raises this error, and python -m densecl_ops.selftest tries every kernel"
             )
     return getattr(_module(operation, "blockwise"), function)(*arguments)
@@ -101,16 +104,8 @@ def _module(operation: str, backend: str) -> ModuleType:
     return importlib.import_module(f"densecl_ops.{operation}.{'triton_launch' if backend == 'triton' else backend}")
 
 
-def _is_no_fault_of_the_kernels(error: Exception) -> bool:
-    """Whether another call may well succeed (no memory was free), or no call could (an earlier kernel, also a user's
-    own, has failed since, and the driver tells whoever asks next).
-    """
-    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
-        return True
-    return isinstance(error, RuntimeError) and _SYMPTOMS.search(str(error)) is not None
-
-
-# The driver's words, in an error of Triton's.
+# What is no fault of the kernels, in the driver's words; torch has types for it, Triton a RuntimeError. Another call
+# may well succeed (no memory was free), or none can (an earlier kernel, also a user's own, has failed since).
 _SYMPTOMS = re.compile(
     "out of memory|(cuda|hip) error|illegal (memory access|address|instruction)|misaligned address"
     "|invalid program counter|device-side assert|launch (failure|timed out)|ecc error",
@@ -119,12 +114,5 @@ _SYMPTOMS = re.compile(
 _failed: set[tuple[object, ...]] = set()
 
 
-def _short(error: Exception) -> str:
-    """Type and message in one line; a compiler's message can be a whole program."""
-    line = " ".join(str(error).split())
-    return f"{type(error).__name__}: {line if len(line) <= 300 else line[:100] + ' ... ' + line[-200:]}"
-
-
-@functools.cache  # once per process and reason
 def _warn_slow(reason: str) -> None:
-    warnings.warn(f"densecl_ops runs its slower 'blockwise' backend on a GPU: {reason}", stacklevel=4)
+    warn_once(f"densecl_ops runs its slower 'blockwise' backend on a GPU: {reason}", 5)

@@ -55,17 +55,14 @@ def transposed(x: Tensor, channels: int) -> str | None:
     return "a (B, H, W, C) map: pass .permute(0, 3, 1, 2)"
 
 
-def require_poolable(name: str, features: Tensor) -> None:
-    if features.ndim != 4:
-        expected = "expected a (B, C, H, W) map, the only form that grid_size can pool"
-        raise ValueError(f"{name}: got shape {shape_of(features)}, {expected}")
-
-
-def pool_to_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+def pool_to_grid(name: str, features: Tensor, grid: tuple[int, int]) -> Tensor:
     """Adaptive average pooling of a (B, C, H, W) map; one that already has the grid passes unchanged.
 
     A mean over equal cells, or else two small matrix products. torch's own form has no deterministic backward on CUDA.
     """
+    if features.ndim != 4:
+        expected = "expected a (B, C, H, W) map, the only form that grid_size can pool"
+        raise ValueError(f"{name}: got shape {shape_of(features)}, {expected}")
     height, width = features.shape[2:]
     if (height, width) == grid:
         return features

@@ -76,7 +76,7 @@ class DenseProjectionHead(nn.Module):
 
         Returns:
             Projection(image (B, D), dense (B, D, S, S), pooled (B, D)); `dense` is (B, D, P) or (B, D) for tokens or
-            vectors. `pooled` is the spatial mean of the un-normalised dense map.
+            vectors.
         """
         _maps.require_map("features", features)
         flat = _maps.flatten(features)
@@ -103,8 +103,7 @@ class DenseProjectionHead(nn.Module):
             )
         grid = features
         if self.grid_size is not None:
-            _maps.require_poolable("features", features)
-            grid = _maps.pool_to_grid(features, self.grid_size)
+            grid = _maps.pool_to_grid("features", features, self.grid_size)
         image = self.image_mlp(reduce(flat, "b c p -> b c", "mean"))
         dense = self.dense_mlp(grid if grid.ndim == 4 else flat[:, :, :, None])
         pooled = reduce(dense, "b d h w -> b d", "mean")

@@ -130,7 +130,7 @@ def test_backward_hooks_and_determinism(grid_size: object) -> None:
 def test_pooling_rounds_once(dtype: torch.dtype, grid: tuple[int, int]) -> None:
     features = torch.randn(2, 3, 6, 6, dtype=dtype)
     with torch.autocast("cpu", dtype):
-        seen = _maps.pool_to_grid(features, grid)
+        seen = _maps.pool_to_grid("features", features, grid)
     assert seen.dtype == dtype
     truth = oracle.adaptive_pool(numpy64(features), grid)
     assert np.abs(numpy64(seen) - truth).max() <= np.abs(truth).max() * torch.finfo(dtype).eps

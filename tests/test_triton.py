@@ -31,7 +31,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", minversion="3.6")
 
-from densecl_ops import _backends, _triton, selftest  # noqa: E402
+from densecl_ops import _backends, _checks, _triton, selftest  # noqa: E402
 from densecl_ops.correspondence import triton_launch as fused_matching  # noqa: E402
 from densecl_ops.functional import dense_correspondence, dense_info_nce  # noqa: E402
 from densecl_ops.info_nce import triton_launch as fused  # noqa: E402
@@ -220,7 +220,7 @@ def test_an_architecture_that_was_never_compiled_for(
 ) -> None:
     monkeypatch.setattr(_triton, "describe", lambda device: _triton.Device(architecture, 40))
     tensor = torch.zeros(1).as_subclass(OnGpu)
-    _backends._warn_slow.cache_clear()
+    _checks.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         assert [_backends.choose("auto", tensor, torch.float32, 128) for _ in range(2)] == [chosen] * 2
@@ -252,7 +252,7 @@ def test_kernels_that_fail_are_a_warning_under_auto(monkeypatch: pytest.MonkeyPa
         assert torch.equal(ours, theirs)
     monkeypatch.setattr(_backends, "_failed", set())
     monkeypatch.setattr(_backends, "choose", lambda requested, *_: requested)
-    _backends._warn_slow.cache_clear()
+    _checks.warn_once.cache_clear()
     tried: list[str] = []
 
     def fails(name: str, *_: Any) -> None:

@@ -59,10 +59,11 @@ def dense_correspondence(
     """
     grid = _checks.require_grid_size("grid_size", grid_size)
     mutual = _checks.require_bool("mutual", mutual)
-    min_score = _checks.require_cosine("min_score", min_score)
+    if min_score is not None:
+        min_score = _checks.require_cosine("min_score", min_score)
     traced = is_traced(query_features)
-    dtype = (_check if traced else _check_once)(query_features, key_features, grid)
-    query, key = _prepare(query_features, grid), _prepare(key_features, grid)
+    dtype = (_check if traced else _check_once)(query_features, key_features)
+    query, key = _prepare("query_features", query_features, grid), _prepare("key_features", key_features, grid)
     chosen = _backends.choose(backend, query, dtype, 0, traced)
     if chosen == "eager":  # left open to compilers, which fuse it
         with no_autocast(query):
@@ -76,12 +77,10 @@ def dense_correspondence(
     return match
 
 
-def _check(query: Tensor, key: Tensor, grid: tuple[int, int] | None) -> torch.dtype:
+def _check(query: Tensor, key: Tensor) -> torch.dtype:
     """Checks shapes, dtypes and devices; returns the accumulation dtype."""
-    for name, features in (("query_features", query), ("key_features", key)):
-        _maps.require_map(name, features)
-        if grid is not None:
-            _maps.require_poolable(name, features)
+    _maps.require_map("query_features", query)
+    _maps.require_map("key_features", key)
     _maps.require_paired_maps("query_features", query, "key_features", key)
     return accumulation_dtype(query, key)
 
@@ -89,10 +88,10 @@ def _check(query: Tensor, key: Tensor, grid: tuple[int, int] | None) -> torch.dt
 _check_once = _checks.once(_check)
 
 
-def _prepare(features: Tensor, grid: tuple[int, int] | None) -> Tensor:
+def _prepare(name: str, features: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """As backends take them: pooled, (B, C, P), and without a gradient (torch.no_grad() takes twice as long)."""
     features = features.detach() if features.requires_grad else features
-    return _maps.flatten(features if grid is None else _maps.pool_to_grid(features, grid))
+    return _maps.flatten(features if grid is None else _maps.pool_to_grid(name, features, grid))
 
 
 def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """Differentiation of the loss, for every backend that returns the gradient together with the loss.
 
 The gradient of a query depends on that query alone, so the forward pass already has it and backward only scales it, for
-any reduction. Key gradients follow from what was kept of the queries; only gradients to the negatives read the queue
-again.
+any reduction. Key gradients follow from the queries; only gradients to the negatives read the queue again.
 """
 
 from collections.abc import Callable
