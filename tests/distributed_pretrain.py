@@ -20,15 +20,13 @@ from PIL import Image
 from pretraining import stereo
 
 TINY = ["--steps", "4", "--batch-size", "4", "--lambda-warmup", "2", "--no-amp", "--backbone", "small_gn"]
-schedule = pretrain.lambda_at
 
 
 @cache
 def small_pair(stride: int, device: torch.device) -> stereo.Pair:
     """Part of the stereo pair: of a run of a few steps, most of the time would go into the matches of the whole."""
     pair = stereo.load_pair(stride, device)
-    left, right, disparity = (x[..., 96:256, 160:416] for x in pair[:3])
-    return pair._replace(left=left, right=right, disparity=disparity)
+    return stereo.Pair(*(x[..., 96:256, 160:416] for x in pair[:3]), stride)
 
 
 pretrain.load_pair = small_pair
@@ -38,21 +36,26 @@ def run(out: Path, *arguments: object, **options: object) -> None:
     pretrain.main([*TINY, "--out", str(out), *map(str, arguments)], **options)
 
 
-def terminate(step: int, value: float, warmup: int) -> float:
-    """Signals rank 1 and its workers in the middle of a step, as a scheduler would."""
-    if step == 1 and rank == 1:
-        for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
-            os.kill(pid, signal.SIGTERM)
-    return schedule(step, value, warmup)
+def run_until_sigterm(*arguments: object, **options: object) -> None:
+    """In the middle of the second step, at one rank and its workers."""
+
+    def lambda_at(step: int, value: float, warmup: int) -> float:
+        if step == 1 and os.environ.get("RANK") != "0":
+            for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+                os.kill(pid, signal.SIGTERM)
+        return schedule(step, value, warmup)
+
+    schedule = pretrain.lambda_at
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "lambda_at", lambda_at)
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            run(*arguments, **options)
 
 
 if __name__ == "__main__":
     root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     node, pictures = root / f"node{rank}", root / f"images{rank}"  # the ranks have no disk in common
-    pretrain.lambda_at = terminate
-    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-        run(node, "--workers", 1)
-    pretrain.lambda_at = schedule
+    run_until_sigterm(node, "--workers", 1)
     if rank == 0:
         shutil.copytree(node, root / "alone")
     run(node, "--resume")

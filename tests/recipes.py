@@ -52,10 +52,9 @@ def example(name: str) -> ModuleType:
 
 # ---- a step in plain torch -------------------------------------------------------------------------------------------
 
-Encode = Callable[[Any, Tensor], tuple[Tensor, Projection]]  # network, images -> the map that is matched, projection
-
 
 def encode(encoder: Any, images: Tensor) -> tuple[Tensor, Projection]:
+    """The map that is matched, and what the head makes of it."""
     features = encoder.backbone(images)
     return features, encoder.head(features)
 
@@ -90,7 +89,7 @@ def moco_terms(
     momentum: nn.Module,
     queues: tuple[MomentumQueue, MomentumQueue],
     views: tuple[Tensor, Tensor],
-    encode: Encode = encode,
+    encode: Callable[[Any, Tensor], tuple[Tensor, Projection]] = encode,
     temperature: float = 0.2,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Image term, dense term and the rank of each image's own key; then the keys enter the queues."""

@@ -54,7 +54,6 @@ class MoCoV2Plus(nn.Module):
         self.projector = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, out))
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(2, out, self.queue_size), dim=1))
 
     def log(self, name: str, value: Any, **_: Any) -> None:
         self.logged[name] = value
@@ -71,13 +70,11 @@ class MoCoV2Plus(nn.Module):
         _, crops, targets = batch
         crops = [x.to(memory_format=torch.channels_last) for x in crops]
         feats = [self.backbone(x) for x in crops][:2]  # multicrop: small crops go through the online backbone alone
-        queries = [F.normalize(self.projector(x), dim=1) for x in feats]
         with torch.no_grad():
-            keys = [F.normalize(self.momentum_projector(self.momentum_backbone(x)), dim=1) for x in crops[:2]]
-        loss = sum(F.cross_entropy(self.classifier(x.detach()), targets) for x in feats) / 2
-        for query, key, queue in zip(queries, keys[::-1], self.queue.flip(0), strict=True):
-            logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue], 1) / self.temperature
-            loss = loss + 0.5 * F.cross_entropy(logits, torch.zeros_like(targets))
+            keys = [self.momentum_projector(self.momentum_backbone(x)) for x in crops[:2]]
+        loss = sum(F.cross_entropy(self.classifier(x.detach()), targets) for x in feats)
+        for x, key in zip(feats, keys[::-1], strict=True):  # for MoCo's loss: any that reads what it reads will do
+            loss = loss - F.cosine_similarity(self.projector(x), key).mean()
         return loss
 
     def on_after_backward(self) -> None:

@@ -1,7 +1,6 @@
 """One rule for README.md and every page under docs/: what it shows is so.
 
-Links and paths lead somewhere; code runs or is a tested example's; tables and pictures are those of the
-committed records; the API reference is complete.
+Links and paths lead somewhere; code runs or is a tested example's; tables and pictures are those of the records.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from torch import nn
 
 from benchmarks import render
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
-
-@each_page
-def test_links_and_paths_lead_somewhere(page: Path) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_paths_and_tables(page: Path) -> None:
     """Links, and what prose and commands write from the root of the repository; `make docs` sees to the anchors."""
     text = page.read_text()
     for target in re.findall(r"\]\(((?!http|#)[^)#]+)", text):
         assert (page.parent / target).exists(), target
     for path in re.findall(r"(?<![\w/.])(?:docs|tests|benchmarks|densecl_ops)/[\w./-]+\.\w+", text):
         assert (ROOT / path).exists(), path
+    assert text.count(":begin -->") == text.count(":end -->") == len(render.MARKED.findall(text))
+    assert render.rendered(name_of(page)) == text, "run `python -m benchmarks render`"
 
 
 # ---- code -----------------------------------------------------------------------------------------------------------
@@ -102,14 +101,7 @@ def test_shown_code_is_the_recipes(page: Path) -> None:
         assert any(all(line in source or OF_A_HOST.search(line) for line in added) for source in sources), diff
 
 
-# ---- tables, pictures ------------------------------------------------------------------------------------------------
-
-
-@each_page
-def test_tables_are_those_of_the_records(page: Path) -> None:
-    text = page.read_text()
-    assert text.count(":begin -->") == text.count(":end -->") == len(render.MARKED.findall(text))
-    assert render.rendered(name_of(page)) == text, "run `python -m benchmarks render`"
+# ---- the site --------------------------------------------------------------------------------------------------------
 
 
 def test_plots_are_those_of_the_records() -> None:
@@ -122,12 +114,8 @@ def test_plots_are_those_of_the_records() -> None:
         assert picture.info["Source"] == digest(source), "run `python -m benchmarks render`"
 
 
-# ---- the site --------------------------------------------------------------------------------------------------------
-
-
 def test_api_reference_names_everything_public_once() -> None:
-    names = ("functional", "interop", "metrics", "visualize")
-    modules = ("densecl_ops", *(f"densecl_ops.{name}" for name in names))
+    modules = ["densecl_ops", *(f"densecl_ops.{name}" for name in ("functional", "interop", "metrics", "visualize"))]
     documented = []
     for page in (DOCS / "api").glob("*.md"):
         (module,) = re.findall(r"currentmodule:: (.+)", page.read_text())
@@ -143,7 +131,6 @@ def test_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip(module)
     monkeypatch.setenv("MPLBACKEND", "agg")
     space: dict[str, float] = {}
-    for cell in json.loads((DOCS / "notebook.ipynb").read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), space)
+    cells = json.loads((DOCS / "notebook.ipynb").read_text())["cells"]
+    exec("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"), space)
     assert space["after"] > 1.2 * space["before"]

@@ -74,9 +74,7 @@ def test_the_script_runs(flag: bool) -> None:
     assert_type(metrics.mutual_share(first, second), Tensor)
     checkpoint = interop.Checkpoint.from_modules(head_q=head, dense_queue=queue)
     assert_type(assert_type(checkpoint, interop.Checkpoint).load_into(head_q=head), list[str])
-    assert callable(interop.read_checkpoint)
-    assert callable(interop.write_checkpoint)
-    assert callable(visualize.plot_correspondence)
+    assert all(map(callable, (interop.read_checkpoint, interop.write_checkpoint, visualize.plot_correspondence)))
 
 
 @pytest.mark.parametrize("name", ["mypy", "pyright"])
