@@ -61,92 +61,68 @@ def info_nce(
     to_row: Rounding = np.asarray,
     to_operand: Rounding = np.asarray,
 ) -> LossResult:
-    """Loss and analytic gradients, row by row. `upstream` (B, P) is d/d loss_i for reduction "none" (default: ones).
+    """Loss and analytic gradients. `upstream` (B, P) is d/d loss_i for reduction "none" (default: ones).
 
     The rank compares cosines of rounded vectors: the key as a row of the queue is kept, then all as multiplied.
     """
-    batch, channels, positions = query.shape
+    batch, _, positions = query.shape
     if index is None:
         index = np.tile(np.arange(positions), (batch, 1))
-    rows = np.ones((batch, positions)) if weight is None else weight.astype(np.float64)
-    rows = rows if valid is None else np.where(valid, rows, 0.0)
-
-    q_hat, q_inverse = unit(query, 1)
+    images = np.arange(batch)
+    left_out = np.zeros((batch, 1, len(negatives)), bool)
+    if count is not None:
+        left_out[..., count:] = True
+    if exclude is not None:
+        left_out[images, 0, exclude] = True
+    q, q_inverse = unit(query, 1)
     k_hat, k_inverse = unit(key, 1)
-    shape = (batch, positions)
-    loss, rank = np.zeros(shape), np.zeros(shape, np.int64)
-    margin = np.zeros((*shape, len(negatives)))
-    operands = to_operand(negatives)
-    d_row_q = np.zeros((batch, positions, channels))  # d loss_i / d q^_i
-    d_row_k = np.zeros((batch, positions, channels))  # d loss_i / d k^_index(i)
-    probability = np.zeros((*shape, len(negatives)))
-    d_row_scale = np.zeros(shape)  # d loss_i / d (1/t)
-    for b in range(batch):
-        for i in range(positions):
-            q, k = q_hat[b, :, i], k_hat[b, :, index[b, i]]
-            left_out = np.zeros(len(negatives), bool)
-            if count is not None:
-                left_out[count:] = True
-            if exclude is not None:
-                left_out[exclude[b]] = True
-            margins = np.where(left_out, -np.inf, negatives @ q - q @ k) / temperature
-            loss[b, i] = _log_one_plus_sum_exp(margins)  # loss_i = log(1 + sum_j exp(s_j - s+))
-            q_rounded, k_rounded = to_operand(q), to_operand(to_row(k))
-            margin[b, i] = np.where(left_out, -np.inf, operands @ q_rounded - q_rounded @ k_rounded)
-            rank[b, i] = _rank(margin[b, i], tie)
-            if np.isnan(q @ k):
-                loss[b, i], rank[b, i] = np.nan, len(negatives)
-            p = np.exp(margins - loss[b, i])  # exp(s_j) / (exp(s+) + sum exp(s_j)); their sum is 1 - p+
-            seen = p > 0  # a masked row of negatives may hold anything
-            d_row_q[b, i] = (p[seen] @ negatives[seen] - p.sum() * k) / temperature
-            d_row_k[b, i] = -p.sum() * q / temperature
-            d_row_scale[b, i] = temperature * d_row_q[b, i] @ q
-            probability[b, i] = p
+    k = np.take_along_axis(k_hat, index[:, None], 2)  # of the match of each query
+    lost = np.isnan((q * k).sum(1))
 
-    weighted = np.where(rows == 0, 0.0, loss * rows)
-    total = rows.sum()
+    def margins(q: Array, k: Array, negatives: Array) -> Array:
+        cosines = np.einsum("bdi,kd->bik", q, negatives) - (q * k).sum(1)[..., None]
+        return np.where(left_out, -np.inf, cosines)  # a row that is left out may hold anything
+
+    margin = margins(to_operand(q), to_operand(to_row(k)), to_operand(negatives))
+    logits = margins(q, k, negatives) / temperature  # s_j - s+
+    loss = np.logaddexp(0, np.logaddexp.reduce(logits, 2, initial=-np.inf))  # log(1 + sum_j exp(s_j - s+))
+    loss = np.where(lost, np.nan, loss)
+
+    rows = np.ones(index.shape) if weight is None else weight.astype(np.float64)
+    rows = rows if valid is None else np.where(valid, rows, 0.0)
+    weighted, divisor = np.where(rows == 0, 0.0, loss * rows), rows.sum() or 1.0
     if reduction == "none":
         reduced, slope = weighted, rows if upstream is None else rows * upstream
     elif reduction == "sum":
         reduced, slope = weighted.sum(), rows
     else:
-        divisor = total if total != 0 else 1.0
         reduced, slope = weighted.sum() / divisor, rows / divisor
 
-    def scaled(rows_gradient: Array) -> Array:
-        factor = slope if rows_gradient.ndim == 2 else slope[:, :, None]
-        return np.where(factor == 0, 0.0, factor * rows_gradient)
+    def used(x: Array) -> Array:
+        """(B, ..., P) without what the rows of slope 0 hold, NaN perhaps."""
+        return np.where(slope[:, None] == 0, 0.0, x)
 
-    d_q = scaled(d_row_q).transpose(0, 2, 1)
+    probability = np.exp(logits - loss[..., None])  # exp(s_j) / (exp(s+) + sum exp(s_j)); their sum is 1 - p+
+    pull = used(slope[:, None] * probability.swapaxes(1, 2)) / temperature  # (B, K, P)
+    kept = np.where(left_out.swapaxes(1, 2), 0.0, negatives)  # (B, K, D)
+    d_q = np.einsum("bki,bkd->bdi", pull, kept) - pull.sum(1, keepdims=True) * used(k)
     d_k = np.zeros(key.shape)
-    for b in range(batch):
-        for i in range(positions):
-            d_k[b, :, index[b, i]] += scaled(d_row_k)[b, i]
-    q_for_negatives = np.where(slope[:, None, :] == 0, 0.0, q_hat)
+    np.add.at(d_k, (images[:, None], slice(None), index), -(pull.sum(1, keepdims=True) * used(q)).swapaxes(1, 2))
     d_weight = None
     if weight is not None:
         d_weight = loss * (upstream if reduction == "none" and upstream is not None else 1.0)
-        if reduction == "mean":
-            d_weight = (loss - reduced) / (total if total != 0 else 1.0)
+        d_weight = (loss - reduced) / divisor if reduction == "mean" else d_weight
         d_weight = d_weight if valid is None else np.where(valid, d_weight, 0.0)
     return LossResult(
         loss=np.asarray(reduced),
-        rank=rank,
+        rank=np.where(lost, len(negatives), _rank(margin, tie)),
         margin=margin,
-        query=_through_norm(d_q, q_hat, q_inverse),
+        query=_through_norm(d_q, q, q_inverse),
         key=_through_norm(d_k, k_hat, k_inverse),
-        negatives=np.einsum("bik,bdi->kd", scaled(probability), q_for_negatives) / temperature,
-        temperature=float(-scaled(d_row_scale).sum() / temperature**2),
+        negatives=np.einsum("bki,bdi->kd", pull, used(q)),
+        temperature=float(-(d_q * used(q)).sum() / temperature),
         weight=d_weight,
     )
-
-
-def _log_one_plus_sum_exp(x: Array) -> float:
-    top = x.max(initial=-np.inf)
-    if not top > -np.inf:  # nothing to sum, or NaN
-        return 0.0 if top == -np.inf else float("nan")
-    log_sum = top + np.log(np.exp(x - top).sum())
-    return float(np.logaddexp(0.0, log_sum))
 
 
 def _through_norm(grad: Array, x_hat: Array, inverse: Array) -> Array:
