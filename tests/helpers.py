@@ -75,7 +75,7 @@ def match(backend: str, *args: Any, **kwargs: Any) -> Correspondence:
     return Correspondence(*(x.cpu() for x in result))
 
 
-def refused(call: Callable[[], Any], words: str = "") -> pytest.ExceptionInfo[Exception]:
+def refused(call: Callable[[], Any], words: str = " ") -> pytest.ExceptionInfo[Exception]:
     """By an error that names the argument, what came and what was expected, in `words` (" ... ": anything)."""
     with pytest.raises((TypeError, ValueError), match=".*".join(map(re.escape, words.split(" ... ")))) as caught:
         call()
@@ -270,10 +270,6 @@ def loss_cases(dtype: torch.dtype) -> dict[str, Case]:
     return cases
 
 
-def rounded_to(dtype: torch.dtype) -> oracle.Rounding:
-    return lambda x: torch.tensor(x).to(dtype).double().numpy()
-
-
 def tie_width(*tensors: Tensor) -> float:
     return 2.0**-46 if any(x.dtype == torch.float64 for x in tensors) else 2.0**-18
 
@@ -287,8 +283,9 @@ def expected(case: Case, autocast: torch.dtype | None = None) -> oracle.LossResu
     tie = tie_width(case.query, case.key, case.negatives)
     operand = autocast or torch.promote_types(case.query.dtype, case.negatives.dtype)
     given = {name: array(x) for name, x in vars(case).items()} | {"query": flat64(case.query), "key": flat64(case.key)}
-    to_operand = rounded_to(torch.float64 if tie < 2.0**-18 else operand)
-    return oracle.info_nce(**given, tie=tie, to_row=rounded_to(case.negatives.dtype), to_operand=to_operand)
+    dtypes = {"to_row": case.negatives.dtype, "to_operand": torch.float64 if tie < 2.0**-18 else operand}
+    roundings = {name: lambda x, to=to: torch.tensor(x).to(to).double().numpy() for name, to in dtypes.items()}
+    return oracle.info_nce(**given, tie=tie, **roundings)
 
 
 def run(backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: bool = True) -> SimpleNamespace:

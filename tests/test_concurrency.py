@@ -13,8 +13,9 @@ import torch
 from helpers import BACKENDS, GRADIENTS, check, flat64, make_case, match
 
 
-def race(*backends: str) -> None:
-    """A thread for each, all starting at once, twenty steps of its own sizes, against the oracle."""
+def test_threads() -> None:
+    """All start at once and take twenty steps, each with sizes of its own."""
+    backends = (*BACKENDS, "auto") * 4
     start = threading.Barrier(len(backends))
     sys.setswitchinterval(1e-6)  # at Python's default of 5 ms, threads hardly ever meet inside of a step
 
@@ -30,10 +31,6 @@ def race(*backends: str) -> None:
     with ThreadPoolExecutor(len(backends)) as pool:
         list(pool.map(work, backends, range(len(backends))))
     sys.setswitchinterval(5e-3)
-
-
-def test_threads() -> None:
-    race(*(*BACKENDS, "auto") * 4)
 
 
 def test_first_calls_race() -> None:

@@ -223,13 +223,6 @@ def test_words(call: Callable[[], Any], error: type[Exception], words: str) -> N
     assert refused(call, words).type is error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is missing")
-def test_triton_that_cannot_serve_says_why() -> None:
-    for call in (loss, matching):
-        with pytest.raises(ValueError, match=r"backend: got 'triton', which cannot serve.*: \w+"):
-            call(backend="triton")
-
-
 @pytest.mark.parametrize(
     ("call", "advice"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import to_device
+from helpers import assert_same, to_device
 from test_step import Step, views
 from torch import Tensor
 
@@ -49,9 +49,9 @@ def in_float64(arguments: dict[str, Any], temperature: float) -> tuple[Tensor, T
     return torch.cat(losses), torch.cat(gradients)
 
 
-def rows_and_gradient(backend: str, arguments: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
+def rows_and_gradient(arguments: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
     query = arguments["query"].detach().requires_grad_()
-    loss = dense_info_nce(**(arguments | {"query": query}), reduction="none", backend=backend, **options)
+    loss = dense_info_nce(**(arguments | {"query": query}), reduction="none", backend="triton", **options)
     loss.sum().backward()
     return loss.detach(), query.grad
 
@@ -86,12 +86,11 @@ def test_no_race_with_every_multiprocessor_busy(monkeypatch: pytest.MonkeyPatch,
     arguments["key"] = exact_rows(256, 49).mT.unflatten(2, (7, 7))
     arguments["negatives"].enqueue(exact_rows(QUEUE))
     exact, gradient = in_float64(arguments, temperature)
-    first = rows_and_gradient("triton", arguments, temperature=temperature)
+    first = rows_and_gradient(arguments, temperature=temperature)
     torch.testing.assert_close(first[0].double(), exact, rtol=2e-6, atol=1e-5)
     assert (first[1].double() - gradient).norm() < 4e-3 * gradient.norm()
     for _ in range(200):
-        again = rows_and_gradient("triton", arguments, temperature=temperature)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert_same(rows_and_gradient(arguments, temperature=temperature), first)
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
@@ -198,11 +197,11 @@ def test_memory_does_not_grow_with_the_queue(negatives: int) -> None:
     """Loss forward and backward allocate O(N * D) beyond their inputs: at most 12 float32 copies of the queries."""
     arguments = inputs(256, torch.bfloat16, negatives=negatives)
     copies = 4 * arguments["query"].numel()
-    rows_and_gradient("triton", arguments)
+    rows_and_gradient(arguments)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    rows_and_gradient("triton", arguments)
+    rows_and_gradient(arguments)
     assert torch.cuda.max_memory_allocated() - before <= 12 * copies
 
 

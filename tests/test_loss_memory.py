@@ -28,17 +28,15 @@ def peak_of(function: Callable[[], object]) -> float:
     ("options", "limit"),
     [
         ({}, 8),
-        ({"bfloat16": True}, 8),
+        ({"bfloat16": True, "rank": True}, 12),  # a float32 copy of the rows would be 32 MiB
         ({"rank": True, "key": True, "exclude": True}, 12),
         ({"negatives": True}, 12 + 32),  # and their gradient
         ({"rank": True, "autocast": True}, 8),
     ],
-    ids=["plain", "bfloat16", "rank-key-exclude", "negatives", "autocast"],
+    ids=["plain", "bfloat16-rank", "rank-key-exclude", "negatives", "autocast"],
 )
 def test_memory_of_the_published_setting(fused: str, options: dict[str, bool], limit: float) -> None:
     """N = 1,568 against K = 65,536: one float32 logit matrix would be 392 MiB. Inputs of 1.5 MiB included."""
-    if fused in helpers.DEVICES:
-        pytest.skip("measured on a CPU")
     dtype = torch.bfloat16 if "bfloat16" in options else torch.float32
     rows = torch.nn.functional.normalize(torch.randn(65536, 128), dim=1).to(dtype)
     rows.requires_grad_("negatives" in options)
@@ -56,24 +54,11 @@ def test_memory_of_the_published_setting(fused: str, options: dict[str, bool], l
     assert peak_of(step) < limit
 
 
-def test_memory_does_not_grow_with_a_bfloat16_queue() -> None:
-    """A float32 copy of these 2^18 rows would be 64 MiB; a rank goes through it in tiles."""
-    rows = torch.nn.functional.normalize(torch.randn(2**18, 64), dim=1).bfloat16()
-
-    def step() -> None:
-        query, key = (torch.randn(2, 64, 4, 4, dtype=torch.bfloat16, requires_grad=wanted) for wanted in (True, False))
-        helpers.info_nce("blockwise", query, key, rows, return_rank=True)[0].backward()
-
-    assert peak_of(step) < 8
-
-
 def test_nothing_of_size_n_by_k_is_saved(fused: str) -> None:
     """What waits for backward() is N x D, however many negatives there are."""
     case, saved = make_case(28, negatives=5000).to(torch.float32), []
     query = case.query.clone().requires_grad_()
     negatives = SimpleNamespace(rows=case.negatives, count=torch.tensor(5000))
-    if fused in helpers.DEVICES:
-        negatives = SimpleNamespace(rows=case.negatives.cuda(), count=torch.tensor(5000, device="cuda"))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         helpers.info_nce(fused, query, case.key, negatives, case.index)
     assert max(saved) < 5000

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from helpers import GUISES, VALUES, flat64, lay_out, numpy64
+from helpers import GUISES, VALUES, assert_same, flat64, lay_out, numpy64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +22,7 @@ GUISE = st.sampled_from(GUISES)
 SEEDS, GRIDS = st.integers(0, 10**6), st.tuples(st.integers(1, 4), st.integers(1, 4))
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
 FORMS = st.sampled_from([lambda x: x, lambda x: x, lambda x: x.flatten(2), lambda x: x.flatten(2)[:, :, 0]])
-EPS = {torch.float64: 1e-12, torch.float32: 1e-5}
+EPS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 def features(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -173,8 +173,7 @@ def test_autocast_changes_nothing(backend: str, autocast: torch.dtype, grid: tup
     plain = helpers.match(backend, query, key, mutual=True, grid_size=grid)
     with torch.autocast(helpers.DEVICES.get(backend, "cpu"), autocast):
         cast = helpers.match(backend, query, key, mutual=True, grid_size=grid)
-    for a, b in zip(plain, cast, strict=True):
-        assert torch.equal(a, b)
+    assert_same(cast, plain)
     check_match(backend, query, key, grid_size=grid)
 
 
@@ -189,7 +188,7 @@ def test_low_precision_features_are_accumulated_in_float32(backend: str) -> None
 @pytest.mark.parametrize(("channels", "grid"), [(2048, 7), (512, 14)])
 @pytest.mark.parametrize("structure", ["smooth", "clustered", "sparse"])
 def test_bfloat16_maps_like_those_of_a_network(backend: str, structure: str, channels: int, grid: int) -> None:
-    """float64's index of the rounded maps but for cosines within 1e-6; a product in bfloat16 errs at some percent."""
+    """A product in bfloat16 errs at some percent."""
     rank = {"smooth": 8, "clustered": 20, "sparse": 200}[structure]
     basis, generator = features(rank, channels), torch.Generator().manual_seed(1)
 
@@ -203,15 +202,10 @@ def test_bfloat16_maps_like_those_of_a_network(backend: str, structure: str, cha
         return (x - 1 if structure == "sparse" else x).relu().bfloat16()
 
     query, key = view(), view()
-    q, k = (torch.nn.functional.normalize(x.double().flatten(2), dim=1) for x in (query, key))
-    best = torch.bmm(q.mT, k).topk(2, dim=2)
-    clear = best.values[..., 0] - best.values[..., 1] > 1e-6
-    assert clear.double().mean() > 0.99
     for layout in ("contiguous", "channels_last"):
-        seen = helpers.match(backend, lay_out(query, layout), lay_out(key, layout))
-        assert torch.equal(seen.index[clear], best.indices[..., 0][clear])
+        check_match(backend, lay_out(query, layout), lay_out(key, layout))
     rounded = torch.bmm(query.flatten(2).mT, key.flatten(2)) / key.flatten(2).norm(dim=1)[:, None]
-    assert (rounded.argmax(2) != best.indices[..., 0]).double().mean() > 0.01
+    assert (rounded.argmax(2).numpy() != oracle.match(flat64(query), flat64(key)).index).mean() > 0.01
 
 
 def test_no_gradient_and_no_change_of_inputs(backend: str) -> None:
@@ -220,8 +214,7 @@ def test_no_gradient_and_no_change_of_inputs(backend: str) -> None:
     assert not match.score.requires_grad
     with torch.inference_mode():
         again = helpers.match(backend, query, key, mutual=True)
-    assert all(torch.equal(a, b) for a, b in zip(again, match, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip((query, key), pair(5), strict=True))
+    assert_same((again, query, key), (match, *pair(5)))
 
 
 def test_min_score_of_identical_maps(backend: str) -> None:
@@ -235,7 +228,6 @@ def test_module_equals_function(backend: str) -> None:
     query, key = helpers.to_device(backend, *pair(8))
     module = DenseCorrespondence(grid_size=(2, 2), mutual=True, min_score=0.1, backend=backend)
     function = dense_correspondence(query, key, grid_size=(2, 2), mutual=True, min_score=0.1, backend=backend)
-    for a, b in zip(module(query, key), function, strict=True):
-        assert torch.equal(a, b)
+    assert_same(module(query, key), function)
     assert "mutual=True" in repr(module)
     assert not module.state_dict()

@@ -21,7 +21,7 @@ from densecl_ops import _parallel
 from densecl_ops._parallel import for_blocks
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -44,7 +44,6 @@ def test_parallel_regions(tmp_path: Path) -> None:
     assert cases[0]["MoCo's lines"]["regions"] > 16  # so something is counted
 
 
-@pytest.mark.usefixtures("two_threads")  # sets the number back, too
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("size", "most", "least"), [(0, 5, 1), (1, 5, 1), (10, 5, 1), (11, 5, 1), (31, 64, 16), (7, 1, 1)]
@@ -56,7 +55,6 @@ def test_blocks_cover_all_rows(threads: int, size: int, most: int, least: int) -
     assert (seen == 1).all()
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_settings_of_threads() -> None:
     """One thread for the operators of a block; the caller, later threads and modes are as they were."""
     numbers, modes = [], []
@@ -76,7 +74,6 @@ def test_settings_of_threads() -> None:
     assert (numbers[-1], torch.get_num_threads()) == (2, 2)
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_errors_of_a_block() -> None:
     def fail(part: slice) -> None:
         if part.start:
@@ -87,7 +84,6 @@ def test_errors_of_a_block() -> None:
             for_blocks(fail, 8, 2)
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_fork() -> None:
     """A child has no threads of its parent: it starts its own."""
@@ -99,7 +95,6 @@ def test_fork() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_on_threads(dtype: torch.dtype) -> None:
     """Repeats agree bit by bit; in inference mode and beside other threads of the user, too."""
@@ -115,6 +110,5 @@ def test_loss_on_threads(dtype: torch.dtype) -> None:
         results = list(users.map(lambda _: helpers.run("blockwise", case), range(3)))
     helpers.assert_close(loss, first.loss, 1e-6 if dtype == torch.float32 else 1e-2)
     for again in results:
-        for name in ("loss", "rank", "query", "key", "negatives"):
-            assert torch.equal(getattr(again, name), getattr(first, name)), name
+        helpers.assert_same(vars(again), vars(first))
     assert len(_parallel._pool(2, os.getpid())._threads) == 2

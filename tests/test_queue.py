@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import EPS, check_queue, deque_of, numpy64
+from helpers import EPS, assert_same, check_queue, deque_of, numpy64
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -159,7 +159,7 @@ def test_deferred_initialisation(init: str) -> None:
     queue.reset_parameters()
     torch.manual_seed(3)
     fresh = MomentumQueue(64, 16, init=init, dtype=torch.bfloat16)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(queue.buffers(), fresh.buffers(), strict=True))
+    assert_same(queue.state_dict(), fresh.state_dict())
 
 
 def state_of(size: int = 8, **numbers: int) -> dict[str, Tensor]:
@@ -191,7 +191,7 @@ def test_a_state_that_is_not_one_queues_changes_nothing(state: dict[str, Tensor]
     else:
         with pytest.raises(RuntimeError, match=message):
             load()
-    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    assert_same(model.state_dict(), before)
 
 
 def test_rows_that_were_averaged_are_told_at_loading() -> None:

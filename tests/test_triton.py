@@ -18,7 +18,7 @@ from unittest import mock
 import helpers
 import pytest
 import torch
-from helpers import Case, check, loss_cases, make_case, match, run
+from helpers import Case, assert_same, check, loss_cases, make_case, match, run
 from test_compile import test_opcheck_loss, test_opcheck_match  # noqa: F401
 from test_loss import test_collapse_ranks_half, test_rank_and_nan, test_ties_count_half  # noqa: F401
 from test_loss_numerics import (  # noqa: F401
@@ -248,8 +248,7 @@ def everything(backend: str, compiled: bool = False) -> list[Tensor]:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_kernels_that_fail_are_a_warning_under_auto(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     """One warning and one try for each kind of call; then blockwise serves, forward and backward."""
-    for ours, theirs in zip(everything("triton", compiled), everything("triton"), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_same(everything("triton", compiled), everything("triton"))
     monkeypatch.setattr(_backends, "_failed", set())
     monkeypatch.setattr(_backends, "choose", lambda requested, *_: requested)
     _checks.warn_once.cache_clear()
@@ -268,9 +267,7 @@ def test_kernels_that_fail_are_a_warning_under_auto(monkeypatch: pytest.MonkeyPa
     messages = [str(warning.message) for warning in seen if "slower 'blockwise'" in str(warning.message)]
     assert len(messages) == 4
     assert all("OutOfResources: out of resource: shared memory" in message for message in messages)
-    for result in results:
-        for ours, theirs in zip(result, everything("blockwise"), strict=True):
-            assert torch.equal(ours, theirs)
+    assert_same(results, [everything("blockwise")] * 2)
     with pytest.raises(triton.runtime.errors.OutOfResources):
         everything("triton")
 
