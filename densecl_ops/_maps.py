@@ -34,10 +34,7 @@ def require_paired_maps(query_name: str, query: Tensor, key_name: str, key: Tens
 
 
 def flatten(x: Tensor) -> Tensor:
-    """The (B, C, P) form of what `require_map` takes.
-
-    A view wherever the strides allow one: channels_last maps and transposed token sequences are not copied.
-    """
+    """The (B, C, P) form of what `require_map` takes: a view of maps in any memory format and of transposed tokens."""
     if x.ndim == 3:
         return x
     return x.unsqueeze(2) if x.ndim == 2 else x.flatten(2)
@@ -47,12 +44,10 @@ def transposed(x: Tensor, channels: int) -> str | None:
     """How to bring x, which has so many channels elsewhere, into the order of the contract; None if it has not."""
     if x.ndim not in (3, 4) or x.shape[1] == channels:
         return None
-    if x.shape[-1] != channels:
-        one = x.ndim == 3 and x.shape[0] == channels
-        return "a (C, H, W) map of one image: pass .unsqueeze(0)" if one else None
-    if x.ndim == 3:
-        return "(B, P, C) tokens: pass .transpose(1, 2)"
-    return "a (B, H, W, C) map: pass .permute(0, 3, 1, 2)"
+    if x.shape[-1] == channels:
+        tokens, maps = "(B, P, C) tokens: pass .transpose(1, 2)", "a (B, H, W, C) map: pass .permute(0, 3, 1, 2)"
+        return tokens if x.ndim == 3 else maps
+    return "a (C, H, W) map of one image: pass .unsqueeze(0)" if x.ndim == 3 and x.shape[0] == channels else None
 
 
 def pool_to_grid(name: str, features: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -119,15 +119,12 @@ def _loss(case: Case, device: torch.device) -> Run:
     rows = F.normalize(torch.randn(case.negatives, channels, device=device), dim=1)
     count = torch.tensor(case.negatives - case.negatives // 8, device=device)
     temperature = 0.01 if "cold" in case.options else 0.2
-    per_image = {
+    arguments = {
         "query": query,
         "key": key,
         "correspondence": torch.randint(math.prod(case.key_grid), (batch, math.prod(grid)), device=device),
         "exclude": torch.arange(batch, device=device) * 7 if "exclude" in case.options else None,
-    }
-    rows = rows if "autocast" in case.options else rows.to(case.dtype)
-    shared = {
-        "negatives": rows,
+        "negatives": rows if "autocast" in case.options else rows.to(case.dtype),
         "temperature": torch.tensor(temperature, device=device) if "learned" in case.options else temperature,
     }
     wanted = ["query"] if "frozen" in case.options else ["query", "key"]
@@ -137,10 +134,12 @@ def _loss(case: Case, device: torch.device) -> Run:
     def run(backend: Any, images: slice = slice(None)) -> Results:
         """Loss of every row, its gradients and, if that is one of the options, the rank; "exact" ones in float64."""
         exact = backend == "exact"
-        given: dict[str, Any] = {name: None if x is None else x[images] for name, x in per_image.items()} | shared
-        for name, x in given.items():
-            if isinstance(x, Tensor) and x.is_floating_point():
-                given[name] = (x.double() if exact else x.detach()).requires_grad_(name in wanted)
+        given: dict[str, Any] = arguments.copy()
+        for name, x in arguments.items():
+            if isinstance(x, Tensor):
+                x = x if name in ("negatives", "temperature") else x[images]
+                x = x.double() if exact and x.is_floating_point() else x.detach()
+                given[name] = x.requires_grad_(name in wanted)
         leaves = [given[name] for name in wanted]
         if "count" in case.options:
             given["negatives"] = SimpleNamespace(rows=given["negatives"], count=count)

@@ -72,9 +72,7 @@ class DenseInfoNCELoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """t: a number, or while it is learned a 0-d tensor that carries the gradient to `logit_scale`.
-
-        A constant t may be set.
+        """t: a number, which may be set, or while it is learned a 0-d tensor that carries a gradient to `logit_scale`.
 
         Raises:
             RuntimeError: FSDP holds `logit_scale` in shards, as it does outside of the forward() that it wraps.
