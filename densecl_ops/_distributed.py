@@ -23,30 +23,27 @@ _host_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = 
 
 
 class Header(NamedTuple):
-    """What a rank says of its keys. Ranks must agree on the fields from `size` on."""
+    """What a rank says of its keys. Ranks must agree on dim, dtype, requires_grad and size."""
 
     failed: int = 0  # 1: this rank is about to raise, and sends no keys
     keys: int = 0  # how many
-    synchronised: int = 1  # 0: this rank's queue may differ from the others'
-    size: int = 0  # of the queue; 0: there is none
     dim: int = 0
     dtype: int = 0  # place in _checks.FLOAT_DTYPES
     requires_grad: int = 0
+    size: int = 0  # of the queue; 0: there is none
+    synchronised: int = 1  # 0: this rank's queue may differ from the others'
 
     def describe(self, field: str) -> str:
-        value = getattr(self, field)
-        return f"{field} {_checks.FLOAT_DTYPES[value]}" if field == "dtype" else f"{field} {int(value)}"
+        return f"{field} {_checks.FLOAT_DTYPES[self.dtype] if field == 'dtype' else getattr(self, field)}"
 
 
 def require_group(process_group: Any) -> dist.ProcessGroup | None:
     """Passes None and a process group that this process is in."""
-    if process_group is None:
-        return None
+    if process_group is None or (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        return process_group
     if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("process_group: got a group that this process is not in, expected one of its own groups")
-    if not dist.is_available() or not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup")
-    return process_group
+    raise TypeError(f"process_group: got {type(process_group).__name__}, expected a torch.distributed.ProcessGroup")
 
 
 def group_of(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -88,21 +85,15 @@ def announce(prepare: Callable[[], Tensor], group: dist.ProcessGroup, **said: in
     except Exception:
         _all_headers(Header(failed=1), group)
         raise
-    header = Header(
-        keys=keys.shape[0],
-        dim=keys.shape[1],
-        dtype=_checks.FLOAT_DTYPES.index(keys.dtype),
-        requires_grad=keys.requires_grad,
-        **said,
-    )
-    headers = _all_headers(header, group)
+    dtype = _checks.FLOAT_DTYPES.index(keys.dtype)
+    headers = _all_headers(Header(0, len(keys), keys.shape[1], dtype, keys.requires_grad, **said), group)
     failed = ", ".join(f"rank {rank}" for rank, other in enumerate(headers) if other.failed)
     if failed:
         raise ValueError(
             f"keys: got an error on {failed} of the process group (raised there), expected keys that fit on every rank"
         )
-    fields = Header._fields[Header._fields.index("size") :]
-    unequal = [field for field in fields if len({getattr(other, field) for other in headers}) > 1]
+    agreed = ("dim", "dtype", "requires_grad", "size")
+    unequal = [field for field in agreed if len({getattr(other, field) for other in headers}) > 1]
     if unequal:
         seen = (
             f"{' and '.join(other.describe(field) for field in unequal)} on rank {rank}"

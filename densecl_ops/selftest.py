@@ -73,8 +73,7 @@ def cases(real: bool, images: int) -> Iterator[Case]:
         yield Case((8, 256, 56, 56), (56, 56), bfloat16, 0, "", real)
 
 
-Results = dict[str, Tensor]
-Run = Callable[..., Results]  # takes a backend ("exact": the eager form in float64) and which images; default: all
+Run = Callable[..., dict[str, Tensor]]  # of a backend ("exact": the eager form in float64) and images (default: all)
 
 
 def check(case: Case, backend: BackendName, device: torch.device) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def _loss(case: Case, device: torch.device) -> Run:
     wanted += ["temperature"] * ("learned" in case.options)
     wanted += ["negatives"] * ("frozen" not in case.options and "count" not in case.options)
 
-    def run(backend: Any, images: slice = slice(None)) -> Results:
+    def run(backend: Any, images: slice = slice(None)) -> dict[str, Tensor]:
         """Loss of every row, its gradients and, if that is one of the options, the rank; "exact" ones in float64."""
         exact = backend == "exact"
         given: dict[str, Any] = arguments.copy()
@@ -159,17 +158,14 @@ def _matching(case: Case, device: torch.device) -> Run:
     query, key = (F.normalize(x.flatten(2).double(), dim=1) for x in maps)
     similarity = query.mT @ key
 
-    def run(backend: Any, images: slice = slice(None)) -> Results:
+    def run(backend: Any, images: slice = slice(None)) -> dict[str, Tensor]:
         """Score and validity of every match, and how similar the two are in float64."""
         exact = backend == "exact"
         query, key = (x[images].double() if exact else x[images] for x in maps)
         mutual, backend = "mutual" in case.options, "eager" if exact else backend
         match = dense_correspondence(query, key, mutual=mutual, backend=backend)
-        return {
-            "score": match.score,
-            "match": similarity[images].gather(2, match.index[..., None]),
-            "valid": match.valid,
-        }
+        chosen = similarity[images].gather(2, match.index[..., None])
+        return {"score": match.score, "match": chosen, "valid": match.valid}
 
     return run
 
@@ -192,9 +188,9 @@ def environment(device: torch.device, backend: str) -> dict[str, Any]:
         "device": platform.processor() or platform.machine(),
     }
     if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
+        toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        found |= {"device": torch.cuda.get_device_name(device), "toolkit": toolkit}
         found |= _triton.describe(device)._asdict()
-        found["toolkit"] = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     return found
 
 

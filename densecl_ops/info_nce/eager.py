@@ -43,9 +43,7 @@ class Problem(NamedTuple):
     @property
     def inverse_temperature(self) -> float | Tensor:
         """1 / t, whichever of the two scales it is."""
-        scale = self.scale if self.learned_scale is None else self.learned_scale
-        assert scale is not None
-        return scale
+        return self.scale if self.learned_scale is None else self.learned_scale  # type: ignore[return-value]
 
     @property
     def is_plain(self) -> bool:

@@ -146,7 +146,7 @@ class DenseInfoNCELoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the loss, or with return_rank the pair of the loss and the rank (B, P_q) of each positive.
 
-        Further options are `weight` and `exclude`.
+        Options are `weight` (B, P_q) and `exclude` (B,). All is as :func:`densecl_ops.functional.dense_info_nce` says.
         """
         return dense_info_nce(
             query,
