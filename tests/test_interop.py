@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib.util
 import re
@@ -21,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
-from densecl_ops import DenseCorrespondence, DenseProjectionHead, MomentumQueue
+from densecl_ops import DenseProjectionHead, MomentumQueue
 from densecl_ops.interop import Checkpoint, read_checkpoint, write_checkpoint
 
 C, HIDDEN, D, K = 6, 5, 4, 8
@@ -36,13 +35,16 @@ THEIRS = {
     "mmpretrain": "backbone. neck.mlp. neck.mlp2. encoder_k.module.0. encoder_k.module.1.mlp. encoder_k.module.1.mlp2. "
     "queue queue2",
     "moco": "module.encoder_q. module.encoder_q.fc. - module.encoder_k. module.encoder_k.fc. - module.queue -",
+    "moco v1": "module.encoder_q. - - module.encoder_k. - - module.queue -",  # its one Linear is no head of ours
+    "moco without key side": "module.encoder_q. module.encoder_q.fc. - - - - - -",
     "lightly": "model.backbone. model.projection_head_global.layers. model.projection_head_local.layers. "
     "model.backbone_momentum. model.projection_head_global_momentum.layers. "
     "model.projection_head_local_momentum.layers. - -",
 }
 NAMES = {project: dict(zip(OURS.split(), names.split(), strict=True)) for project, names in THEIRS.items()}
-WRITTEN = ("densecl", "mmpretrain", "moco")
+WRITTEN = [project for project in NAMES if project != "lightly"]
 BESIDE = {  # what has no place in our modules
+    "moco v1": {f"module.encoder_{side}.fc.weight": torch.ones(D, C) for side in "qk"},
     "mmpretrain": {"encoder_k.steps": torch.tensor(1234)},
     "lightly": {"criterion.memory_bank.bank": torch.ones(K, D)},
 }
@@ -112,21 +114,28 @@ def full(project: str, ours: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"meta": {"epoch": 7, "iter": 99}, "state_dict": state, "optimizer": optimizer.state_dict()}
 
 
+RENAMED: dict[str, Callable[[str], str]] = {
+    "as it is": str,
+    "in DistributedDataParallel": "module.{}".format,
+    "of compiled layers": lambda name: name.replace(".layer1.", ".layer1._orig_mod."),
+}
+
+
 @pytest.mark.parametrize("project", WRITTEN)
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("how", RENAMED)
 @pytest.mark.parametrize("bare", [False, True])
-def test_round_trip_bit_for_bit(project: str, prefix: str, bare: bool, tmp_path: Path) -> None:
+def test_round_trip_bit_for_bit(project: str, how: str, bare: bool, tmp_path: Path) -> None:
     source = full(project)
-    state = {prefix + entry: x for entry, x in source["state_dict"].items()}
+    state = {RENAMED[how](entry): x for entry, x in source["state_dict"].items()}
     for entry in [entry for entry in state if entry.endswith("bn1.weight")]:
         state[entry] = torch.tensor([float("nan"), -0.0, *range(C - 2)])
-    source = state if bare else source | {"state_dict": state}
-    torch.save(source, tmp_path / "theirs.pth")
+    torch.save(state if bare else source | {"state_dict": state}, tmp_path / "theirs.pth")
     checkpoint = read_checkpoint(tmp_path / "theirs.pth")
-    assert checkpoint.format == project
-    returned = write_checkpoint(checkpoint, tmp_path / "back.pth", format=project)
-    assert_same(returned, source)
-    assert_same(torch.load(tmp_path / "back.pth", weights_only=True), source)
+    assert checkpoint.format == project.split()[0]
+    returned = write_checkpoint(checkpoint, tmp_path / "back.pth", format=checkpoint.format)
+    plain = {entry.replace("_orig_mod.", ""): x for entry, x in state.items()}
+    assert_same(returned, plain if bare else source | {"state_dict": plain})
+    assert_same(torch.load(tmp_path / "back.pth", weights_only=True), returned)
 
 
 @pytest.mark.parametrize("project", NAMES)
@@ -139,23 +148,30 @@ def test_read_into_modules(project: str) -> None:
     held = {part: module for part, module in loaded.items() if getattr(checkpoint, part) is not None}
     kept = checkpoint.load_into(**held, keep_dense=True)
     assert list(checkpoint.unmapped) == list(BESIDE.get(project, {}))
-    assert kept == [name for name in wanted if name.startswith(missing) and "queue" not in name]
+    assert kept == [name for name in wanted if name.startswith(missing) and name.partition(".")[0] in held]
     assert_same(entries(loaded), {name: (before if name.startswith(missing) else wanted)[name] for name in wanted})
     order = [x for name, x in state.items() if name.endswith(("weight", "bias"))]
     if not missing:  # an optimizer's numbers mean the same
         assert_same(order[: len(parameters(loaded))], parameters(loaded))
 
 
-def test_between_formats() -> None:
+def test_between_formats(defaults: None) -> None:
     """densecl -> mmpretrain -> densecl loses nothing; the EMA counter is not 0, which would restart the key side."""
-    ours = modules()
-    source = full("densecl", ours)
-    there = write_checkpoint(read_checkpoint(source), format="mmpretrain")
-    assert_same(there["state_dict"], theirs("mmpretrain", ours) | {"encoder_k.steps": torch.tensor(1)})
-    assert_same(write_checkpoint(read_checkpoint(there), format="densecl"), source)
-    stepless = {name: x for name, x in there["state_dict"].items() if name != "encoder_k.steps"}
-    for state in (there, stepless):  # by default the format that was read
-        assert_same(write_checkpoint(read_checkpoint(state)), state)
+    with torch.device("cpu"):
+        ours = {part: module.float() for part, module in modules().items()}
+        source, moco, steps = full("densecl", ours), theirs("moco"), torch.tensor(1)
+    with torch.inference_mode():
+        there = write_checkpoint(read_checkpoint(source), format="mmpretrain")
+        assert_same(there["state_dict"], theirs("mmpretrain", ours) | {"encoder_k.steps": steps})
+        assert_same(write_checkpoint(read_checkpoint(there), format="densecl"), source)
+        stepless = {name: x for name, x in there["state_dict"].items() if name != "encoder_k.steps"}
+        for state in (there, stepless):  # by default the format that was read
+            assert_same(write_checkpoint(read_checkpoint(state)), state)
+    read_checkpoint(there).load_into(**ours)
+    assert_same(theirs("densecl", ours), source["state_dict"])
+    live = dataclasses.replace(read_checkpoint(moco), format="densecl_ops", prefix="")
+    for prefix, seen in ((None, "module.queue"), ("", "queue")):  # main_moco.py trains under DistributedDataParallel
+        assert seen in write_checkpoint(live, format="moco", prefix=prefix)["state_dict"]
 
 
 def test_a_checkpoint_of_modules_is_a_copy() -> None:
@@ -164,30 +180,6 @@ def test_a_checkpoint_of_modules_is_a_copy() -> None:
     ours["image_queue"].enqueue(torch.randn(3, D))
     nn.init.zeros_(ours["head_q"].image_mlp[0].weight)
     assert_same(write_checkpoint(checkpoint), {"epoch": 4, "state_dict": wanted})
-
-
-def test_moco_has_no_dense_branch() -> None:
-    checkpoint = read_checkpoint(theirs("moco"))
-    with pytest.raises(ValueError, match=r"(?s)q.dense_mlp.0.weight: got nothing.*keep_dense=True.*dense_queue: got"):
-        checkpoint.load_into(**modules())
-    live = dataclasses.replace(checkpoint, format="densecl_ops", prefix="")
-    for prefix, seen in ((None, "module.queue"), ("", "queue")):  # main_moco.py trains under DistributedDataParallel
-        assert seen in write_checkpoint(live, format="moco", prefix=prefix)["state_dict"]
-
-
-def moco_v1() -> dict[str, Tensor]:
-    """Its one Linear is no head of ours."""
-    state = {name: x for name, x in theirs("moco").items() if ".fc." not in name}
-    return state | {f"module.encoder_{side}.fc.weight": torch.randn(D, C) for side in "qk"}
-
-
-@pytest.mark.parametrize("kept", ["encoder_q", "queue"])
-def test_moco_v1_and_the_query_side_alone(kept: str) -> None:
-    state = {name: x for name, x in moco_v1().items() if kept in name or "encoder_q" in name}
-    checkpoint = read_checkpoint(state)
-    assert checkpoint.backbone_k is checkpoint.head_q is checkpoint.head_k is None
-    assert (checkpoint.image_queue is None) == (kept == "encoder_q")
-    assert_same(write_checkpoint(checkpoint, format="moco"), state)
 
 
 def holding(names: str) -> dict[str, Tensor]:
@@ -213,9 +205,12 @@ BACKBONES = {
 }
 NUMBERED = {f"features.{name}": x for name, x in nn.Sequential(*resnet().children()).state_dict().items()}
 FILES = {case: (names.split()[0], holding(names)) for case, names in BACKBONES.items()}
-FILES |= {project: (NAMES[project]["backbone_q"], theirs(project)) for project in WRITTEN}
-FILES["moco v1"] = "module.encoder_q.", moco_v1()
+FILES |= {project: (NAMES[project]["backbone_q"], theirs(project)) for project in NAMES}
 FILES["cut into numbers"] = "features.", NUMBERED | holding("head.weight")
+FILES["one module under two names"] = (
+    "net.",
+    (one := holding("net.")) | {f"online.{name}": x for name, x in one.items()},
+)
 FILES["plain"] = "", dict(resnet().state_dict()) | holding("head.weight")
 
 
@@ -295,41 +290,12 @@ def test_wrapped_modules(outer: str, inner: str) -> None:
     assert Checkpoint.from_modules(backbone_q=plain).load_into(backbone_q=wrapped) == []
     checkpoint = Checkpoint.from_modules(backbone_q=wrapped)
     assert {type(value) for value in checkpoint.backbone_q.values()} == {Tensor}
+    averages = [x for name, x in wrapped.state_dict().items() if name.endswith("n_averaged")]
+    assert all(averages), "the next update would copy over what was loaded"
     assert_same(dict(checkpoint.backbone_q), dict(plain.state_dict()))
     assert list(write_checkpoint(checkpoint, format="backbone")) == list(plain.state_dict())
     with pytest.raises(ValueError, match=r"backbone_q.layer1.0.conv1.weight: got nothing, expected shape"):
         dataclasses.replace(checkpoint, backbone_q={}).load_into(backbone_q=wrapped)
-
-
-def test_a_key_side_that_is_an_average() -> None:
-    """The first update after loading averages; it would copy the query side over what was loaded."""
-    query, key, loaded = resnet(), AveragedModel(resnet(), avg_fn=lambda k, q, n: k), resnet()
-    Checkpoint.from_modules(backbone_k=loaded).load_into(backbone_k=key)
-    key.update_parameters(query)
-    assert_same(dict(key.module.named_parameters()), dict(loaded.named_parameters()))
-
-
-def inside_compiled(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torch.compile of a part of the model leaves its name inside those of the file."""
-    return {name.replace("encoder_q.", "encoder_q._orig_mod."): x for name, x in state.items()}
-
-
-def test_a_file_of_compiled_parts() -> None:
-    state = theirs("moco")
-    assert_same(write_checkpoint(read_checkpoint(inside_compiled(state))), dict(state))
-
-
-@pytest.mark.parametrize("project", WRITTEN)
-def test_under_inference_mode_and_other_defaults(project: str, defaults: None) -> None:
-    with torch.device("cpu"):
-        source, ours = full(project), {part: module.float() for part, module in modules().items()}
-    with torch.inference_mode():
-        checkpoint = read_checkpoint(copy.deepcopy(source))
-        written = write_checkpoint(checkpoint)
-        there = write_checkpoint(Checkpoint.from_modules(**ours), format="mmpretrain")["state_dict"]
-    assert_same(written, source)
-    checkpoint.load_into(backbone_q=ours["backbone_q"])
-    assert {x.device.type for x in (*there.values(), *entries(ours).values())} == {"cpu"}
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -341,16 +307,6 @@ def test_a_cut_resnet_has_its_names(cut: bool) -> None:
     assert list(write_checkpoint(checkpoint, format="backbone")) == list(named.state_dict())
     checkpoint.load_into(backbone_q=second)
     assert_same(list(first.state_dict().values()), list(second.state_dict().values()))
-
-
-@pytest.mark.parametrize("module", [DenseCorrespondence(), lambda x, _: DenseProjectionHead(16)(x)])
-def test_saved_matches_and_projections(module: Any, tmp_path: Path) -> None:
-    """torch.load takes them with its defaults, to look at them later."""
-    saved = module(*torch.randn(2, 2, 16, 7, 7))
-    torch.save(saved, tmp_path / "saved.pt")
-    loaded = torch.load(tmp_path / "saved.pt", weights_only=True)
-    assert type(loaded) is type(saved)
-    assert_same(list(loaded), list(saved))
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
@@ -367,7 +323,7 @@ UNKNOWN = "net.layers.0.norm.weight net.neck.weight net.fc.weight net.projector.
 
 def read(source: Any, *args: Any, **changes: Any) -> Callable[[], Any]:
     """Of a project's state dict with changes, of a text for `holding`, or of anything else."""
-    if source in list(WRITTEN):
+    if isinstance(source, str) and source in NAMES:
         return lambda: read_checkpoint(state_of(source, **changes), *args)
     return lambda: read_checkpoint(holding(source) if isinstance(source, str) else source, *args, **changes)
 
@@ -394,7 +350,7 @@ REFUSED = [
     (read("mmpretrain", queue2=torch.ones(8)), r"queue2 and queue2_ptr: got shapes \(8,\) and \(1,\)"),
     (read("densecl", queue=[1.0]), "queue: got list, expected a tensor"),
     (read("densecl", backbone__bn1__bias=torch.zeros(C)), "got other values than encoder_q.0.bn1.bias"),
-    (read(state_of("moco") | inside_compiled(state_of("moco"))), "with and without the names of wrappers"),
+    (read(holding("net. net._orig_mod.")), "with and without the names of wrappers"),
     (read("student. teacher."), r"2 networks.*'student.' \(ResNet or HRNet\), 'teacher.' \(ResNet"),
     (read("encoder_k."), r"momentum encoders alone.*'encoder_k.' \(ResNet or HRNet\)"),
     (read(UNKNOWN, "backbone"), "Known networks: ResNet or HRNet, .*prefix= before its names, of '', 'net.'"),
@@ -409,6 +365,10 @@ REFUSED = [
     (read({}), "prefix: got ''"),
     (read({}, "mmcv"), "format: got 'mmcv'"),
     (read({}, prefix=3), "prefix: got int"),
+    (
+        lambda: read_checkpoint(theirs("moco")).load_into(**modules()),
+        r"(?s)head_q.dense_mlp.0.weight: got nothing.*keep_dense=True.*dense_queue: got a checkpoint \(moco\) without",
+    ),
     (write("densecl", head_q=NORMED), "head_q.image_mlp.5.weight: got an entry that the format has no place for"),
     (write("moco"), "(?s)head_k.dense_mlp.0.weight: got an entry.*dense_queue.rows: got an entry"),
     (write("mmpretrain", image_queue=MomentumQueue(K, D, init="empty")), "image_queue.count: got 0 of 8 rows"),
@@ -441,10 +401,8 @@ def test_refusals(call: Callable[[], Any], message: str, tmp_path: Path, monkeyp
 
 
 def test_backbones_that_were_chosen() -> None:
-    two, one = holding("student. teacher."), holding("net.")
+    two = holding("student. teacher.")
     assert len(read_checkpoint(two, format="backbone", prefix="teacher.").unmapped) == len(two) // 2
-    aliases = one | {f"online.{name}": x for name, x in one.items()}  # one module under two names
-    assert read_checkpoint(aliases, format="backbone").prefix == "net."
     unknown = read_checkpoint(holding(UNKNOWN), "backbone", prefix="net.")
     assert list(write_checkpoint(unknown)) == ["layers.0.norm.weight", "neck.weight"]
 
