@@ -6,6 +6,7 @@ average pooling reads back where every cell of the view lies. No formula of the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -44,22 +45,17 @@ def off(view: Tensor, boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 # ---- matrices and torchvision ---------------------------------------------------------------------------------------
 
 
-def test_matrices_rendered() -> None:
-    """Random crops, mirrored or not, sampled where the inverse of the matrix says."""
-    rng, size = np.random.default_rng(0), (12, 15)
+def test_matrices() -> None:
+    """Of random crops, mirrored or not: from centres of pixels to centres of pixels."""
+    rng = np.random.default_rng(0)
     for _ in range(20):
-        scale = rng.uniform(0.5, 3, 2) * rng.choice([-1, 1], 2)  # image pixels per pixel of the view
-        low = rng.uniform(0, 1, 2) * (np.array([80, 60]) - 1 - np.abs(scale) * [14, 11])
-        start = np.where(scale > 0, low, low + np.abs(scale) * [14, 11])  # centre of the view's first pixel
-        matrix = [[1 / scale[0], 0, -start[0] / scale[0]], [0, 1 / scale[1], -start[1] / scale[1]]]
-        y, x = np.mgrid[: size[0], : size[1]]
-        where = np.stack([start[0] + scale[0] * x, start[1] + scale[1] * y], -1)
-        grid = torch.tensor((2 * where + 1) / [80, 60] - 1)[None]
-        view = F.grid_sample(coordinates(1, 60, 80), grid, align_corners=False)
-        for form in (matrix, torch.tensor(matrix), np.array([[*matrix, [0, 0, 1]]])):
-            boxes = boxes_from_matrix(form, size, image_size=(60, 80))
-            assert (boxes.shape, boxes.dtype) == ((1, 4), torch.float32)
-            assert off(view, boxes, (4, 5)).max() < 1e-5
+        (x0, x1), (y0, y1) = rng.uniform(1, 79, 2), rng.uniform(1, 59, 2)
+        wide, high = (x1 - x0) / 15, (y1 - y0) / 12  # image pixels per pixel of the view
+        matrix = np.linalg.inv([[wide, 0, x0 + wide / 2 - 0.5], [0, high, y0 + high / 2 - 0.5], [0, 0, 1]])
+        for form in (matrix, torch.tensor(matrix), matrix[:2].tolist()):
+            boxes = boxes_from_matrix(form, (12, 15), image_size=(60, 80))
+            assert boxes.dtype == torch.float32
+            np.testing.assert_allclose(boxes.numpy(), [[x0, y0, x1, y1]], atol=1e-5)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
@@ -80,13 +76,10 @@ def test_torchvision_crops_rendered(antialias: bool) -> None:
 def test_torchvision_v2() -> None:
     v2 = pytest.importorskip("torchvision.transforms.v2")
     image = coordinates(1, 120, 160)
-    for crop in (v2.RandomResizedCrop(SMALL, antialias=False), v2.RandomCrop((50, 60))):
-        for _ in range(10):
-            params = crop.make_params([image])
-            boxes = boxes_from_torchvision(params, image_size=(120, 160))
-            assert off(crop.transform(image, params), boxes, (1, 1)).max() < 1e-5
-    padded = v2.RandomCrop((130, 130), pad_if_needed=True).make_params([image])
-    assert "got needs_pad" in str(refused(lambda: boxes_from_torchvision(padded)).value)
+    for crop in 10 * [v2.RandomResizedCrop(SMALL, antialias=False), v2.RandomCrop((50, 60))]:
+        params = crop.make_params([image])
+        boxes = boxes_from_torchvision(params, image_size=(120, 160))
+        assert off(crop.transform(image, params), boxes, (1, 1)).max() < 1e-5
 
 
 ROWS = [(200, 150, 30, 120), (0, 1, 2, 3), (5, 6, 7, 8)]  # 150 + 120 leaves uint8
@@ -205,8 +198,7 @@ PIPELINES: list[Callable[[Any, Any], list[Any]]] = [
     lambda k, crop: [crop(), k.RandomHorizontalFlip(), k.RandomVerticalFlip(), k.RandomGaussianNoise(0.0, 0.0)],
     lambda k, crop: [k.RandomCrop((58, 70)), crop(), k.RandomHorizontalFlip(), crop(p=0.0)],
     lambda k, crop: [k.CenterCrop((56, 66)), k.ImageSequential(crop(), k.RandomHorizontalFlip())],
-    lambda k, crop: [crop(), k.RandomHorizontalFlip(), k.Resize((48, 60), align_corners=True)],
-    lambda k, crop: [k.Resize((12, 20), align_corners=True), k.RandomHorizontalFlip()],
+    lambda k, crop: [crop(), k.RandomHorizontalFlip(), k.Resize((12, 20), align_corners=True)],
     # A flip that is drawn more than once: its own record is the last one alone.
     lambda k, crop: [k.ImageSequential(k.RandomHorizontalFlip(), k.RandomVerticalFlip(), random_apply=5), crop()],
 ]
@@ -217,8 +209,6 @@ PIPELINES: list[Callable[[Any, Any], list[Any]]] = [
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_kornia_crops_rendered(pipeline: Callable[[Any, Any], list[Any]], mode: str, align_corners: bool) -> None:
     """Centres of cells to a thousandth of a pixel."""
-    if pipeline is PIPELINES[3] and (mode, align_corners) == ("slice", False):
-        pytest.skip("enlarging again repeats a border")
     kornia = pytest.importorskip("kornia")
     options = {"align_corners": align_corners, "cropping_mode": mode, "ratio": (0.8, 1.6), "scale": (0.4, 0.9)}
     crop = partial(kornia.augmentation.RandomResizedCrop, SMALL, **options)
@@ -237,9 +227,8 @@ def test_policies() -> None:
     """What a policy drew moves no pixels and leaves the box of the crop, or is refused."""
     k = pytest.importorskip("kornia.augmentation")
     crop, refusals = k.RandomResizedCrop(SMALL), 0
-    for seed in range(60):
-        torch.manual_seed(seed)
-        policy = (k.auto.RandAugment(n=2, m=20), k.auto.TrivialAugment(), k.auto.AutoAugment())[seed % 3]
+    policies = k.auto.RandAugment(n=2, m=20), k.auto.TrivialAugment(), k.auto.AutoAugment()
+    for policy in 20 * policies:
         augment = k.AugmentationSequential(crop, policy, data_keys=["input"])
         augment(torch.rand(2, 3, 60, 80))
         moved = any(f"'{x}'" in str(augment._params) for x in ("degrees", "translate_x", "translate_y", "shear_x"))
@@ -247,7 +236,7 @@ def test_policies() -> None:
             assert torch.allclose(boxes_from_kornia(augment), boxes_from_kornia(crop), atol=1e-4) or moved
         except ValueError as error:
             refusals += 1
-            assert any(x in str(error) for x in ("not upright", "more than its image"))  # noqa: PT017
+            assert re.search("not upright|more than its image", str(error))  # noqa: PT017
     assert 0 < refusals < 60
 
 
@@ -312,7 +301,6 @@ albumentations = partial(boxes_from_albumentations, image_size=(120, 160))
     ("read", "value", "message"),
     [
         (torchvision, None, "params: got NoneType"),
-        (torchvision, {"top": 1}, "params: got dict"),
         (torchvision, {**DICTS[0], "top": "1"}, "params: got dict"),
         (torchvision, {**DICTS[0], "needs_pad": torch.tensor([False, True])}, "params: got needs_pad"),
         (torchvision, torch.ones(2, 4, dtype=torch.complex64), "params: got dtype torch.complex64"),
@@ -321,7 +309,6 @@ albumentations = partial(boxes_from_albumentations, image_size=(120, 160))
         (torchvision, (1, 2, 0, 4), "params: got a height or width of 0 or less"),
         (torchvision, (1, 2, float("nan"), 4), "params: got a height or width of 0 or less"),
         (torchvision, (24, 52, 88, 104), "params: got the box"),  # crop_coords of albumentations: x first, corners
-        (torchvision, (52, 24, 104, 88), "params: got the box"),  # corners
         (torchvision, (0, -2, 8, 8), "params: got the box"),
         (matrix, "crop", "matrix: got str"),
         (matrix, torch.ones(3), "matrix: got shape (3,)"),

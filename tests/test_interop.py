@@ -207,10 +207,8 @@ NUMBERED = {f"features.{name}": x for name, x in nn.Sequential(*resnet().childre
 FILES = {case: (names.split()[0], holding(names)) for case, names in BACKBONES.items()}
 FILES |= {project: (NAMES[project]["backbone_q"], theirs(project)) for project in NAMES}
 FILES["cut into numbers"] = "features.", NUMBERED | holding("head.weight")
-FILES["one module under two names"] = (
-    "net.",
-    (one := holding("net.")) | {f"online.{name}": x for name, x in one.items()},
-)
+NET = holding("net.")
+FILES["one module under two names"] = "net.", NET | {f"online.{name}": x for name, x in NET.items()}
 FILES["plain"] = "", dict(resnet().state_dict()) | holding("head.weight")
 
 

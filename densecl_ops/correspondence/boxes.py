@@ -80,19 +80,17 @@ def widened(boxes: Tensor) -> Tensor:
 
 def _torchvision_rows(params: Any) -> Tensor:
     """(4,) or (B, 4)."""
-    columns: Any = None
-    if isinstance(params, Mapping):
-        columns = [params.get(name) for name in CROP]
-    elif isinstance(params, (list, tuple)) and params:
-        if all(isinstance(one, Mapping) for one in params):
-            return torch.cat([_torchvision_rows(one).reshape(-1, 4) for one in params])
-        if len(params) == 4 and all(isinstance(one, Tensor) for one in params):
-            columns = params
-            if all(one.shape == (4,) for one in params):
-                raise ValueError(
-                    "params: got four (4,) tensors, which may be four images or the four numbers, expected one (B, 4) "
-                    "tensor: torch.stack(params) of images, torch.stack(params, 1) of what default_collate returns"
-                )
+    several = isinstance(params, (list, tuple)) and len(params) > 0
+    if several and all(isinstance(one, Mapping) for one in params):
+        return torch.cat([_torchvision_rows(one).reshape(-1, 4) for one in params])
+    columns: Any = [params.get(name) for name in CROP] if isinstance(params, Mapping) else None
+    if several and len(params) == 4 and all(isinstance(one, Tensor) for one in params):
+        columns = params
+        if all(one.shape == (4,) for one in params):
+            raise ValueError(
+                "params: got four (4,) tensors, which may be four images or the four numbers, expected one (B, 4) "
+                "tensor: torch.stack(params) of images, torch.stack(params, 1) of what default_collate returns"
+            )
     try:
         padded = isinstance(params, Mapping) and bool(_as_tensor(params.get("needs_pad", False)).any())
         rows = _as_tensor(params) if columns is None else torch.stack([_as_tensor(one) for one in columns], -1)
