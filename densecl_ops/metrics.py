@@ -3,8 +3,6 @@
 Collect them as tensors and call `.item()` when you print: at every step it would wait for the device at every step.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from densecl_ops import _checks

@@ -1,7 +1,5 @@
 """Pictures of dense matches. Needs matplotlib: pip install "densecl-ops[plot]"."""
 
-from __future__ import annotations
-
 import io
 import math
 from typing import Any

@@ -4,8 +4,6 @@ Rendered: each pixel of an image holds its own coordinates, the augmentation und
 average pooling reads back where every cell of the view lies. No formula of the library takes part.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

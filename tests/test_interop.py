@@ -1,7 +1,5 @@
 """Checkpoints of other projects: states of exactly their names and layouts, made from modules of ours."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import re

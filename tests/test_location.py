@@ -1,7 +1,5 @@
 """Matching by place against brute force."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import numpy as np

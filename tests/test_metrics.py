@@ -1,7 +1,5 @@
 """densecl_ops.metrics against loops in float64."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

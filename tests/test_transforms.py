@@ -1,7 +1,5 @@
 """What torch does to a call before it runs: torch.func, inference mode, fake tensors, export, other defaults."""
 
-from __future__ import annotations
-
 import io
 from functools import partial
 from typing import Any

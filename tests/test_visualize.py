@@ -1,7 +1,5 @@
 """densecl_ops.visualize: what is drawn, where and in which colour, against loops over cells."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Crop boxes from what torchvision, kornia and albumentations drew, and from matrices. None need be installed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Matching by place: which positions of two crops show the same spot of the image they were cut from."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

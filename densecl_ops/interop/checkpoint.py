@@ -1,7 +1,5 @@
 """A training state in our names, between the files of other projects and live modules."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +79,7 @@ class Checkpoint:
         image_queue: MomentumQueue | None = None,
         dense_queue: MomentumQueue | None = None,
         extra: dict[str, Any] | None = None,
-    ) -> Checkpoint:
+    ) -> "Checkpoint":
         """Copies the state of live modules; training on does not change the copy.
 
         Names are those of the modules themselves: what torch.compile, DataParallel, DistributedDataParallel,

@@ -1,7 +1,5 @@
 """The names that projects give to backbones, heads and queues, and those by which a network itself is known."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping

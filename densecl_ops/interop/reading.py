@@ -1,7 +1,5 @@
 """From another project's file to a Checkpoint."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike, fspath

@@ -1,7 +1,5 @@
 """From a Checkpoint to another project's file."""
 
-from __future__ import annotations
-
 from os import PathLike, fspath
 from typing import Any
 
