@@ -94,14 +94,11 @@ def mutual_share(
 ) -> Tensor:
     """Share of query positions whose match names them back: `dense_correspondence(mutual=True).valid.float().mean()`.
 
-    Near 1 every position has a partner of its own; it is low where many positions share one key, and at most P_k / P_q.
-    It costs one more matching, so log it every few steps, or take that mean of the matches that the loss uses.
+    Near 1 every position has a partner of its own; it is low where many share one key, and at most P_k / P_q. It costs
+    one more matching, so log it every few steps, or take that mean of the matches that the loss uses.
 
     Args:
-        query_features: As in `dense_correspondence`, as are the other arguments.
-        key_features: The same of the other view.
-        grid_size: Average-pools both maps to S x S (or (H, W)) first. Default: none.
-        backend: Default "auto".
+        query_features, key_features, grid_size, backend: As in `dense_correspondence`.
 
     Returns:
         0-d float32 in [0, 1].

@@ -25,25 +25,22 @@ ImageSize = Any  # (height, width), or a sequence or tensor of one pair per imag
 def boxes_from_torchvision(params: Any, image_size: ImageSize = None) -> Tensor:
     """Crop boxes from what torchvision's RandomResizedCrop draws: (top, left, height, width).
 
-    A box runs between the outer edges of the crop's pixels, from left to left + width: the area that `resized_crop`
-    scales, antialiased or not.
+    A box runs between the outer edges of the crop's pixels: the area that `resized_crop` scales, antialiased or not.
 
     Args:
         params: (top, left, height, width) of one image, or the dict that `make_params` of torchvision.transforms.v2
-            returns; a sequence of B of either; a (B, 4) tensor; or what PyTorch's default_collate makes of B tuples
-            or dicts. Four (4,) tensors are refused: they may as well be one tensor per image.
-            `torch.stack(params, 1)` of default_collate's works for every B.
+            returns; a sequence of B of either; a (B, 4) tensor; or what default_collate makes of B tuples or dicts,
+            but for B = 4: four (4,) tensors may be one per image. `torch.stack(params, 1)` of it works for every B.
         image_size: (height, width) of the images, or B of them. Boxes are then checked to lie inside, which finds
             most mix-ups with other libraries' order. Default: not checked.
 
     Returns:
-        (B, 4) float32 boxes (x0, y0, x1, y1) in pixels, as `location_correspondence` takes them; B is 1 for one image.
-        They are where the tensors are, or on the CPU.
+        (B, 4) float32 boxes (x0, y0, x1, y1) in pixels, as `location_correspondence` takes them, where the tensors
+        are, or on the CPU.
 
     Raises:
         TypeError: params is none of these.
-        ValueError: There are not four values per image, they are four (4,) tensors, a height or width is not above 0,
-            or a box leaves its image by more than a pixel.
+        ValueError: Shape or size do not fit, or a box leaves its image by more than a pixel.
 
     Example:
         >>> from densecl_ops.functional import boxes_from_torchvision
@@ -128,17 +125,16 @@ def boxes_from_matrix(matrix: Any, size: Size, image_size: ImageSize = None) -> 
     Args:
         matrix: (3, 3) or (2, 3), or B of them: a tensor, an array or nested sequences.
         size: (height, width) of the view.
-        image_size: (height, width) of the images, or B of them. Boxes are then checked to lie inside. Default: not
-            checked.
+        image_size: (height, width) of the images, or B of them. Then the centres of the view's pixels are checked to
+            lie at most a pixel outside. Default: not checked.
 
     Returns:
-        (B, 4) float32 boxes (x0, y0, x1, y1) in pixels of the image, as `location_correspondence` takes them, on the
-        CPU. x0 > x1 where the view is mirrored left to right, y0 > y1 where top to bottom.
+        (B, 4) float32 boxes (x0, y0, x1, y1) in pixels of the image, on the CPU. x0 > x1 where the view is mirrored
+        left to right, y0 > y1 where top to bottom.
 
     Raises:
         TypeError: matrix holds no real numbers.
-        ValueError: matrix has another shape, cannot be inverted, or turns or shears; or the centre of an outermost
-            pixel of the view lies more than a pixel outside of the image.
+        ValueError: matrix has another shape, cannot be inverted, or turns or shears; or the view leaves the image.
 
     Example:
         >>> from densecl_ops.functional import boxes_from_matrix
@@ -193,24 +189,21 @@ def boxes_from_kornia(augmentation: Any) -> Tensor:
     """Crop boxes of the last call of a kornia augmentation, mirrored where a flip was drawn.
 
     The matrices of all steps of the call are multiplied and read as by `boxes_from_matrix`. The `transform_matrix` of
-    a sequence would leave out sequences inside it, and steps drawn twice. What leaves no upright box is refused,
-    whatever it is called.
+    a sequence would leave out sequences inside it, and steps drawn twice.
 
     Args:
-        augmentation: The kornia augmentation, after it was called on images: RandomResizedCrop, RandomCrop, ..., or
-            an AugmentationSequential or ImageSequential, with others inside, RandAugment, ... Read the box before the
-            next call draws anew.
+        augmentation: After it was called on images, and before the next call draws anew: RandomResizedCrop,
+            RandomCrop, ..., or an AugmentationSequential or ImageSequential, with others inside, RandAugment, ...
 
     Returns:
         (B, 4) float32 boxes in pixels of the input image, on the CPU, mirrored as those of `boxes_from_matrix`.
 
     Raises:
         TypeError: augmentation is not one of kornia's.
-        ValueError: It was not called yet; or it moved pixels in a way that no box describes: rotation, shear, padding,
+        ValueError: It was not called yet; it moved pixels in a way that no box describes: rotation, shear, padding,
             mixing of images, ...; or it holds a module that keeps no record, such as a plain torch.nn.Module.
 
     Example:
-        >>> import torch
         >>> import kornia.augmentation as K  # doctest: +SKIP
         >>> from densecl_ops.functional import boxes_from_kornia
         >>> augment = K.AugmentationSequential(K.CenterCrop(8), K.RandomHorizontalFlip(p=1.0))  # doctest: +SKIP

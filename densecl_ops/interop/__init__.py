@@ -1,11 +1,6 @@
 """Training checkpoints of DenseCL, mmselfsup, mmpretrain, MoCo and lightly: read into our modules, written back.
 
-    read_checkpoint     a file or a state dict of another project -> Checkpoint
-    Checkpoint          backbones, heads and queues in our names; from_modules and load_into
-    write_checkpoint    Checkpoint -> a file or a dict in another project's names
-
-Files are read with torch.load(weights_only=True) only. What does not fit raises; docs/checkpoints.md has the table of
-names and an example of each way.
+What does not fit raises. docs/checkpoints.md has the table of names and an example of each way.
 """
 
 from densecl_ops.interop.checkpoint import Checkpoint

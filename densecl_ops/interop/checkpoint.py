@@ -80,12 +80,11 @@ class Checkpoint:
         dense_queue: MomentumQueue | None = None,
         extra: dict[str, Any] | None = None,
     ) -> "Checkpoint":
-        """Copies the state of live modules; training on does not change the copy.
+        """Copies the state of live modules.
 
-        Names are those of the modules themselves: what torch.compile, DataParallel, DistributedDataParallel,
-        AveragedModel, activation checkpointing and FSDP put into them, around a module or inside it, is taken out. The
-        children of a ResNet that nn.Sequential gave numbers get their names. Shards of FSDP2 are gathered: there
-        every rank must call it.
+        What torch.compile, DataParallel, DistributedDataParallel, AveragedModel, activation checkpointing and FSDP put
+        into names, around a module or inside it, is taken out. The children of a ResNet that nn.Sequential gave
+        numbers get their names. Shards of FSDP2 are gathered: there every rank must call it.
 
         Args:
             backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue: The modules of these parts; backbones
@@ -113,9 +112,7 @@ class Checkpoint:
         dense_queue: MomentumQueue | None = None,
         keep_dense: bool = False,
     ) -> list[str]:
-        """Loads the parts whose modules are given, strictly, and either all of them or none.
-
-        To load none where one module refuses its part after others took theirs, it holds a copy of them meanwhile.
+        """Loads the parts whose modules are given, strictly, and either all or none: it holds a copy meanwhile.
 
         Modules may be wrapped, as in `from_modules`. An AveragedModel that averaged nothing yet counts what it is
         given as its first model: else the next update would overwrite it.

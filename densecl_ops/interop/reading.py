@@ -41,17 +41,16 @@ def read_checkpoint(
             the names of its stem and stages (a ResNet, ViT, Swin, ConvNeXt, ... of torchvision, timm or
             transformers). Default "auto": told from the names, "backbone" where no project's are there.
         prefix: What stands before all names of the model, such as "model."; entries outside it go to `unmapped`.
-            Default None: it is found. An unknown network is read with format="backbone" and the prefix that leads to
-            it. Inside names, what torch.compile, activation checkpointing and FSDP put there is taken out in any case.
+            Default None: it is found. An unknown network is read with format="backbone" and the prefix before it.
 
     Returns:
-        Checkpoint. The children of a ResNet that nn.Sequential gave numbers have their names again.
+        Checkpoint, without what torch.compile, activation checkpointing and FSDP put into names. The children of a
+        ResNet that nn.Sequential gave numbers have their names again.
 
     Raises:
         FileNotFoundError: There is no such file.
-        TypeError: source, format or prefix has the wrong type.
-        ValueError: The file holds more than weights_only allows; nothing in it is recognised; or several networks are,
-            all of them named.
+        TypeError: source or prefix has the wrong type.
+        ValueError: The file holds more than weights_only allows; nothing in it is recognised; or several networks are.
 
     Example:
         >>> import torch

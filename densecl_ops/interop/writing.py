@@ -22,9 +22,8 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Writes a checkpoint in another project's names. What that project has no place for is refused, not dropped.
 
-    Two exceptions: "backbone" is for handing the query backbone on, and leaves the rest out; encoder_k.steps and
-    data_preprocessor.* exist in "mmpretrain" only. There, encoder_k.steps is 1 where the source has none: at 0 the
-    first step would overwrite the key encoder with the query encoder.
+    Two exceptions: "backbone" leaves all else out; encoder_k.steps and data_preprocessor.* exist in "mmpretrain" only.
+    There, encoder_k.steps is 1 where the source has none: at 0 the first step would overwrite the key encoder.
 
     Args:
         checkpoint: From read_checkpoint or Checkpoint.from_modules.
