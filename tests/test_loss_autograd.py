@@ -82,14 +82,18 @@ def test_backward_is_linear_and_may_come_twice(backend: str) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_gradient_modes(backend: str, mode: type) -> None:
-    """Around the loss; or around the key encoder, whose tensors torch saves for no backward, and need not."""
+    """Around the loss; or around all that has no gradient, whose tensors torch saves for no backward."""
     case = make_case(25)
     query, truth = case.query.clone().requires_grad_(), expected(case)
     with mode():
-        key = case.key * 1
-        loss, rank = helpers.info_nce(backend, query, key, case.negatives, case.index, return_rank=True)
+        loss, rank = helpers.info_nce(backend, query, case.key, case.negatives, case.index, return_rank=True)
+        made = {name: getattr(case, name).clone() for name in ("negatives", "index")}
+        made |= {
+            "weight": torch.rand(3, 6).double(),
+            "valid": torch.rand(3, 6) < 0.7,
+            "exclude": torch.tensor([1, 2, 3]),
+        }
     assert not loss.requires_grad
     assert_close(loss, truth.loss, 1e-12)
     assert rank.tolist() == truth.rank.tolist()
-    helpers.info_nce(backend, query, key, case.negatives, case.index).backward()
-    assert_close(query.grad, truth.query, 1e-9)
+    helpers.check(backend, replace(case, **made), wanted=("query", "key"))

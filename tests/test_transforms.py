@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from densecl_ops import Correspondence, DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
+from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
 from densecl_ops.functional import dense_correspondence, dense_info_nce, in_batch_negatives, location_correspondence
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
@@ -92,25 +92,6 @@ def test_matching_under_vmap(fused: str) -> None:
     for i, (query, key) in enumerate(zip(*maps, strict=True)):
         truth = dense_correspondence(query, key, mutual=True, backend="eager")
         torch.testing.assert_close([x[i] for x in mapped], list(truth))
-
-
-@pytest.mark.parametrize("key_grad", [False, True])
-def test_key_side_under_inference_mode(backend: str, key_grad: bool) -> None:
-    """Every input that such a side makes, in every place: the same loss and gradients as without the mode."""
-    query, key, features = torch.randn(2, 16, 3, 3), torch.randn(2, 16, 3, 3), torch.randn(2, 2, 8, 3, 3)
-    queue = MomentumQueue(32, 16)
-
-    def run(mode: Any) -> list[Tensor]:
-        with mode:
-            index, score, _ = DenseCorrespondence()(*features)
-            match = Correspondence(index, score, score > -0.5)
-            options = {"weight": score.clamp(min=0), "exclude": torch.tensor([1, 3])}
-            made = key.clone()
-        leaves = [x.clone().requires_grad_() for x in (query, key)[: 1 + key_grad]]
-        loss = dense_info_nce(*[*leaves, made][:2], queue, match, backend=backend, **options)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-    torch.testing.assert_close(run(torch.inference_mode()), run(torch.no_grad()))
 
 
 def parts() -> tuple[DenseProjectionHead, MomentumQueue, Tensor, Tensor]:
