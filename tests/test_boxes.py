@@ -4,9 +4,9 @@ Rendered: each pixel of an image holds its own coordinates, the augmentation und
 average pooling reads back where every cell of the view lies. No formula of the library takes part.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from densecl_ops.functional import (
     boxes_from_torchvision,
 )
 
-SMALL, LARGE = (24, 30), (112, 140)  # views
+SMALL = 24, 30  # view
 
 
 def coordinates(batch: int, height: int, width: int) -> Tensor:
@@ -162,17 +162,14 @@ def composed(steps: Callable[[Any], list[Any]], seed: int) -> tuple[Tensor, dict
     return 160 * torch.tensor(out["image"].copy()).permute(2, 0, 1)[None], out["replay"]
 
 
-def own(library: Any) -> Any:
-    """A colour step of the user's, under its module's name in the replay."""
-    return type("Mine", (library.ImageOnlyTransform,), {"apply": lambda self, img, **_: img})(p=1)
-
-
 @pytest.mark.parametrize(
     "steps",
     [
         lambda a: [a.RandomResizedCrop(SMALL), a.HorizontalFlip(), a.VerticalFlip(), a.ColorJitter(p=0)],
-        lambda a: [a.RandomResizedCrop(LARGE, scale=(0.3, 1)), a.HorizontalFlip(), a.GaussNoise((0, 0), p=1), own(a)],
+        lambda a: [a.RandomResizedCrop((112, 140), scale=(0.3, 1)), a.HorizontalFlip(), a.GaussNoise((0, 0), p=1)],
         lambda a: [a.HorizontalFlip(), a.RandomCrop(56, 60), a.OneOf([a.RandomResizedCrop(SMALL), a.NoOp()], p=1)],
+        # A colour step of the user's, under its module's name in the replay.
+        lambda a: [type("Mine", (a.ImageOnlyTransform,), {"apply": lambda self, img, **_: img})(p=1)],
         lambda a: [a.Sequential([a.CenterCrop(100, 100), a.RandomScale(p=1)], p=1), a.RandomSizedCrop((40, 80), SMALL)],
     ],
 )
@@ -187,7 +184,7 @@ def test_albumentations_rendered(steps: Callable[[Any], list[Any]]) -> None:
 @pytest.mark.parametrize("name", ["Rotate", "Transpose", "D4", "PadIfNeeded", "ElasticTransform", "RandomGridShuffle"])
 def test_albumentations_refuses_what_is_no_box(name: str) -> None:
     kept = composed(lambda a: [a.RandomResizedCrop(SMALL), getattr(a, name)(p=1)], 0)[1]
-    assert f"got a {name}" in str(refused(lambda: boxes_from_albumentations(kept, (120, 160))).value)
+    refused(lambda: boxes_from_albumentations(kept, (120, 160)), f"got a {name}")
 
 
 # ---- kornia ---------------------------------------------------------------------------------------------------------
@@ -199,6 +196,7 @@ PIPELINES: list[Callable[[Any, Any], list[Any]]] = [
     lambda k, crop: [crop(), k.RandomHorizontalFlip(), k.Resize((12, 20), align_corners=True)],
     # A flip that is drawn more than once: its own record is the last one alone.
     lambda k, crop: [k.ImageSequential(k.RandomHorizontalFlip(), k.RandomVerticalFlip(), random_apply=5), crop()],
+    lambda k, crop: [crop(), k.auto.RandAugment(n=1, m=1, policy=[[("rotate", 0.0, 0.0)]])],
 ]
 
 
@@ -213,7 +211,7 @@ def test_kornia_crops_rendered(pipeline: Callable[[Any, Any], list[Any]], mode: 
     augment = kornia.augmentation.AugmentationSequential(*pipeline(kornia.augmentation, crop), data_keys=["input"])
     view = augment(coordinates(6, 60, 80))
     if not align_corners and kornia.__version__ < "0.9":  # its matrix is wrong
-        assert "align_corners=False of kornia 0." in str(refused(lambda: boxes_from_kornia(augment)).value)
+        refused(lambda: boxes_from_kornia(augment), "align_corners=False of kornia 0.")
         return
     boxes = boxes_from_kornia(augment)
     assert (boxes.shape, boxes.dtype) == ((6, 4), torch.float32)
@@ -221,34 +219,16 @@ def test_kornia_crops_rendered(pipeline: Callable[[Any, Any], list[Any]], mode: 
         assert off(view, boxes, grid).max() < 1e-3
 
 
-def test_policies() -> None:
-    """What a policy drew moves no pixels and leaves the box of the crop, or is refused."""
-    k = pytest.importorskip("kornia.augmentation")
-    crop, refusals = k.RandomResizedCrop(SMALL), 0
-    policies = k.auto.RandAugment(n=2, m=20), k.auto.TrivialAugment(), k.auto.AutoAugment()
-    for policy in 20 * policies:
-        augment = k.AugmentationSequential(crop, policy, data_keys=["input"])
-        augment(torch.rand(2, 3, 60, 80))
-        moved = any(f"'{x}'" in str(augment._params) for x in ("degrees", "translate_x", "translate_y", "shear_x"))
-        try:
-            assert torch.allclose(boxes_from_kornia(augment), boxes_from_kornia(crop), atol=1e-4) or moved
-        except ValueError as error:
-            refusals += 1
-            assert re.search("not upright|more than its image", str(error))  # noqa: PT017
-    assert 0 < refusals < 60
-
-
 @pytest.mark.parametrize(
     ("what", "make"),
     [
         ("RandomAffine, whose map is not upright", lambda k: k.RandomAffine(30.0, p=1.0)),
-        ("Other, whose map is not upright", lambda k: type("Other", (k.RandomRotation,), {})(30.0, p=1.0)),
+        ("RandomRotation, whose", lambda k: k.auto.RandAugment(n=1, m=9, policy=[[("rotate", -30.0, 30.0)]])),
         ("RandomAffine, whose map shows more", lambda k: k.RandomAffine(0.0, scale=(0.5, 0.8), p=1.0)),
         ("RandomTranslate, whose map shows more", lambda k: k.RandomTranslate((0.1, 0.2), p=1.0)),
         ("RandomElasticTransform, which has no matrix", lambda k: k.RandomElasticTransform(p=1.0)),
         ("PadTo with padding", lambda k: k.PadTo((70, 90))),
         ("RandomCrop with padding", lambda k: k.RandomCrop((24, 30), padding=4)),
-        ("RandomMixUpV2, which has no matrix", lambda k: k.RandomMixUpV2(p=1.0)),
         ("Identity, which has no matrix", lambda k: torch.nn.Identity()),
         ("RandomHorizontalFlip of videos", lambda k: k.VideoSequential(k.RandomHorizontalFlip(), data_format="BCTHW")),
         ("RandomHorizontalFlip3D of videos", lambda k: k.RandomHorizontalFlip3D()),
@@ -265,7 +245,7 @@ def test_kornia_refuses_what_is_no_box(what: str, make: Callable[[Any], Any], pl
         crop = k.RandomResizedCrop((60, 80), scale=(0.1, 0.2))
         augment = k.AugmentationSequential(crop, k.ImageSequential(make(k)), data_keys=["input"])
     augment(torch.rand(2, 3, *((4, 60, 80) if videos else (60, 80))))
-    assert f"got {what}" in str(refused(lambda: boxes_from_kornia(augment)).value)
+    refused(lambda: boxes_from_kornia(augment), f"got {what}")
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -330,12 +310,8 @@ albumentations = partial(boxes_from_albumentations, image_size=(120, 160))
         (boxes_from_kornia, None, "augmentation: got NoneType"),
         (boxes_from_kornia, torch.nn.Identity(), "augmentation: got Identity"),
         (boxes_from_kornia, [("RandomCrop_0", {})], "augmentation: got list, expected the augmentation itself"),
+        (boxes_from_kornia, SimpleNamespace(_params=[]), "augmentation: got SimpleNamespace before its call"),
     ],
 )
 def test_refusals(read: Callable[[Any], Tensor], value: Any, message: str) -> None:
-    assert str(refused(lambda: read(value)).value).startswith(message)
-
-
-def test_kornia_before_its_call() -> None:
-    crop = pytest.importorskip("kornia.augmentation").RandomResizedCrop(SMALL)
-    assert "before its call, expected one after it" in str(refused(lambda: boxes_from_kornia(crop)).value)
+    refused(lambda: read(value), message)
