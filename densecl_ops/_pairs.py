@@ -1,6 +1,5 @@
 """What the losses over matched positions share: which positions pair, what each row weighs, the reduction."""
 
-import torch
 from torch import Tensor
 
 from densecl_ops import _checks, _maps
@@ -55,10 +54,7 @@ def require_pairs(query: Tensor, key: Tensor, weight: Tensor | None, match: Part
     if valid is not None:
         _checks.require_mask("correspondence.valid", valid, rows, "query", query)
     if weight is not None:
-        if _checks.require_tensor("weight", weight).dtype != torch.bool:
-            _checks.require_float("weight", weight)
-        _checks.require_shape("weight", weight, rows)
-        _checks.require_same_device("weight", weight, "query", query)
+        _checks.require_weight("weight", weight, rows, "query", query)
 
 
 def _likely_cause(query: Tensor, swapped: bool) -> str:
