@@ -95,6 +95,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     if plan.short:
         parts = _serial_parts(batch, positions, channels)
         group = max(1, SHORT_TILE // len(plan.negatives) // (parts[0].stop - parts[0].start))
+        group = len(parts) if plan.form == "flash" else group  # which holds no logits
         for first in range(0, len(parts), group):
             compute(*parts[first : first + group])
     elif problem.query.device.type == "cpu":
@@ -346,15 +347,18 @@ def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention
     """By torch's attention operator, whose tiles never leave the registers; what it returns of each part is merged."""
     log_sum_exp = scaled.new_full((len(scaled), 1), float("-inf"))
     mean = torch.zeros_like(scaled)
-    operand = scaled.to(plan.logits).contiguous()[None, None]  # it reads rows, and keys, as if they were
+    heads = torch.get_num_threads()  # of even size, since the operator gives each thread whole blocks of 256 rows
+    heads = heads if len(scaled) % heads == 0 else 1
+    operand = scaled.to(plan.logits).contiguous()  # it reads rows, and keys, as if they were
+    operand = operand.view(1, heads, -1, scaled.shape[1])
     one_dtype = plan.negatives.dtype == plan.logits == scaled.dtype
     width = len(plan.negatives) if plan.short or one_dtype else 4096  # for small copies
     for start in range(0, len(plan.negatives), max(1, width)):
         rows = plan.negatives[start : start + width].to(plan.problem.matmul_dtype).to(plan.logits)
-        rows = rows.contiguous()[None, None]
+        rows = rows.contiguous().expand(1, heads, -1, -1)
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         part_mean, part_sum = attention(operand, rows, rows, 0.0, False, scale=1.0)
-        part_mean, part_sum = part_mean[0, 0].to(mean.dtype), part_sum.view(-1, 1)
+        part_mean, part_sum = part_mean.reshape(mean.shape).to(mean.dtype), part_sum.reshape(-1, 1)
         both = torch.logaddexp(log_sum_exp, part_sum)
         mean = part_mean if start == 0 else mean.lerp_(part_mean, (part_sum - both).exp_())
         log_sum_exp = both
