@@ -7,14 +7,12 @@ what a broken run breaks.
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import json
-import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,10 +26,9 @@ from benchmarks.records import add_out, write
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, MomentumQueue
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
-
-def enqueue_first(faults: ExitStack) -> None:
+@contextmanager
+def enqueue_first() -> Iterator[None]:
     """A batch's keys go into the queues before the loss, so that each positive is a negative too."""
     enqueue = MomentumQueue.enqueue
 
@@ -40,29 +37,28 @@ def enqueue_first(faults: ExitStack) -> None:
             _, key, queue, *_ = inputs
             enqueue(queue, key if key.ndim == 2 else key.flatten(2).mean(2))
 
-    faults.callback(register_module_forward_pre_hook(before).remove)
-    faults.enter_context(mock.patch.object(MomentumQueue, "enqueue"))
+    with register_module_forward_pre_hook(before), mock.patch.object(MomentumQueue, "enqueue"):
+        yield
 
 
-def same_view(faults: ExitStack) -> None:
+def same_view() -> AbstractContextManager[Any]:
     """Both encoders see the same view."""
+    from pretraining.augment import augment
 
-    def before(module: nn.Module, inputs: Any) -> Any:
-        whole = any(isinstance(child, DenseCorrespondence) for child in module.children())
-        return (inputs[0], inputs[0], *inputs[2:]) if whole else None
-
-    faults.callback(register_module_forward_pre_hook(before).remove)
+    return mock.patch("pretrain.augment", lambda *given: augment(*given).chunk(2)[0].repeat(2, 1, 1, 1))
 
 
 SHORT = "--steps 150 --lambda-warmup 50"
-RUNS: dict[str, tuple[str, str, Callable[[ExitStack], None]]] = {  # label, options of the trainer, what is broken
-    "random": ("random queue, warm-up", "", lambda _: None),
-    "random-no-warmup": ("random queue, no warm-up", "--lambda-warmup 0", lambda _: None),
-    "empty": ("empty queue, warm-up", "--queue-init empty", lambda _: None),
-    "empty-no-warmup": ("empty queue, no warm-up", "--queue-init empty --lambda-warmup 0", lambda _: None),
+RUNS: dict[
+    str, tuple[str, str, Callable[[], AbstractContextManager[Any]]]
+] = {  # label, options of the trainer, what is broken
+    "random": ("random queue, warm-up", "", nullcontext),
+    "random-no-warmup": ("random queue, no warm-up", "--lambda-warmup 0", nullcontext),
+    "empty": ("empty queue, warm-up", "--queue-init empty", nullcontext),
+    "empty-no-warmup": ("empty queue, no warm-up", "--queue-init empty --lambda-warmup 0", nullcontext),
     "enqueue-first": ("enqueue before the loss", SHORT, enqueue_first),
     "same-view": ("the same view twice", SHORT, same_view),
-    "high-lr": ("learning rate 50 times too high", f"{SHORT} --lr 1", lambda _: None),
+    "high-lr": ("learning rate 50 times too high", f"{SHORT} --lr 1", nullcontext),
 }
 
 
@@ -85,15 +81,13 @@ def watch(log: dict[str, list[Tensor]], module: nn.Module, inputs: Any, output: 
 
 def record(name: str, more: list[str]) -> dict[str, Any]:
     """Trains one run with seed 0."""
+    import pretrain
+
     label, options, fault = RUNS[name]
     log = defaultdict[str, list[Tensor]](list)
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        stack.enter_context(mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path]))
-        stack.callback(register_module_forward_hook(functools.partial(watch, log)).remove)
-        fault(stack)
+    with tempfile.TemporaryDirectory() as scratch, fault(), register_module_forward_hook(partial(watch, log)):
         result = Path(scratch, "result.json")
-        fixed = ["--seed", "0", "--out", scratch, "--json", str(result)]
-        importlib.import_module("pretrain").main([*fixed, *options.split(), *more])
+        pretrain.main(["--seed", "0", "--out", scratch, "--json", str(result), *options.split(), *more])
         found = json.loads(result.read_text())
     columns = {key: [round(x, 4) for x in torch.stack(values).tolist()] for key, values in log.items()}
     settings = {"queue_init": "random", "queue_size": columns.pop("queue_size")[0]} | found["settings"]
