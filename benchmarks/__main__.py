@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, host, kernels, loss, matching, queue, regions, render, step, tune
+from benchmarks import curves, host, kernels, loss, matching, queue, regions, render, step
 from benchmarks.transfer import suite as transfer
 
 # A module has a SUITE, or it measures or writes something of its own kind: add_arguments(parser), main(arguments).
-MODULES: tuple[Any, ...] = (loss, matching, queue, step, host, regions, tune, kernels, transfer, curves, render)
+MODULES: tuple[Any, ...] = (loss, matching, queue, step, host, regions, kernels, transfer, curves, render)
 
 
 def main(argv: list[str] | None = None) -> None:

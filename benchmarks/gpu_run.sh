@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # What a machine with a GPU should run, in two calls:
 #
-#   benchmarks/gpu_run.sh FOLDER first     7 minutes: races, selftest, loss and matching, tiles of the loss
+#   benchmarks/gpu_run.sh FOLDER first     7 minutes: races, selftest, loss, matching
 #   benchmarks/gpu_run.sh FOLDER second    4 minutes, after a change: races, selftest, the loss again, the other tests
 #
 # The next stage runs even if one fails. What comes back is FOLDER.tar.gz, renewed after every stage. Variables:
 #   PYTHON    the interpreter: with torch for this GPU, triton, einops, numpy, pillow, pytest, pytest-timeout, hypothesis
 #   COMMIT    what is measured, where there is no .git: COMMIT=$(git describe --always --dirty --exclude='*')
-#   OPTIONS   of the benchmarks, and PATIENCE, a factor on every limit: for a rehearsal on a slow machine without a GPU
-#             (then `tune` fails), OPTIONS="--toy --device cpu --seconds 0.01" PATIENCE=10
+#   OPTIONS   of the benchmarks, and PATIENCE, a factor on every limit: for a rehearsal on a slow machine without a
+#             GPU: OPTIONS="--toy --device cpu --seconds 0.01" PATIENCE=10
 set -uo pipefail
 if (($# != 2)) || [[ ! $2 =~ ^(first|second)$ ]]; then
     sed -n '2,/^set/s/^# \?//p' "$0"
@@ -23,7 +23,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 run() { # LOG SECONDS COMMAND...: at most so long; prints the end of the output
     echo "== $1"
     # Not through a pipe: a process that outlives its parent would hold it open.
-    timeout -k 5 $(($2 * ${PATIENCE:-1})) "${@:3}" > "$out/$1.txt" 2>&1 || failed+=("$1: status $?")
+    timeout -k 5 $(($2 * ${PATIENCE:-1})) "${@:3}" >> "$out/$1.txt" 2>&1 || failed+=("$1: status $?")
     tail -n 25 "$out/$1.txt"
     tar -czf "$out.part" -C "$(dirname "$out")" "$(basename "$out")" && mv "$out.part" "$out.tar.gz"
 }
@@ -41,9 +41,9 @@ tests() { # LOG SECONDS FILTER
 tests races 60 "race"
 run selftest 70 "$python" -m densecl_ops.selftest --json "$out/selftest.json"
 if [[ $2 == first ]]; then
-    suite 110 40 loss --size 12544 65536 128
+    suite 120 40 loss --size 12544 65536 128
+    suite 80 30 loss --size 1568 65536 128 --dtypes bfloat16 --modes train
     suite 80 30 matching
-    suite 90 40 tune
 else
     suite 60 30 loss --size 12544 65536 128 --again
     tests tests 40 "not race"

@@ -31,7 +31,7 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
-from benchmarks import tune
+from benchmarks.loss import CANDIDATES
 from benchmarks.measure import Row
 from benchmarks.records import RESULTS, print_rows, write
 from densecl_ops import _backends, _triton
@@ -53,8 +53,8 @@ TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
 }
 COPY_INSTRUCTIONS = {"LDGSTS": "cp.async", "UTMALDG": "tma"}
 MATRIX_INSTRUCTIONS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "UTCQMMA": "tcgen05"}
-# Names in a variant: the tuner's first two candidates, in place of the table's row.
-TUNED = {"pointers": tune.CANDIDATES[0], "descriptor": tune.CANDIDATES[1]}
+# Names in a variant: the first two candidates for the table, in place of its row.
+TUNED = {"pointers": CANDIDATES[0], "descriptor": CANDIDATES[1]}
 
 
 class Case(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from helpers import LAYOUTS, Case, assert_close, error, expected, flat64, lay_out, make_case, match, run
 from ptx import count, executor
 
-from benchmarks import kernels, tune
+from benchmarks import kernels, loss
 from benchmarks.records import RESULTS
 from densecl_ops import selftest
 from densecl_ops.info_nce import triton_launch as fused
@@ -107,10 +107,10 @@ def test_a_long_queue(
     check(case_of(dtype, channels, negatives=4_100, count=count), ("query",))
 
 
-@pytest.mark.parametrize("config", tune.CANDIDATES, ids=str)
+@pytest.mark.parametrize("config", loss.CANDIDATES, ids=str)
 @pytest.mark.parametrize("rank", [False, True])
 def test_other_tiles(monkeypatch: pytest.MonkeyPatch, config: triton_plan.Config, rank: bool) -> None:
-    """What the tuner tries, whole tiles by a tensor descriptor (TMA) among it."""
+    """What the loss benchmark tries beside the table, whole tiles by a tensor descriptor (TMA) among it."""
     if config.descriptor and executor.TARGET < 90:
         pytest.skip("no tensor copies before sm_90")
     forward = fused.forward
@@ -162,7 +162,7 @@ def test_matching(
 
 def test_tiles_that_a_descriptor_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of the queue that start at no multiple of 16 bytes come by pointers."""
-    config = tune.CANDIDATES[1]
+    config = loss.CANDIDATES[1]
     assert config.descriptor
     monkeypatch.setattr(triton_plan, "choose", lambda *arguments, **options: config)
     case = case_of(torch.bfloat16, 128, count=293)
