@@ -21,18 +21,15 @@ from benchmarks.records import OURS, Shape, Suite
 from benchmarks.rivals import Inputs
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue, Projection
 
+WIDTHS = ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 1))
 
-def backbone(name: str) -> tuple[nn.Module, int]:
-    """The network without its pooling, and its channels."""
-    if name == "resnet50":
-        from torchvision.models import resnet50
 
-        return nn.Sequential(*list(resnet50().children())[:-2]), 2048
-    widths = ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 1))
+def backbone() -> nn.Sequential:
+    """(B, 3, H, W) to (B, 256, H / 8, W / 8)."""
     layers: list[nn.Module] = []
-    for c_in, c_out, stride in widths:
+    for c_in, c_out, stride in WIDTHS:
         layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers), 256
+    return nn.Sequential(*layers)
 
 
 def usual_loss(query: Tensor, key: Tensor, queue: SliceQueue, index: Tensor | None = None) -> Tensor:
@@ -47,9 +44,9 @@ class Trainer(nn.Module):
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         super().__init__()
-        self.device, self.mixed, size = device, shape["dtype"] == "bfloat16", shape["k"]
-        (self.backbone_q, channels), (self.backbone_k, _) = (backbone(shape["backbone"]) for _ in range(2))
-        self.head_q, self.head_k = (DenseProjectionHead(channels) for _ in range(2))
+        self.autocast, size = torch.autocast(device.type, torch.bfloat16, shape["dtype"] == "bfloat16"), shape["k"]
+        self.backbone_q, self.backbone_k = backbone(), backbone()
+        self.head_q, self.head_k = (DenseProjectionHead(256) for _ in range(2))
         self.image_queue, self.dense_queue = (MomentumQueue(size) for _ in range(2))
         self.image_slices, self.dense_slices = (SliceQueue(size, 128) for _ in range(2))
         self.match, self.criterion = DenseCorrespondence(), DenseInfoNCELoss(rivals.TEMPERATURE)
@@ -59,15 +56,13 @@ class Trainer(nn.Module):
         self.trained: list[Tensor] = [*self.backbone_q.parameters(), *self.head_q.parameters()]
         self.optimizer = torch.optim.SGD(self.trained, 0.01, momentum=0.9, weight_decay=1e-4)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
-
     def step(self, losses: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """A training step with one of the ways to compute the loss."""
         with torch.no_grad():
             keys: list[Tensor] = [*self.backbone_k.parameters(), *self.head_k.parameters()]
             torch._foreach_lerp_(keys, self.trained, 0.001)
-        loss = losses(images)
+        with self.autocast:
+            loss = losses(images)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -82,21 +77,19 @@ class Trainer(nn.Module):
         return map_q, map_k, self.head_q(map_q), key
 
     def moco(self, images: Tensor) -> Tensor:
-        with self.autocast():
-            with torch.no_grad():
-                key = self.head_k.image_mlp(self.backbone_k(images).mean((2, 3)))
-            query = self.head_q.image_mlp(self.backbone_q(images).mean((2, 3)))
-            loss = usual_loss(query, key, self.image_slices)
+        with torch.no_grad():
+            key = self.head_k.image_mlp(self.backbone_k(images).mean((2, 3)))
+        query = self.head_q.image_mlp(self.backbone_q(images).mean((2, 3)))
+        loss = usual_loss(query, key, self.image_slices)
         self.image_slices.enqueue(key)
         return loss
 
     def dense(self, images: Tensor, criterion: Any, match: Any, image_queue: Any, dense_queue: Any) -> Tensor:
-        with self.autocast():
-            map_q, map_k, query, key = self.encode(images)
-            with torch.no_grad():
-                found = match(map_q, map_k)
-            image_loss = criterion(query.image, key.image, image_queue)
-            dense_loss = criterion(query.dense, key.dense, dense_queue, found)
+        map_q, map_k, query, key = self.encode(images)
+        with torch.no_grad():
+            found = match(map_q, map_k)
+        image_loss = criterion(query.image, key.image, image_queue)
+        dense_loss = criterion(query.dense, key.dense, dense_queue, found)
         image_queue.enqueue(key.image)
         dense_queue.enqueue(key.pooled)
         total: Tensor = 0.5 * image_loss + 0.5 * dense_loss
@@ -110,20 +103,20 @@ class Trainer(nn.Module):
 
     def parts(self, images: Tensor) -> dict[str, Callable[[Tensor], Any]]:
         """What the dense term adds, each alone, on the tensors of one step."""
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast:
             map_q, map_k, query, key = self.encode(images)
             found = self.match(map_q, map_k)
         features, dense = map_q.detach().requires_grad_(), query.dense.requires_grad_()
 
         def head(_: Tensor) -> None:
-            with self.autocast():
+            with self.autocast:
                 out = self.head_q.dense_mlp(features)
                 with torch.no_grad():
                     self.head_k.dense_mlp(map_k).mean((2, 3))
             torch.autograd.grad(out, [features, *self.head_q.dense_mlp.parameters()], torch.ones_like(out))
 
         def loss(_: Tensor) -> None:
-            with self.autocast():
+            with self.autocast:
                 out = self.criterion(dense, key.dense, self.dense_queue, found)
             torch.autograd.grad(out, dense)
 
@@ -136,11 +129,9 @@ class Trainer(nn.Module):
 
 
 def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
-    dtype, sizes = "float32", [("small", 32, 64, 1024), ("small", 32, 64, 65536)]
-    if arguments.device.type == "cuda":
-        dtype, sizes = "bfloat16", [("resnet50", batch, 224, 65536) for batch in (256, 32, 64, 128)]
-    for name, batch, pixels, k in [("small", 4, 32, 64)] if arguments.toy else sizes:
-        yield {"backbone": name, "batch": batch, "pixels": pixels, "k": k, "dtype": dtype}
+    dtype = "bfloat16" if arguments.device.type == "cuda" else "float32"
+    for k in (64,) if arguments.toy else (1024, 65536):
+        yield {"backbone": "small", "batch": 32, "pixels": 64, "k": k, "dtype": dtype}
 
 
 def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
