@@ -52,7 +52,7 @@ TARGETS = {  # architecture: (multiprocessors, shared memory per block in bytes)
     "gfx950": (256, 163_840),
 }
 COPY_INSTRUCTIONS = {"LDGSTS": "cp.async", "UTMALDG": "tma"}
-MATRIX_INSTRUCTIONS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "UTCQMMA": "tcgen05"}
+MATRIX_INSTRUCTIONS = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma", "UTCQMMA": "tcgen05", "v_mfma": "mfma"}
 # Names in a variant: the first two candidates for the table, in place of its row.
 TUNED = {"pointers": CANDIDATES[0], "descriptor": CANDIDATES[1]}
 
@@ -175,48 +175,38 @@ def read(target: str, compiled: Any) -> dict[str, Any]:
     key = hashlib.sha256(compiled.hash.encode() + Path(__file__).read_bytes()).hexdigest()
     cache = get_cache_manager(key)
     path = cache.get_file("facts.json")
-    if path is None:
-        found = _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(int(target[3:]), compiled)
-        # tl.sum of a bfloat16 tile adds in bfloat16.
-        reduced = re.findall(r'"tt\.reduce".*?\}\) : \((.*?)\) ->', compiled.asm["ttir"], re.S)
-        found |= {
-            "shared": compiled.metadata.shared,
-            "racing": overwrites(compiled.asm["ttgir"]),
-            "narrow": any(re.search(r"x(bf16|f16)>", operands) for operands in reduced),
-        }
-        path = cache.put(json.dumps(found), "facts.json", binary=False)
-    return dict(json.loads(Path(path).read_text()))
-
-
-def _read_nvidia(architecture: int, compiled: Any) -> dict[str, Any]:
-    assembly = compiled.asm["sass"]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
-        source.write(compiled.asm["ptx"])
-        source.flush()
-        name = f"--gpu-name={sm_arch_from_capability(architecture)}"
-        command = [get_ptxas(architecture).path, "-v", name, source.name, "-o", os.devnull]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return {
-        "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
-        "spills": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-        "instructions": assembly.count(";"),
+    if path is not None:
+        return dict(json.loads(Path(path).read_text()))
+    report, assembly = "", compiled.asm["amdgcn" if target.startswith("gfx") else "sass"]
+    if target.startswith("gfx"):
+        fields = {key: int(value) for key, value in re.findall(r"\.([sv]gpr\w*count):\s+(\d+)", assembly)}
+        registers, spills = fields["vgpr_count"], fields["vgpr_spill_count"] + fields["sgpr_spill_count"]
+        instructions = len(re.findall(r"^\t[a-z]+_\w+", assembly, re.M))
+    else:
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+            source.write(compiled.asm["ptx"])
+            source.flush()
+            number = int(target[3:])
+            name = f"--gpu-name={sm_arch_from_capability(number)}"
+            command = [get_ptxas(number).path, "-v", name, source.name, "-o", os.devnull]
+            report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        registers = int(re.findall(r"Used (\d+) registers", report)[0])
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+        instructions = assembly.count(";")
+    reduced = re.findall(r'"tt\.reduce".*?\}\) : \((.*?)\) ->', compiled.asm["ttir"], re.S)
+    found = {
+        "registers": registers,
+        "spills": spills,
+        "shared": compiled.metadata.shared,
+        "instructions": instructions,
         "matrix": next((x for mark, x in MATRIX_INSTRUCTIONS.items() if re.search(rf"\b{mark}", assembly)), "none"),
         "copies": "+".join(label for mark, label in COPY_INSTRUCTIONS.items() if mark in assembly),
         "serialised": "C751" in report,
+        "racing": overwrites(compiled.asm["ttgir"]),
+        "narrow": any(re.search(r"x(bf16|f16)>", operands) for operands in reduced),  # tl.sum adds in its tile's dtype
     }
-
-
-def _read_amd(compiled: Any) -> dict[str, Any]:
-    assembly = compiled.asm["amdgcn"]
-    fields = {key: int(value) for key, value in re.findall(r"\.([sv]gpr\w*count):\s+(\d+)", assembly)}
-    return {
-        "registers": fields["vgpr_count"],
-        "spills": fields["vgpr_spill_count"] + fields["sgpr_spill_count"],
-        "instructions": len(re.findall(r"^\t[a-z]+_\w+", assembly, re.M)),
-        "matrix": "mfma" if "v_mfma" in assembly else "none",
-        "copies": "",
-        "serialised": False,
-    }
+    cache.put(json.dumps(found), "facts.json", binary=False)
+    return found
 
 
 def overwrites(ttgir: str) -> bool:

@@ -16,6 +16,11 @@ from PIL import Image
 from recipes import info_nce, matched
 from torch.testing import assert_close
 
+pytest.importorskip("skimage")
+pytest.importorskip("kornia")
+
+from kornia.color import rgb_to_grayscale
+
 from benchmarks.__main__ import main
 from benchmarks.records import RESULTS
 from benchmarks.transfer import page, pretraining, suite, tasks
@@ -71,11 +76,12 @@ def test_retrieval_and_propagation_against_loops(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tasks, "NEIGHBOURS", 3)
     train, asked = cells(3, torch.Generator().manual_seed(0)), cells(2, torch.Generator().manual_seed(1))
     memory, rows = tasks.remember(train), tasks.rows_of(asked)
+    known, known_labels = memory
     for row, label in zip(rows.double(), tasks.retrieve(memory, rows).tolist(), strict=True):
-        cosine = F.cosine_similarity(row[None], memory.rows.double())
+        cosine = F.cosine_similarity(row[None], known.double())
         votes = [0.0] * 11
         for j in cosine.argsort(descending=True)[:3].tolist():
-            votes[int(memory.labels[j])] += float((cosine[j] / tasks.KNN_TEMPERATURE).exp())
+            votes[int(known_labels[j])] += float((cosine[j] / tasks.KNN_TEMPERATURE).exp())
         assert label == int(np.argmax(votes))
 
     labels, truth = asked.counts[0].argmax(-1), asked.counts[1:, ::2, ::2]
@@ -104,8 +110,6 @@ def test_probe_stops_at_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stereo_of_pixels_that_are_their_own_features() -> None:
     """The left image against itself would be off by the disparity; a network of colours finds most of the truth."""
-    pytest.importorskip("skimage")
-
     colours = torch.nn.Conv2d(3, 192, 8, stride=8, bias=False)
     colours.weight.data = torch.eye(192).view(192, 3, 8, 8)
     result = tasks.stereo(colours)  # type: ignore[arg-type]
@@ -127,19 +131,14 @@ def test_views_lie_where_their_boxes_say() -> None:
     assert (x0 > x1).any(), "mirrored"
 
 
-def test_grey_and_blur() -> None:
-    color, filters = pytest.importorskip("kornia.color"), pytest.importorskip("kornia.filters")
+def test_grey() -> None:
     images = 0.3 + 0.4 * torch.rand(4, 3, 32, 32)
     uniform = torch.full((4, 14), 0.5)  # strengths in the middle change nothing
     uniform[:, 10] = torch.tensor([0.1, 0.9, 0.1, 0.9])  # two turn grey
     uniform[::2, 8] = torch.tensor([0.2, 0.9])  # another hue is of the same luma
     recoloured = pretraining._recolour(images, uniform.unbind(1))
-    assert_close(recoloured[::2], color.rgb_to_grayscale(images[::2]).expand(-1, 3, -1, -1))
+    assert_close(recoloured[::2], rgb_to_grayscale(images[::2]).expand(-1, 3, -1, -1))
     assert_close(recoloured[1::2], images[1::2])
-
-    sigma = torch.tensor([0.3, 0.6, 1.0, 2.0])
-    blurred = filters.gaussian_blur2d(images, (5, 5), sigma[:, None].expand(-1, 2))
-    assert_close(pretraining._blur(images, sigma, 2), blurred, atol=1e-6, rtol=0)
 
 
 def test_consecutive_frames() -> None:
@@ -181,7 +180,6 @@ def test_byol_terms(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_suite_runs_each_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A search, which never sees the test split, then the runs that are reported, at the rate that it found best."""
-    pytest.importorskip("skimage")
     data = f"--camvid {folder}/camvid --photographs {folder}/photographs --out {folder} --device cpu"
     command = f"transfer {data} --batch 2 --queue 8 --view 32 --window 40 --arms random place"
     with pytest.raises(SystemExit, match="no search of place"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -66,17 +65,6 @@ def chosen_rate(searched: list[Record], arm: str) -> float:
     return float(max(own, key=on_val)["setting"]["rate"])
 
 
-def settings(arguments: argparse.Namespace) -> Iterator[Setting]:
-    chosen = {field.name: getattr(arguments, field.name) for field in OPTIONS}
-    searched = load(arguments.out / "search")
-    for seed, arm in itertools.product(arguments.seeds, arguments.arms):
-        if arm != RANDOM:
-            for rate in arguments.rates or [chosen_rate(searched, arm)]:
-                yield Setting(arm, seed, rate, **chosen)
-        elif not arguments.part:  # else there is nothing to choose
-            yield Setting(arm, seed, 0.0, **chosen)
-
-
 def load_split(folder: Path, split: str) -> Frames:
     """Reads `folder`/`split` (images) and `folder`/`split`annot (labels)."""
     paths = _images_in(folder / split)
@@ -111,12 +99,16 @@ def main(arguments: argparse.Namespace) -> None:
     described = environment()  # before hours of work may have changed what is checked out
     train, val, test = (load_split(arguments.camvid, split) for split in ("train", "val", "test"))
     photographs = [x.to(arguments.device) for x in (*load_photographs(arguments.photographs), *train.images)]
-    for setting in settings(arguments):
-        path = arguments.out / arguments.part / f"{setting.name}.json"
-        if not path.exists():
-            print(arguments.part, path.stem, flush=True)
-            network, facts = pretrain(setting, photographs)
-            results = measure(network.eval(), train, val, None if arguments.part else test)
-            facts["photographs"] = len(photographs)
-            how = {"command": arguments.command, "environment": described, "pretraining": facts}
-            write(path, {"setting": asdict(setting)} | how | results)
+    chosen = {field.name: getattr(arguments, field.name) for field in OPTIONS}
+    searched = load(arguments.out / "search")
+    for seed, arm in itertools.product(arguments.seeds, arguments.arms):
+        rates = [0.0] if arm == RANDOM else arguments.rates or [chosen_rate(searched, arm)]
+        for setting in (Setting(arm, seed, rate, **chosen) for rate in rates):
+            path = arguments.out / arguments.part / f"{setting.name}.json"
+            if not path.exists() and not (arm == RANDOM and arguments.part):  # which has nothing to choose
+                print(arguments.part, path.stem, flush=True)
+                network, facts = pretrain(setting, photographs)
+                results = measure(network.eval(), train, val, None if arguments.part else test)
+                facts["photographs"] = len(photographs)
+                how = {"command": arguments.command, "environment": described, "pretraining": facts}
+                write(path, {"setting": asdict(setting)} | how | results)

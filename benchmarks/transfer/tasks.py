@@ -164,9 +164,7 @@ def fit_probe(train: Cells) -> Probe:
     return Probe(mean, scale, weights)
 
 
-class Memory(NamedTuple):
-    rows: Tensor  # unit features of train cells, float32
-    labels: Tensor  # their most frequent ones
+Memory = tuple[Tensor, Tensor]  # unit features of train cells, float32, and their most frequent labels
 
 
 def remember(train: Cells) -> Memory:
@@ -176,17 +174,17 @@ def remember(train: Cells) -> Memory:
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(0))[:MEMORY].to(usable.device)
     chosen = usable[order]
     rows = F.normalize(rows_of(train)[chosen].float(), dim=1)  # bfloat16 could not rank cosines near 1
-    return Memory(rows, counts[chosen, :VOID].argmax(1))
+    return rows, counts[chosen, :VOID].argmax(1)
 
 
 def retrieve(memory: Memory, rows: Tensor) -> Tensor:
     """The label that the NEIGHBOURS most similar cells vote for, each with exp(cosine / temperature)."""
-    labels = []
+    (known, known_labels), labels = memory, []
     for chunk in torch.split(rows, 2048):
         unit = F.normalize(chunk.float(), dim=1)
-        cosine, nearest = (unit @ memory.rows.T).topk(min(NEIGHBOURS, len(memory.rows)), dim=1)
+        cosine, nearest = (unit @ known.T).topk(min(NEIGHBOURS, len(known)), dim=1)
         votes = torch.zeros(len(chunk), VOID, device=rows.device)
-        votes.scatter_add_(1, memory.labels[nearest], ((cosine - 1) / KNN_TEMPERATURE).exp())
+        votes.scatter_add_(1, known_labels[nearest], ((cosine - 1) / KNN_TEMPERATURE).exp())
         labels.append(votes.argmax(1))
     return torch.cat(labels)
 
