@@ -22,7 +22,7 @@ from benchmarks.measure import Row, compare, relative_error, significant
 from benchmarks.records import OURS, Shape, Suite
 from benchmarks.rivals import TEMPERATURE, Inputs, Loss
 from densecl_ops._processor import matmul
-from densecl_ops._types import BackendName, NegativeQueue
+from densecl_ops._types import BackendName
 from densecl_ops.functional import dense_info_nce
 from densecl_ops.info_nce import triton_plan
 from densecl_ops.info_nce.triton_plan import Config
@@ -43,18 +43,12 @@ CANDIDATES = (
 COPIES = {"eager": 6, "materialise": 4, "materialise, autocast": 6, "torch.compile": 3, "linear_cross_entropy": 4}
 
 
-def ours(inputs: Inputs, backend: BackendName = "auto") -> Tensor:
-    return dense_info_nce(*_arguments(inputs), temperature=TEMPERATURE, backend=backend)
-
-
-def ours_with_rank(inputs: Inputs, backend: BackendName = "auto") -> Tensor:
-    return dense_info_nce(*_arguments(inputs), temperature=TEMPERATURE, backend=backend, return_rank=True)[0]
-
-
-def _arguments(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | NegativeQueue]:
+def ours(inputs: Inputs, backend: BackendName = "auto", rank: bool = False) -> Tensor:
     """A queue's rows are known to be unit rows: on a GPU that saves the running maximum, which a plain tensor needs."""
     query, key, rows, filled = inputs
-    return query, key, rows if filled is None else SimpleNamespace(rows=rows, count=filled)
+    negatives = rows if filled is None else SimpleNamespace(rows=rows, count=filled, unit_rows=True)
+    out = dense_info_nce(query, key, negatives, temperature=TEMPERATURE, return_rank=rank, backend=backend)
+    return out if isinstance(out, Tensor) else out[0]
 
 
 def with_tile(config: Config, inputs: Inputs) -> Tensor:
@@ -63,7 +57,7 @@ def with_tile(config: Config, inputs: Inputs) -> Tensor:
 
 
 def contestants(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
-    own: dict[str, Loss] = {OURS: ours, f"{OURS}, with rank": ours_with_rank}
+    own: dict[str, Loss] = {OURS: ours, f"{OURS}, with rank": lambda inputs: ours(inputs, rank=True)}
     if device.type == "cuda":
         own[PLAIN] = lambda inputs: ours(inputs._replace(filled=None))
         own["blockwise"] = lambda inputs: ours(inputs, "blockwise")

@@ -56,8 +56,7 @@ def compare(
         needs: Bytes that a contestant is known to take: on a CPU there is no error to catch where they are too many.
 
     Returns:
-        Per contestant `milliseconds` (quartiles), `rounds` and `peak_extra_mib`, or `failed` with the reason: running
-        out of memory is a result.
+        Per contestant `milliseconds` (quartiles), `rounds` and `peak_extra_mib`, or `failed` with the reason.
     """
     rows: dict[str, Row] = {}
     samples: dict[str, list[float]] = {}

@@ -27,21 +27,13 @@ RESULTS = Path(__file__).with_name("results")
 
 
 class Suite(NamedTuple):
-    """One benchmark.
+    """One benchmark."""
 
-    Attributes:
-        name: Of the result file.
-        title: Of a case, a format of its shape's keys.
-        shapes: The cases to measure, most wanted first.
-        measure: One case, as a row per contestant.
-        add_options: Options beyond the shared ones.
-    """
-
-    name: str
-    title: str
-    shapes: Callable[[argparse.Namespace], Iterable[Shape]]
-    measure: Callable[[Shape, argparse.Namespace], dict[str, Row]]
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    name: str  # of the result file
+    title: str  # of a case, a format of its shape's keys
+    shapes: Callable[[argparse.Namespace], Iterable[Shape]]  # the cases to measure, most wanted first
+    measure: Callable[[Shape, argparse.Namespace], dict[str, Row]]  # one case, as a row per contestant
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None  # beyond the shared ones
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         add_out(parser)

@@ -37,7 +37,7 @@ void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned 
 """
 LOSSES: dict[str, rivals.Loss] = {
     OURS: loss.ours,
-    f"{OURS}, with rank": loss.ours_with_rank,
+    f"{OURS}, with rank": partial(loss.ours, rank=True),
     "attention by hand": lambda inputs: rivals.attention(inputs, rivals.attend_cpu),
     "MoCo's lines": rivals.materialise,
 }

@@ -161,11 +161,9 @@ def others(folder: str) -> str:
     """Matching, queue and step."""
     parts = []
     for suite in (matching.SUITE, queue.SUITE, step.SUITE):
-        if (RESULTS / folder / f"{suite.name}.json").exists():
-            cases = load(folder, suite.name)["cases"]
-            names = [name for name in cases[0]["rows"] if name != OURS]
-            heads = [f"{suite.name}: ms, then times ours", OURS, *names]
-            parts.append(table(heads, multiples(cases, suite.title, names)))
+        cases = load(folder, suite.name)["cases"]
+        names = [name for name in cases[0]["rows"] if name != OURS]
+        parts.append(table([f"{suite.name}: ms, then times ours", OURS, *names], multiples(cases, suite.title, names)))
     return "\n\n".join(parts)
 
 
@@ -173,21 +171,16 @@ def multiples(cases: list[Case], title: str, names: list[str]) -> list[list[str]
     """A row per case: ours in milliseconds, all others as multiples of it."""
     lines = []
     for case in cases:
-        rows, cold = case["rows"], ", cold cache" if case["shape"].get("cache") == "cold" else ""
-        own = _ms(median(case, OURS)) if "milliseconds" in rows[OURS] else "failed"
-        lines.append([title.format(**case["shape"]) + cold, own, *(_multiple(rows.get(name, {})) for name in names)])
+        rows = [case["rows"].get(name, {}) for name in names]
+        others = [f"{row['ratio']:.2f}" if "ratio" in row else "cannot" if row else "" for row in rows]
+        cold = ", cold cache" if case["shape"].get("cache") == "cold" else ""
+        lines.append([title.format(**case["shape"]) + cold, _ms(median(case, OURS)), *others])
     return lines
 
 
 def _ms(value: float) -> str:
     """To three digits."""
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def _multiple(row: dict[str, Any]) -> str:
-    if "failed" in row:
-        return "no memory" if re.search("memory|GiB", row["failed"]) else "cannot"
-    return f"{row['ratio']:.2f}" if row else ""
 
 
 def demo(folder: str) -> str:

@@ -37,31 +37,19 @@ TASKS = {  # of the test split: key of the record's value, heading
 
 
 class Frames(NamedTuple):
-    """One split of CamVid.
+    """One split of CamVid."""
 
-    Attributes:
-        names: Sequence and number of every frame, such as "0001TP_008550"; sorted.
-        images: (N, 3, H, W) uint8.
-        truth: (N, H, W) uint8, a class or VOID.
-    """
-
-    names: list[str]
-    images: Tensor
-    truth: Tensor
+    names: list[str]  # sequence and number of every frame, such as "0001TP_008550"; sorted
+    images: Tensor  # (N, 3, H, W) uint8
+    truth: Tensor  # (N, H, W) uint8, a class or VOID
 
 
 class Cells(NamedTuple):
-    """Frames as the tasks see them.
+    """Frames as the tasks see them."""
 
-    Attributes:
-        features: (N, C, h, w), as the backbone gives them.
-        counts: (N, h, w, CLASSES + 1) pixels per label of every cell.
-        pairs: Neighbours (previous, current).
-    """
-
-    features: Tensor
-    counts: Tensor
-    pairs: list[tuple[int, int]]
+    features: Tensor  # (N, C, h, w), as the backbone gives them
+    counts: Tensor  # (N, h, w, CLASSES + 1) pixels per label of every cell
+    pairs: list[tuple[int, int]]  # neighbours (previous, current)
 
 
 def cell_counts(truth: Tensor) -> Tensor:
