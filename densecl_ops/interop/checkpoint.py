@@ -35,25 +35,20 @@ class Checkpoint:
         head_k: The same for the key side.
         image_queue: For MomentumQueue.load_state_dict: rows (K, D), position () and count () int64.
         dense_queue: The same for the pooled dense keys.
-        extra: What the file holds beside the model: epoch, meta, optimizer, ...; not interpreted.
-        unmapped: Entries of the model that have no place in our modules, under their full names: encoder_k.steps of
-            mmpretrain, a classifier, entries outside the prefix.
+        extra: What the file holds beside the model: epoch, meta, optimizer, ...
+        unmapped: Entries of the model that have no place in our modules, such as a classifier, under their full names.
         prefix: What stood before all names, such as "module."; for "backbone", before those of the backbone.
         key: Under which key of the source the model stood. None: the source was the state dict itself.
 
     Example:
-        >>> import torch
         >>> from densecl_ops import DenseProjectionHead, MomentumQueue
         >>> from densecl_ops.interop import Checkpoint
         >>> head, queue = DenseProjectionHead(8, 8, 4), MomentumQueue(16, 4)
         >>> checkpoint = Checkpoint.from_modules(head_q=head, image_queue=queue)
         >>> checkpoint
         Checkpoint(format='densecl_ops', head_q=8 entries, image_queue=3 entries)
-        >>> other = DenseProjectionHead(8, 8, 4)
-        >>> checkpoint.load_into(head_q=other)
+        >>> checkpoint.load_into(head_q=DenseProjectionHead(8, 8, 4))
         []
-        >>> torch.equal(other.image_mlp[0].weight, head.image_mlp[0].weight)
-        True
     """
 
     format: str = "densecl_ops"
@@ -97,8 +92,9 @@ class Checkpoint:
         modules = _given(backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue)
         checkpoint = cls(extra=dict(extra or {}))
         for part, module in modules.items():
-            state = {name: _whole(value.detach()).clone() for name, (_, value) in _plain_state(module).items()}
-            setattr(checkpoint, part, state)
+            state = {name: value.detach() for name, (_, value) in _plain_state(module).items()}
+            whole = {name: x.full_tensor() if _tracing.is_sharded(x) else x for name, x in state.items()}  # type: ignore
+            setattr(checkpoint, part, {name: x.clone() for name, x in whole.items()})
         return checkpoint
 
     def load_into(
@@ -118,8 +114,7 @@ class Checkpoint:
         given as its first model: else the next update would overwrite it.
 
         Args:
-            backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue: The modules of these parts, of the sizes
-                that the checkpoint has.
+            backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue: The modules of these parts.
             keep_dense: Whether the dense branch of a head stays as it is where the checkpoint has none (MoCo's).
                 Default False: an error.
 
@@ -128,8 +123,8 @@ class Checkpoint:
 
         Raises:
             TypeError: An argument is neither None nor a torch.nn.Module.
-            ValueError: No module is given; a part or an entry is missing, unexpected or of another shape, all of them
-                in one message; or a module refuses what it is given, as a queue a position of another one's rows.
+            ValueError: No module is given; a part or an entry is missing, unexpected or of another shape; or a module
+                refuses what it is given, as a queue a position of another one's rows.
         """
         _checks.require_bool("keep_dense", keep_dense)
         modules = _given(backbone_q, backbone_k, head_q, head_k, image_queue, dense_queue)
@@ -169,8 +164,7 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         shown = [f"format={self.format!r}"] + [f"prefix={self.prefix!r}"] * bool(self.prefix)
-        sizes = {part: getattr(self, part) for part in ALL_PARTS}
-        shown += [f"{part}={len(state)} entries" for part, state in sizes.items() if state is not None]
+        shown += [f"{part}={len(state)} entries" for part in ALL_PARTS if (state := getattr(self, part)) is not None]
         if self.unmapped:
             before = strip_wrappers(self.unmapped)
             roots = dict.fromkeys(name.removeprefix(before).partition(".")[0] for name in self.unmapped)
@@ -190,27 +184,18 @@ def _given(*modules: nn.Module | None) -> dict[str, nn.Module]:
 
 
 def _load(module: nn.Module, state: State) -> None:
-    own = {
-        name: _placed(state[plain], value) if plain in state else value
-        for plain, (name, value) in _plain_state(module).items()
-    }
-    module.load_state_dict({**module.state_dict(), **own})
+    own = module.state_dict()
+    for plain, (name, value) in _plain_state(module).items():
+        if plain in state and _tracing.is_sharded(value):
+            from torch.distributed.tensor import distribute_tensor
+
+            own[name] = distribute_tensor(state[plain].to(value.device), value.device_mesh, value.placements)  # type: ignore[attr-defined]
+        elif plain in state:
+            own[name] = state[plain]
+    module.load_state_dict(own)
     for inner in module.modules():
         if isinstance(inner, AveragedModel):
             inner.n_averaged.clamp_(min=1)
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if _tracing.is_sharded(value) else value  # type: ignore[attr-defined]
-
-
-def _placed(value: Tensor, own: Tensor) -> Tensor:
-    """As a module holds it: in the shards of FSDP2 where its own tensor is."""
-    if not _tracing.is_sharded(own):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]
 
 
 def _plain_state(module: nn.Module) -> dict[str, tuple[str, Tensor]]:

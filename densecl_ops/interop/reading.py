@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike, fspath
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -55,9 +54,8 @@ def read_checkpoint(
     Example:
         >>> import torch
         >>> from densecl_ops.interop import read_checkpoint
-        >>> weights = {"conv1.weight": torch.randn(64, 3, 7, 7), "layer1.0.conv1.weight": torch.randn(64, 64, 1, 1)}
-        >>> state = {f"module.encoder.{name}": w for name, w in weights.items()}
-        >>> read_checkpoint({"state_dict": {**state, "module.projector.0.weight": torch.randn(8, 64)}})
+        >>> names = "encoder.conv1.weight", "encoder.layer1.0.conv1.weight", "projector.0.weight"
+        >>> read_checkpoint({"state_dict": {f"module.{name}": torch.ones(8, 8, 1, 1) for name in names}})
         Checkpoint(format='backbone', prefix='module.encoder.', backbone_q=2 entries, unmapped=1 entries (projector))
     """
     _checks.require_choice("format", format, ("auto", *NAMES))
@@ -82,14 +80,17 @@ def read_checkpoint(
     found = names.recognise(inside, format, anywhere=prefix is None)
     if found is not None and format != "backbone":
         kind, root = found
-        parts, placed = _take_apart(_below(root, inside), kind)
     elif format in ("auto", "backbone"):
         kind, root = "backbone", _root_of_backbone(inside, found, before, format == "backbone" and prefix is not None)
-        network = names.find_networks(inside).get(root)
-        backbone = {name: x for name, x in _below(root, inside).items() if names.belongs(name, network)}
-        parts, placed = {"backbone_q": backbone}, set(backbone)
     else:
         raise ValueError(_not_recognised(inside, before, repr(format)))
+    rooted = {name.removeprefix(root): value for name, value in inside.items() if name.startswith(root)}
+    if kind == "backbone":
+        network = names.find_networks(inside).get(root)
+        placed = {name for name in rooted if names.belongs(name, network)}
+        parts = {"backbone_q": {name: value for name, value in rooted.items() if name in placed}}
+    else:
+        parts, placed = _take_apart(rooted, kind)
     used = {origin[root + name] for name in placed}
     return Checkpoint(
         format=kind,
@@ -153,10 +154,6 @@ def _roots(full: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(f"{name.partition('.')[0]}." for name in full if "." in name))[:8]
 
 
-def _below(root: str, state: State) -> State:
-    return {name.removeprefix(root): value for name, value in state.items() if name.startswith(root)}
-
-
 def _take_apart(state: State, format: str) -> tuple[dict[str, State], set[str]]:  # noqa: A002
     """Parts in our names, and the names that found a place in them."""
     known = names.FORMATS[format]
@@ -198,7 +195,7 @@ def _load(source: object) -> Mapping[str, Any]:
     except OSError:
         raise
     except Exception as error:  # torch raises KeyError, EOFError, RuntimeError and more for what is no checkpoint
-        refused = re.search(r"GLOBAL (\S+)|Unsupported .*", str(error)) if isinstance(error, UnpicklingError) else None
+        refused = re.search(r"GLOBAL (\S+)|Unsupported .*", str(error))
         if refused is None:
             raise ValueError(f"{fspath(source)}: got a file that torch cannot read, expected a checkpoint") from error
         raise ValueError(NOT_PLAIN.format(path=fspath(source), reason=refused[1] or refused[0])) from error

@@ -44,16 +44,13 @@ def write_checkpoint(
             MoCo's, a norm layer in any head, a queue that is not full yet, another project's optimizer state.
 
     Example:
-        >>> from densecl_ops import DenseProjectionHead, MomentumQueue
-        >>> from densecl_ops.interop import Checkpoint, write_checkpoint
-        >>> head, queue = DenseProjectionHead(8, 8, 4), MomentumQueue(16, 4)
-        >>> backbone = torch.nn.Sequential()
-        >>> backbone.conv1 = torch.nn.Conv2d(3, 8, 1, bias=False)
-        >>> checkpoint = Checkpoint.from_modules(
-        ...     backbone_q=backbone, backbone_k=backbone, head_q=head, head_k=head, image_queue=queue, dense_queue=queue
-        ... )
-        >>> list(write_checkpoint(checkpoint)["state_dict"])[:3]
-        ['encoder_q.0.conv1.weight', 'encoder_k.0.conv1.weight', 'encoder_q.1.mlp.0.weight']
+        >>> from densecl_ops.interop import read_checkpoint, write_checkpoint
+        >>> weights = {"conv1.weight": torch.ones(64, 3, 7, 7), "layer1.0.conv1.weight": torch.ones(64, 64, 1, 1)}
+        >>> checkpoint = read_checkpoint({f"module.encoder_q.{name}": weight for name, weight in weights.items()})
+        >>> list(write_checkpoint(checkpoint))
+        ['module.encoder_q.conv1.weight', 'module.encoder_q.layer1.0.conv1.weight']
+        >>> list(write_checkpoint(checkpoint, format="backbone"))
+        ['conv1.weight', 'layer1.0.conv1.weight']
     """
     if not isinstance(checkpoint, Checkpoint):
         raise TypeError(f"checkpoint: got {type(checkpoint).__name__}, expected a Checkpoint")
