@@ -1,6 +1,6 @@
 """What to log beside the loss: 0-d float32 tensors on the device of their input, which the host never waits for.
 
-Collect them as tensors and call `.item()` when you print: at every step it would wait for the device at every step.
+Call `.item()` when you print: at every step it would wait for the device at every step.
 """
 
 from torch import Tensor

@@ -92,8 +92,8 @@ def plot_correspondence(
         >>> figure.axes[0].get_title()
         '10 of 49 valid matches, by score'
     """
-    index, (score, valid) = correspondence.index, score_and_valid(correspondence)
-    _checks.require_index("correspondence.index", index, tuple(score.shape), "correspondence.score", score)
+    score, valid = score_and_valid(correspondence)
+    index = _checks.require_index("correspondence.index", correspondence.index, tuple(score.shape), "score", score)
     if not isinstance(sample, int) or not 0 <= sample < len(index):
         raise ValueError(f"sample: got {sample!r}, expected an int from 0 to {len(index) - 1}")
     index, score, valid = (x[sample].detach().cpu() for x in (index.long(), score.float(), valid))

@@ -56,28 +56,15 @@ def test_matrices() -> None:
             np.testing.assert_allclose(boxes.numpy(), [[x0, y0, x1, y1]], atol=1e-5)
 
 
-@pytest.mark.parametrize("antialias", [True, False])
-def test_torchvision_crops_rendered(antialias: bool) -> None:
-    """resized_crop is a slice and then F.interpolate.
-
-    Antialiasing sees one side only of a pixel at the border of the crop, which moves its cell inwards a little.
-    """
-    image, grid = coordinates(1, 60, 80), (4, 7)
-    for top, left, height, width in [(3, 5, 32, 40), (0, 0, 56, 57), (17, 20, 39, 48)]:
-        crop = image[:, :, top : top + height, left : left + width]
-        view = F.interpolate(crop, (28, 28), mode="bilinear", antialias=antialias, align_corners=False)
-        boxes = boxes_from_torchvision((top, left, height, width), image_size=(60, 80))
-        cells = off(view, boxes, grid) / torch.tensor([width / grid[1], height / grid[0]])[:, None, None]
-        assert cells.max() < (0.01 if antialias else 1e-9)
-
-
-def test_torchvision_v2() -> None:
+def test_torchvision_rendered() -> None:
+    """Antialiasing sees one side only of a pixel at the border of the crop, which moves its cell inwards a little."""
     v2 = pytest.importorskip("torchvision.transforms.v2")
     image = coordinates(1, 120, 160)
-    for crop in 10 * [v2.RandomResizedCrop(SMALL, antialias=False), v2.RandomCrop((50, 60))]:
+    resized = [v2.RandomResizedCrop(SMALL, antialias=antialias) for antialias in (False, True)]
+    for crop, tolerance in 10 * [(resized[0], 1e-5), (resized[1], 0.05), (v2.RandomCrop((50, 60)), 1e-5)]:
         params = crop.make_params([image])
         boxes = boxes_from_torchvision(params, image_size=(120, 160))
-        assert off(crop.transform(image, params), boxes, (1, 1)).max() < 1e-5
+        assert off(crop.transform(image, params), boxes, (1, 1)).max() < tolerance
 
 
 ROWS = [(200, 150, 30, 120), (0, 1, 2, 3), (5, 6, 7, 8)]  # 150 + 120 leaves uint8
@@ -100,7 +87,7 @@ DICTS = [dict(zip(("top", "left", "height", "width"), row, strict=True)) for row
     ids=lambda params: type(params).__name__,
 )
 def test_forms_of_torchvision_parameters(params: Any) -> None:
-    boxes = boxes_from_torchvision(params)
+    boxes = boxes_from_torchvision(params, image_size=(230, 270))
     assert boxes.dtype == torch.float32
     assert boxes.tolist() == [[150, 200, 270, 230], [1, 0, 4, 2], [6, 5, 14, 12]]
     assert not boxes.requires_grad
@@ -307,9 +294,7 @@ albumentations = partial(boxes_from_albumentations, image_size=(120, 160))
         (albumentations, replay(step("Crop", shape=(120, 160), crop_coords=(9, 0, 9, 9))), "replay: got a Crop to (9,"),
         (albumentations, replay(step("Crop", shape=(120, 160), crop_coords=(0, 0, 9, 121))), "replay: got a Crop to"),
         (albumentations, replay(FLIPPED), "image_size: got (120, 160), expected (24, 30)"),
-        (boxes_from_kornia, None, "augmentation: got NoneType"),
-        (boxes_from_kornia, torch.nn.Identity(), "augmentation: got Identity"),
-        (boxes_from_kornia, [("RandomCrop_0", {})], "augmentation: got list, expected the augmentation itself"),
+        (boxes_from_kornia, [("RandomCrop_0", {})], "augmentation: got list, expected the kornia"),
         (boxes_from_kornia, SimpleNamespace(_params=[]), "augmentation: got SimpleNamespace before its call"),
     ],
 )

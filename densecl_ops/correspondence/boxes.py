@@ -68,9 +68,8 @@ def boxes_from_torchvision(params: Any, image_size: ImageSize = None) -> Tensor:
 
 def widened(boxes: Tensor) -> Tensor:
     """int64, float32 or float64, without gradient: sums and differences of uint8 or float16 need not fit the same."""
-    return boxes.detach().to(
-        torch.promote_types(boxes.dtype, torch.float32 if boxes.is_floating_point() else torch.int64)
-    )
+    least = torch.float32 if boxes.is_floating_point() else torch.int64
+    return boxes.detach().to(torch.promote_types(boxes.dtype, least))
 
 
 def _torchvision_rows(params: Any) -> Tensor:
@@ -152,8 +151,7 @@ def boxes_from_matrix(matrix: Any, size: Size, image_size: ImageSize = None) -> 
         raise ValueError(f"matrix: got shape {_checks.shape_of(rows)}, expected (B, 3, 3) or (B, 2, 3)")
     if rows.shape[1] == 2:
         rows = torch.cat([rows, torch.tensor([0, 0, 1], device="cpu").to(rows).expand(len(rows), 1, 3)], 1)
-    view = _checks.require_grid_size("size", size)
-    if view is None:
+    if (view := _checks.require_grid_size("size", size)) is None:
         raise TypeError("size: got None, expected (height, width) of the view")
     inside = None if image_size is None else _image_sizes(image_size, len(rows))
     return _upright_boxes("matrix: got a map that", rows, view, inside)
@@ -212,10 +210,8 @@ def boxes_from_kornia(augmentation: Any) -> Tensor:
         [[10.0, 1.0, 2.0, 9.0]]
     """
     name = type(augmentation).__name__
-    if isinstance(augmentation, (Mapping, list, tuple)):  # such as its _params
-        raise ValueError(f"augmentation: got {name}, expected the augmentation itself, after its call")
     if not hasattr(augmentation, "_params"):
-        raise TypeError(f"augmentation: got {name}, expected a kornia augmentation")
+        raise TypeError(f"augmentation: got {name}, expected the kornia augmentation itself, after its call")
     if not augmentation._params:
         raise ValueError(f"augmentation: got {name} before its call, expected one after it")
     steps = list(_kornia_steps(augmentation, augmentation._params))
@@ -228,11 +224,7 @@ def boxes_from_kornia(augmentation: Any) -> Tensor:
 
 
 def _kornia_steps(module: Any, draw: Any) -> Iterator[tuple[str, Tensor, Size, Size]]:
-    """The augmentations of one call in their order, sequences inside sequences unrolled.
-
-    Of each the start of what refuses it, its (B, 3, 3) float64 matrix from pixels of its input to those of its output,
-    and both sizes.
-    """
+    """What begins a refusal, the (B, 3, 3) float64 matrix and both sizes of each augmentation of a call, in order."""
     if isinstance(draw, (list, tuple)) and all(hasattr(item, "data") for item in draw):
         for item in draw:
             yield from _kornia_steps(module.get_submodule(item.name), item.data)
@@ -277,8 +269,8 @@ def boxes_from_albumentations(replay: Mapping[str, Any], image_size: Size) -> Te
 
     Raises:
         TypeError: replay is not such a dict.
-        ValueError: An applied step moved pixels in a way that no box describes: rotation, padding, steps in a random
-            order, ...; or the image had another size.
+        ValueError: An applied step moved pixels as no box describes: rotation, padding, steps in a random order, ...;
+            or the image had another size.
 
     Example:
         >>> import albumentations as A  # doctest: +SKIP
