@@ -39,7 +39,7 @@ SLOW = re.compile(
     |test_errors\.py::test_junk|test_loss\.py::test_any_values|test_recipes\.py::test_command_runs
     |test_parallel\.py::test_parallel_regions|test_step\.py::test_memory
     |test_loss_memory\.py::test_memory_of|test_loss_numerics\.py::test_low_precision
-    |test_transfer\.py::test_(suite|arms|probe)|test_triton\.py::(?!test_ties_count.*dtype1|test_loss\[exclude)""",
+    |test_transfer\.py::test_(suite|arms|probe)|test_triton\.py::(?!test_ties_count.*float32|test_loss\[exclude)""",
     re.VERBOSE,
 )
 

@@ -196,6 +196,7 @@ class Case:
     temperature: float = 0.2
     reduction: str = "mean"
     upstream: Tensor | None = None
+    autocast: torch.dtype | None = None
 
     def to(self, dtype: torch.dtype) -> Case:
         return replace(self, query=self.query.to(dtype), key=self.key.to(dtype), negatives=self.negatives.to(dtype))
@@ -274,15 +275,15 @@ def tie_width(*tensors: Tensor) -> float:
     return 2.0**-46 if any(x.dtype == torch.float64 for x in tensors) else 2.0**-18
 
 
-def expected(case: Case, autocast: torch.dtype | None = None) -> oracle.LossResult:
+def expected(case: Case) -> oracle.LossResult:
     def array(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         return numpy64(x) if x.is_floating_point() else x.cpu().numpy()
 
     tie = tie_width(case.query, case.key, case.negatives)
-    operand = autocast or torch.promote_types(case.query.dtype, case.negatives.dtype)
     given = {name: array(x) for name, x in vars(case).items()} | {"query": flat64(case.query), "key": flat64(case.key)}
+    operand = given.pop("autocast") or torch.promote_types(case.query.dtype, case.negatives.dtype)
     dtypes = {"to_row": case.negatives.dtype, "to_operand": torch.float64 if tie < 2.0**-18 else operand}
     roundings = {name: lambda x, to=to: torch.tensor(x).to(to).double().numpy() for name, to in dtypes.items()}
     return oracle.info_nce(**given, tie=tie, **roundings)
@@ -299,18 +300,15 @@ def run(backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: boo
     correspondence: Any = case.index
     if case.valid is not None:
         correspondence = Correspondence(case.index, torch.zeros(case.index.shape), case.valid)
-    result = info_nce(
-        backend,
-        leaves["query"],
-        leaves["key"],
-        negatives,
-        correspondence,
-        temperature=leaves["temperature"] if "temperature" in wanted else case.temperature,
-        reduction=case.reduction,
-        weight=leaves.get("weight"),
-        exclude=case.exclude,
-        return_rank=rank,
-    )
+    options = {
+        "temperature": leaves["temperature"] if "temperature" in wanted else case.temperature,
+        "reduction": case.reduction,
+        "weight": leaves.get("weight"),
+        "exclude": case.exclude,
+        "return_rank": rank,
+    }
+    with torch.autocast(DEVICES.get(backend, "cpu"), case.autocast or torch.bfloat16, enabled=bool(case.autocast)):
+        result = info_nce(backend, leaves["query"], leaves["key"], negatives, correspondence, **options)
     loss, ranks = result if rank else (result, None)
     if wanted and loss.requires_grad:
         upstream = torch.ones_like(loss) if case.upstream is None else case.upstream.to(loss)

@@ -203,13 +203,18 @@ def adaptive_pool(x: Array, grid: tuple[int, int]) -> Array:
     return out
 
 
-def head(params: Params, features: Array, grid_size: tuple[int, int] | None = None) -> tuple[Array, Array, Array]:
+def head(
+    params: Params,
+    features: Array,
+    grid_size: tuple[int, int] | None = None,
+    norm: Callable[[Array], Array] = np.asarray,
+) -> tuple[Array, Array, Array]:
     """Image (B, D), dense (B, D, P) and pooled (B, D), from weights named as in the module's state_dict."""
     grid = features if grid_size is None else adaptive_pool(features, grid_size)
 
     def mlp(branch: str, x: Array) -> Array:
-        w1, b1, w2, b2 = (params[f"{branch}.{name}"] for name in ("0.weight", "0.bias", "2.weight", "2.bias"))
-        hidden = np.maximum(np.einsum("hc,bcp->bhp", w1.reshape(len(b1), -1), x) + b1[:, None], 0)
+        w1, b1, *_, w2, b2 = (value for name, value in params.items() if name.startswith(branch))
+        hidden = np.maximum(norm(np.einsum("hc,bcp->bhp", w1.reshape(len(b1), -1), x) + b1[:, None]), 0)
         return np.einsum("dh,bhp->bdp", w2.reshape(len(b2), -1), hidden) + b2[:, None]
 
     image = mlp("image_mlp", features.mean((2, 3))[:, :, None])[:, :, 0]

@@ -150,5 +150,4 @@ def test_float16(fused: str, rows: str) -> None:
         loss.backward()
         results.append((loss, rank.double(), leaf.grad))
     for a, b in zip(*results, strict=True):
-        assert a.isfinite().all()
-        assert_close(b, a, 1e-3)
+        assert_close(b, a, 1e-3)  # hence finite

@@ -136,8 +136,8 @@ def test_low_precision(
     for temperature, size in ((0.05, 100), (0.2, 2500), (1.0, 300)):
         case = make_case(15, channels=64, negatives=size, temperature=temperature, reduction="none")
         case = replace(case, query=case.query.to(query), key=case.key.to(key), negatives=case.negatives.to(negatives))
-        with torch.autocast(helpers.DEVICES.get(fused, "cpu"), autocast or torch.bfloat16, enabled=bool(autocast)):
-            eager, ours = (run(backend, case, ("query", "key", "negatives")) for backend in ("eager", fused))
+        case.autocast = autocast
+        eager, ours = (run(backend, case, ("query", "key", "negatives")) for backend in ("eager", fused))
         truth = expected(case)
         for name, dtype in dtypes.items():
             off, usual = (error(getattr(seen, name), getattr(truth, name)) for seen in (ours, eager))
@@ -151,15 +151,14 @@ def test_low_precision(
 @pytest.mark.parametrize("autocast", LOW)
 def test_autocast_rounds_only_the_products_with_negatives(backend: str, autocast: torch.dtype) -> None:
     """The loss is off by their rounding, no more and no less; with tiny ones only the exact positive decides it."""
-    case = make_case(18, channels=64, negatives=300, reduction="none")
+    case = make_case(18, channels=64, negatives=300, reduction="none", autocast=autocast)
     tiny = replace(case, negatives=1e-4 * case.negatives[:3], temperature=1.0)
     for wide, dtype, low, high in (
         (case, torch.float32, 1e-6, 1e-3),
         (tiny, torch.float32, 0, 1e-6),
         (tiny, torch.float64, 0, 1e-12),
     ):
-        with torch.autocast(helpers.DEVICES.get(backend, "cpu"), autocast):
-            loss = run(backend, wide.to(dtype)).loss
+        loss = run(backend, wide.to(dtype)).loss
         assert loss.dtype == dtype
         assert low <= error(loss, expected(wide.to(dtype)).loss) < high
 

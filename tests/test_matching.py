@@ -117,7 +117,7 @@ def test_a_short_call_of_rows() -> None:
     check_match("blockwise", query, key)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mutual", [False, True])
 def test_ties_go_to_the_lowest_index(backend: str, dtype: torch.dtype, mutual: bool) -> None:
     """Exactly representable unit vectors, each key twice; then 1,100 x 1,100 equal scores."""
