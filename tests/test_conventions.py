@@ -22,8 +22,6 @@ def table(heading: str) -> list[list[str]]:
     return [[cell.strip().replace("`", "") for cell in line[1:-1].split("|")] for line in lines]
 
 
-# ---- averaged weights -----------------------------------------------------------------------------------------------
-
 # Library -> module, options, the update, and where the average is.
 AVERAGES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "torch": ("torch.optim.swa_utils", {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}, "update_parameters", "module"),
@@ -62,8 +60,6 @@ def test_averaged_weights(wrapper: str, rows: str, position: str, count: str) ->
     assert [what("rows"), what("position"), what("count")] == [rows, position, count]
 
 
-# ---- backbones ------------------------------------------------------------------------------------------------------
-
 MODELS = table("Backbones")
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 PYRAMID = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
@@ -98,9 +94,6 @@ def test_backbones(model: str, form: str, unused: str) -> None:
     features.sum().backward()
     missing = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert {re.sub(r"\.(dense\.)?(weight|bias)$", "", name) for name in missing} == ({unused} if unused else set())
-
-
-# ---- hosts ----------------------------------------------------------------------------------------------------------
 
 
 def test_transformers_initialises_branches_apart(tmp_path: Any) -> None:

@@ -16,25 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from densecl_ops import (
-    Correspondence,
-    DenseCorrespondence,
-    DenseInfoNCELoss,
-    DenseProjectionHead,
-    MomentumQueue,
-    _checks,
-)
+import densecl_ops
+from densecl_ops import Correspondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue, _checks, functional
 from densecl_ops.functional import (
-    boxes_from_albumentations,
-    boxes_from_kornia,
-    boxes_from_matrix,
-    boxes_from_torchvision,
     dense_correspondence,
     dense_cosine,
     dense_info_nce,
     gather_matches,
     in_batch_negatives,
-    location_correspondence,
 )
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
@@ -58,8 +47,6 @@ def match_of(**changes: Any) -> Correspondence:
 matching = partial(dense_correspondence, query_features=MAP, key_features=KEY)
 a_head = partial(DenseProjectionHead, 4)
 
-
-# ---- every kind of wrong value --------------------------------------------------------------------------------------
 
 # Of a tensor (B, ...) with B = 2.
 HOSTILE: dict[str, Callable[[Tensor], Any]] = {
@@ -124,9 +111,9 @@ CALLS: Calls = {  # a call, its tensors, and what else it refuses
     "cosine of a match": (lambda **x: dense_cosine(MAP, KEY, match_of(**x)), MATCH, {"index": OUTSIDE}),
     "gathering": (gather_matches, {"key": KEY, "correspondence": INDEX}, {"correspondence": [None, *OUTSIDE]}),
     "matching": (dense_correspondence, MAPS, MATCHING),
-    "matching module": (DenseCorrespondence, {}, MATCHING),
+    "matching module": (densecl_ops.DenseCorrespondence, {}, MATCHING),
     "matching by place": (
-        partial(location_correspondence, query_grid=2),
+        partial(functional.location_correspondence, query_grid=2),
         BOXED | {"query_flip": FLIP, "key_flip": FLIP},
         PLACES | dict.fromkeys(BOXED, BAD_BOXES),
     ),
@@ -175,8 +162,6 @@ def test_every_kind_of_wrong_value(name: str) -> None:
         assert re.match(named, str(caught.value)), caught.value
     assert torch.equal(QUEUE.rows, before)
 
-
-# ---- in which words -------------------------------------------------------------------------------------------------
 
 T, V = TypeError, ValueError
 
@@ -246,11 +231,9 @@ def test_a_match_carries_its_grids_and_still_unpacks() -> None:
     assert match.grids == ((3, 2), (4, 4))
     assert match._replace(valid=~valid).grids is None
     assert dense_correspondence(TURNED, WHOLE, grid_size=2).grids == ((2, 2), (2, 2))
-    assert location_correspondence(BOXES, BOXES, (2, 3)).grids == ((2, 3), (2, 3))
+    assert functional.location_correspondence(BOXES, BOXES, (2, 3)).grids == ((2, 3), (2, 3))
     assert torch.isfinite(dense_info_nce(MAP, MAP, ROWS, match._replace(index=index * 0)))
 
-
-# ---- junk -----------------------------------------------------------------------------------------------------------
 
 TENSORS = st.builds(
     lambda shape, dtype: torch.ones(shape).to(dtype),
@@ -269,10 +252,10 @@ JUNK = st.recursive(
 @given(params=JUNK | TENSORS)
 def test_junk_as_crop_parameters(params: Any) -> None:
     """An error or, where it has the form of parameters by chance, (B, 4) numbers."""
-    readers = boxes_from_torchvision, boxes_from_kornia, partial(boxes_from_matrix, size=8)
-    for convert in (*readers, partial(boxes_from_albumentations, image_size=(8, 8))):
+    readers = {"torchvision": {}, "kornia": {}, "matrix": {"size": 8}, "albumentations": {"image_size": (8, 8)}}
+    for name, options in readers.items():
         try:
-            boxes = convert(params)
+            boxes = getattr(functional, f"boxes_from_{name}")(params, **options)
         except (TypeError, ValueError) as error:
             assert HOUSE_FORM.match(str(error)), error  # noqa: PT017
         else:

@@ -153,14 +153,13 @@ def test_no_synchronisation_in_a_step() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture
-def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head's own: in TF32, or with atomics, another kernel for the same convolution is another result."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
-@pytest.mark.usefixtures("exact_convolutions")
 def test_cuda_graph_equals_eager_steps() -> None:
     step = OnDevice("empty")
     side = torch.cuda.Stream()
@@ -184,7 +183,6 @@ def test_cuda_graph_equals_eager_steps() -> None:
     assert (int(step.dense_queue.count), int(step.dense_queue.position)) == (13, 4 * 4 - 13)
 
 
-@pytest.mark.usefixtures("exact_convolutions")
 def test_compiled_step_has_no_graph_break() -> None:
     step = OnDevice()
     eager = step.total()

@@ -12,19 +12,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    GRADIENTS,
-    GUISES,
-    VALUES,
-    assert_close,
-    check,
-    expected,
-    flat64,
-    lay_out,
-    loss_cases,
-    make_case,
-    run,
-)
+from helpers import GRADIENTS, assert_close, check, expected, lay_out, make_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,7 +20,7 @@ from torch import Tensor
 from densecl_ops._numerics import normalize_keys
 
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 4))
-GUISE = st.sampled_from(GUISES)
+GUISE = st.sampled_from(helpers.GUISES)
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "float64": lambda x: x,
     "float32": lambda x: x.float(),
@@ -71,7 +59,7 @@ def cases(draw: st.DrawFn) -> helpers.Case:
     return replace(case, query=lay_out(case.query, draw(GUISE)), key=lay_out(case.key, draw(GUISE)))
 
 
-CASES = loss_cases(torch.float64)
+CASES = helpers.loss_cases(torch.float64)
 CASES["two blocks of 300 rows"] = make_case(2, batch=20, query_grid=(5, 6), negatives=70, exclude=torch.arange(20))
 
 
@@ -98,8 +86,8 @@ def test_any_values(backend: str, case: helpers.Case, data: st.DataObject) -> No
     """The loss, and the gradient to the query where everything is finite."""
     for name in ("query", "key", "negatives", *(() if case.weight is None else ("weight",))):
         x = getattr(case, name)
-        kinds = [*VALUES] if x.is_floating_point() else ["as they are"]
-        setattr(case, name, VALUES[data.draw(st.sampled_from(kinds), label=name)](x))
+        kinds = [*helpers.VALUES] if x.is_floating_point() else ["as they are"]
+        setattr(case, name, helpers.VALUES[data.draw(st.sampled_from(kinds), label=name)](x))
     case.temperature = data.draw(st.sampled_from([0.2, 0.01, 1e-18, 1e30, np.float32(0.5), 1, torch.tensor(0.3)]))
     seen = run(backend, case, ("query",), data.draw(st.booleans()))
     maps = case.query, case.key, case.negatives
@@ -120,7 +108,7 @@ def test_any_values(backend: str, case: helpers.Case, data: st.DataObject) -> No
     np.testing.assert_allclose(seen.loss.numpy(), truth.loss, rtol=tolerance, atol=terms * tolerance / 10)
     if case.temperature < 1e-9:  # 1 / t swallows the log of a number of ties, and the oracle's probabilities with it
         return
-    lengths = np.linalg.norm(flat64(case.query), axis=1)
+    lengths = np.linalg.norm(helpers.flat64(case.query), axis=1)
     # test_loss_numerics.py says which gradients NaN may reach.
     if all(x.isfinite().all() for x in maps) and np.abs(truth.query).max() < 1e38 and (lengths > 0).all():
         longest = np.linalg.norm(helpers.numpy64(case.negatives), axis=1).max()
@@ -137,8 +125,6 @@ def test_counts(backend: str, kind: torch.dtype) -> None:
         loss = helpers.info_nce(backend, case.query, case.key, *helpers.to_device(backend, queue), case.index)
         assert_close(loss, expected(replace(case, count=count)).loss, 1e-12)
 
-
-# ---- the rank -------------------------------------------------------------------------------------------------------
 
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # query and key, negatives, autocast

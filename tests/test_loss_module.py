@@ -33,10 +33,7 @@ def test_temperature_can_be_set_where_it_is_constant() -> None:
 
 @pytest.mark.parametrize("learnable", [False, True])
 def test_copies_and_arguments(backend: str, learnable: bool) -> None:
-    """Every argument reaches the function, and every copy gives the same. t = exp(-logit_scale), of one element:
-
-    neither FSDP shards a 0-d parameter.
-    """
+    """Every argument reaches the function, and every copy gives the same. Neither FSDP shards a 0-d logit_scale."""
     case = make_case(14, temperature=0.13, reduction="sum", exclude=torch.tensor([1, 2, 3]))
     case.valid, case.weight = torch.rand(3, 6) < 0.7, torch.rand(3, 6)
     match = Correspondence(case.index, torch.zeros(3, 6), case.valid)
@@ -71,14 +68,13 @@ def test_fsdp_takes_a_learned_temperature(tmp_path: Any) -> None:
         assert "temperature=?" in str(sharded)
         with pytest.raises(RuntimeError, match=r"logit_scale in shards.*logit_scale\.full_tensor\(\)"):
             _ = sharded.temperature
-        losses, grads = [], []
+        results = []
         for criterion in (plain, wrapped, sharded):
-            losses.append(criterion(*pair, queue))
-            losses[-1].backward()
+            loss = criterion(*pair, queue)
+            loss.backward()
             (grad,) = (parameter.grad for parameter in criterion.parameters())
-            grads.append(grad.full_tensor() if criterion is sharded else grad)
-        torch.testing.assert_close(losses[1:], losses[:1] * 2)
-        torch.testing.assert_close(grads[1:], grads[:1] * 2)
+            results.append((loss, grad.full_tensor() if criterion is sharded else grad))
+        torch.testing.assert_close(results[1:], results[:1] * 2)
     finally:
         dist.destroy_process_group()
 

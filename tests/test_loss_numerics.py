@@ -20,8 +20,6 @@ from densecl_ops.info_nce.eager import Problem
 
 LOW = (torch.float16, torch.bfloat16)
 
-# ---- extremes of size and scale -------------------------------------------------------------------------------------
-
 
 def extremes() -> dict[str, tuple[helpers.Case, float]]:
     """With the tolerance in float32."""
@@ -76,9 +74,6 @@ def test_tiny_loss_keeps_its_relative_precision(fused: str, rank: bool) -> None:
         assert_close(seen.query, truth.query, 2e-5)
 
 
-# ---- zero, NaN, infinity --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["query", "key"])
 @pytest.mark.parametrize("rank", [False, True])
@@ -117,8 +112,6 @@ def test_nan_in_a_left_out_row(backend: str, how: str, wanted: tuple[str, ...]) 
         if (how, name) != ("index", "key"):
             assert_close(getattr(seen, name), getattr(truth, name), 5e-6, name)
 
-
-# ---- low precision and autocast -------------------------------------------------------------------------------------
 
 MIXTURES = [(*dtypes, None) for dtypes in itertools.product([torch.float32, *LOW], repeat=3)]
 MIXTURES += [(dtype, dtype, dtype, cast) for dtype in (torch.float32, torch.float16) for cast in LOW]

@@ -21,14 +21,11 @@ def test_public_names() -> None:
     with pytest.raises(AttributeError, match="no attribute 'metric'"):
         densecl_ops.metric  # noqa: B018
     assert {name for name in vars(functional) if not name.startswith("_")} - {"annotations"} == {*functional.__all__}
+    assert (importlib.resources.files(densecl_ops) / "py.typed").is_file()
+    assert densecl_ops.__version__.count(".") == 2
     for module in (densecl_ops, functional):
         for name in module.__all__:
             assert inspect.getdoc(getattr(module, name)), name
-
-
-def test_typing_marker_and_version() -> None:
-    assert (importlib.resources.files(densecl_ops) / "py.typed").is_file()
-    assert densecl_ops.__version__.count(".") == 2
 
 
 def test_requirements() -> None:

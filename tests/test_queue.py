@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import EPS, assert_same, check_queue, deque_of, numpy64
+from helpers import EPS, assert_same, check_queue, deque_of, numpy64, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -223,5 +223,5 @@ def test_a_queue_that_was_not_initialised_says_so(name: str, value: int) -> None
     with pytest.raises(ValueError, match=r"call reset_parameters\(\)"):
         queue.enqueue(torch.randn(2, 4))
     if name == "count":
-        with pytest.raises(ValueError, match=r"negatives.count: got 9, expected 0 to 8; .*reset_parameters\(\)"):
-            dense_info_nce(torch.randn(2, 4), torch.randn(2, 4), queue)
+        loss = partial(dense_info_nce, torch.randn(2, 4), torch.randn(2, 4), queue)
+        refused(loss, "negatives.count: got 9, expected 0 to 8; ... reset_parameters()")

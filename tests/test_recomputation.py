@@ -42,37 +42,24 @@ class Model:
     def loss(self, query: Tensor | None = None) -> Tensor:
         return self.criterion(self.query if query is None else query, self.key, self.queue)
 
-    def forward(self) -> None:
-        self.losses.append(self.wrap(self.criterion, self.query, self.key, self.queue))
-
-    def backward(self) -> None:
-        sum(self.losses).backward()
-        self.losses.clear()
-
-    def accumulate(self) -> None:
-        while self.losses:
-            self.losses.pop(0).backward()
-
-    def log(self) -> None:
-        with torch.no_grad():
-            self.loss()
-
-    def infer(self) -> None:
-        with torch.inference_mode():
-            self.loss()
-
-    def train(self) -> None:
-        self.loss().backward()
-
-    def checkpoint(self) -> None:
-        reentrant(self.loss, torch.randn(2, 16, requires_grad=True))
-
-    def enqueue(self) -> None:
-        self.queue.enqueue(self.key)
+    def taken(self) -> list[Tensor]:
+        losses, self.losses = self.losses, []
+        return losses
 
     def do(self, acts: str) -> Tensor | None:
+        meaning: dict[str, Callable[[], object]] = {
+            "forward": lambda: self.losses.append(self.wrap(self.criterion, self.query, self.key, self.queue)),
+            "backward": lambda: sum(self.taken()).backward(),
+            "accumulate": lambda: [loss.backward() for loss in self.taken()],
+            "log": torch.no_grad()(self.loss),
+            "infer": torch.inference_mode()(self.loss),
+            "loss": self.loss,
+            "train": lambda: self.loss().backward(),
+            "checkpoint": lambda: reentrant(self.loss, torch.randn(2, 16, requires_grad=True)),
+            "enqueue": lambda: self.queue.enqueue(self.key),
+        }
         for act in acts.split():
-            getattr(self, act)()
+            meaning[act]()
         return self.query.grad
 
 
@@ -97,7 +84,7 @@ def test_rows_and_parts_of_a_queue_are_checked_too(backend: str, wrap: Wrap, par
     model = Model(backend=backend)
     # not an argument of the checkpoint, which would check it itself
     loss = wrap(lambda q: model.criterion(q, model.key, part(model.queue.rows)), model.query)
-    model.enqueue()
+    model.do("enqueue")
     with pytest.raises(RuntimeError, match="call enqueue after backward"):
         loss.backward()
 
@@ -121,9 +108,9 @@ def test_keys_never_enter_twice(wrap: Wrap) -> None:
 def test_backward_twice(how: str) -> None:
     """Not of compiled code itself, whose buffers a compiler may reuse in its first backward pass."""
     model = Model(WRAPS[how])
-    model.forward()
+    model.do("forward")
     model.losses[0].backward(retain_graph=True)
-    model.backward()
+    model.do("backward")
 
 
 @pytest.mark.parametrize("before", ["", "log", "log enqueue", "infer enqueue"])
@@ -149,10 +136,10 @@ def test_a_backward_hook_may_log_a_loss(wrap: Wrap, act: str) -> None:
     """In MoCo's own order, where the queue is no more what a validation before saw."""
     model, logged = Model(), []
     model.query.register_hook(lambda _: logged.append(model.do(act)))
-    model.log()
+    model.do("log")
     for _ in range(2):
         loss = model.loss(wrap(torch.tanh, model.query))
-        model.enqueue()
+        model.do("enqueue")
         loss.backward()
     assert len(logged) == 2
 
@@ -160,6 +147,6 @@ def test_a_backward_hook_may_log_a_loss(wrap: Wrap, act: str) -> None:
 def test_a_caller_may_delete_its_ctx() -> None:
     def validate(ctx: Any) -> None:
         del ctx  # as a Function does that has no use for it
-        Model().log()
+        Model().do("log")
 
     validate(None)

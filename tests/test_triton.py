@@ -49,9 +49,6 @@ def case_of(**options: Any) -> Case:
     return make_case(dtype=torch.float32, **options)
 
 
-# ---- the loss ------------------------------------------------------------------------------------------------------
-
-
 CASES = loss_cases(torch.float32)
 
 
@@ -135,9 +132,6 @@ show(torch.bfloat16)
     assert printed == ["tf32x3", "tf32", "tf32", "tf32x3", "tf32", "tf32x3", "tf32", "ieee"]
 
 
-# ---- matching ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("grids", [((7, 7), (7, 7)), ((3, 3), (14, 14))], ids=str)
 @pytest.mark.parametrize("mutual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -155,9 +149,6 @@ def test_an_infinite_feature_matches_inside_the_grid(
     assert seen.score[1, where].isnan()
     finite.index[1, where] = seen.index[1, where]
     assert torch.equal(seen.index, finite.index)
-
-
-# ---- both ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["eager", "blockwise", "triton"])
@@ -191,9 +182,6 @@ def test_grids_end_at_65535_programs_but_for_the_first_axis(monkeypatch: pytest.
     grids = [call.args[0] for kernel in launched for call in kernel.__getitem__.call_args_list]
     assert len(grids) == 6
     assert all(grid[0] >= images > max(grid[1:], default=0) for grid in grids)
-
-
-# ---- when they cannot serve ----------------------------------------------------------------------------------------
 
 
 def test_what_it_cannot_serve_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
