@@ -92,6 +92,7 @@ def _tell_flop_counters(packet: Any, flops: Callable[..., int]) -> None:
             registry.setdefault(packet, lambda *arguments, out_val: flops(*arguments))
 
 
+@torch.no_grad()  # no operator has a gradient of its own, for which torch would ask under grad of vmap
 def _one_by_one(registered: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     """The operator for torch.vmap: a loop over the mapped dimension."""
     results = []
