@@ -120,13 +120,21 @@ for narrow in (torch.float32, *LOW):  # any float64 makes the loss float64
 
 
 @pytest.mark.parametrize(("query", "key", "negatives", "autocast"), MIXTURES)
+@pytest.mark.parametrize("longest", [blockwise.SHORT_LOGITS, 0], ids=["short", "long"])
 def test_low_precision(
-    fused: str, query: torch.dtype, key: torch.dtype, negatives: torch.dtype, autocast: torch.dtype | None
+    monkeypatch: pytest.MonkeyPatch,
+    fused: str,
+    query: torch.dtype,
+    key: torch.dtype,
+    negatives: torch.dtype,
+    autocast: torch.dtype | None,
+    longest: int,
 ) -> None:
     """Products run in the wider dtype of query and negatives: float32 unless both have the same narrow one."""
+    monkeypatch.setattr(blockwise, "SHORT_LOGITS", longest)
     dtypes = {"loss": torch.float64 if torch.float64 in (query, key, negatives) else torch.float32}
     dtypes |= {"query": query, "key": key, "negatives": negatives}
-    for temperature, size in ((0.05, 100), (0.2, 2500), (1.0, 300)):
+    for temperature, size in ((0.02, 100), (0.2, 2500), (1.0, 300)):
         case = make_case(15, channels=64, negatives=size, temperature=temperature, reduction="none")
         case = replace(case, query=case.query.to(query), key=case.key.to(key), negatives=case.negatives.to(negatives))
         case.autocast = autocast
