@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import helpers
@@ -52,6 +53,15 @@ def test_memory_of_the_published_setting(fused: str, options: dict[str, bool], l
 
     assert peak_of(lambda: torch.ones(256, 1024) + torch.ones(256, 1024)) == pytest.approx(3, abs=0.1)
     assert peak_of(step) < limit
+
+
+def test_memory_of_a_short_call() -> None:
+    """It holds 2^22 logits at once, 16 MiB, in two turns here, whether its rows are few or many."""
+    for size, rows in ((32, 2**18), (2048, 4096)):
+        query = torch.randn(size, 8, requires_grad=True)
+        negatives = torch.nn.functional.normalize(torch.randn(rows, 8), dim=1)
+        step = partial(helpers.info_nce, "blockwise", query, query.detach(), negatives)
+        assert 15 < peak_of(lambda step=step: step().backward()) < 18
 
 
 def test_nothing_of_size_n_by_k_is_saved(fused: str) -> None:

@@ -93,7 +93,8 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
             finish(rows, _Attention._make(None if x is None else x[mine] for x in seen))
 
     if plan.short:
-        parts = _serial_parts(batch, positions, channels)
+        most = min(SERIAL // channels, SHORT_TILE // len(plan.negatives))
+        parts = _parts(batch, positions, max(1, most))
         group = max(1, SHORT_TILE // len(plan.negatives) // (parts[0].stop - parts[0].start))
         group = len(parts) if plan.form == "flash" else group  # which holds no logits
         for first in range(0, len(parts), group):
@@ -213,9 +214,8 @@ def _is_short(problem: Problem, negatives: Tensor) -> bool:
     return 0 < rows * len(negatives) <= SHORT_LOGITS and not (copied and negatives.numel() > SHORT_COPY)
 
 
-def _serial_parts(batch: int, positions: int, channels: int) -> list[slice]:
-    """Whole images, or pieces of one, that no operator on their rows shares out to threads."""
-    most = max(1, SERIAL // channels)
+def _parts(batch: int, positions: int, most: int) -> list[slice]:
+    """Whole images, or pieces of one, of up to `most` rows."""
     parts = -(-batch // max(1, most // positions))  # of images
     step = -(-batch // parts) * positions
     return [
