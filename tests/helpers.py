@@ -319,11 +319,7 @@ def run(backend: str, case: Case, wanted: tuple[str, ...] = GRADIENTS, rank: boo
 
 
 def check(
-    backend: str,
-    case: Case,
-    tolerance: float = 1e-9,
-    wanted: tuple[str, ...] = GRADIENTS,
-    rank: bool = True,
+    backend: str, case: Case, tolerance: float = 1e-9, wanted: tuple[str, ...] = GRADIENTS, rank: bool = True
 ) -> None:
     """The loss, the rank and every wanted gradient of a call, which leaves its inputs alone, against the oracle.
 

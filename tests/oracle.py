@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Params = dict[str, Array]
 
-Rounding = Callable[[Array], Array]
+Function = Callable[[Array], Array]
 ZERO_NORM = 1e-12  # a vector shorter than this has no direction
 
 
@@ -58,8 +58,8 @@ def info_nce(
     count: int | None = None,
     upstream: Array | None = None,
     tie: float = 2.0**-46,
-    to_row: Rounding = np.asarray,
-    to_operand: Rounding = np.asarray,
+    to_row: Function = np.asarray,
+    to_operand: Function = np.asarray,
 ) -> LossResult:
     """Loss and analytic gradients. `upstream` (B, P) is d/d loss_i for reduction "none" (default: ones).
 
@@ -204,10 +204,7 @@ def adaptive_pool(x: Array, grid: tuple[int, int]) -> Array:
 
 
 def head(
-    params: Params,
-    features: Array,
-    grid_size: tuple[int, int] | None = None,
-    norm: Callable[[Array], Array] = np.asarray,
+    params: Params, features: Array, grid_size: tuple[int, int] | None = None, norm: Function = np.asarray
 ) -> tuple[Array, Array, Array]:
     """Image (B, D), dense (B, D, P) and pooled (B, D), from weights named as in the module's state_dict."""
     grid = features if grid_size is None else adaptive_pool(features, grid_size)

@@ -64,10 +64,7 @@ class Both:
         self.ranks, self.eps = ranks, EPS[dtype]
 
     def feed(
-        self,
-        steps: Iterable[int] | None = None,
-        name: str = "uneven",
-        how: Callable[[Tensor], Tensor] = lambda keys: keys,
+        self, steps: Iterable[int] | None = None, name: str = "uneven", how: Callable[[Tensor], Tensor] = lambda x: x
     ) -> None:
         """Compares after every enqueue; `how` is what this rank makes of its keys."""
         for step in range(len(ROUNDS[name])) if steps is None else steps:

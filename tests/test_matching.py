@@ -36,12 +36,7 @@ def pair(
 
 
 def check_match(
-    backend: str,
-    query: Tensor,
-    key: Tensor,
-    mutual: bool = False,
-    min_score: float | None = None,
-    grid_size: Any = None,
+    backend: str, query: Tensor, key: Tensor, mutual: bool = False, min_score: Any = None, grid_size: Any = None
 ) -> None:
     """Index and validity exactly, except where rounding decides between scores closer than it can tell.
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -194,12 +195,6 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(monkeypatch: pytest.Mon
         run("triton", case_of())
 
 
-class OnGpu(Tensor):
-    """A tensor that says it lies on a GPU."""
-
-    device = property(lambda self: torch.device("cuda"))
-
-
 @pytest.mark.parametrize(
     ("architecture", "chosen"), [("sm_75", "blockwise"), ("gfx1100", "blockwise"), ("sm_90", "auto")]
 )
@@ -207,7 +202,7 @@ def test_an_architecture_that_was_never_compiled_for(
     monkeypatch: pytest.MonkeyPatch, architecture: str, chosen: str
 ) -> None:
     monkeypatch.setattr(_triton, "describe", lambda device: _triton.Device(architecture, 40))
-    tensor = torch.zeros(1).as_subclass(OnGpu)
+    tensor: Any = SimpleNamespace(device=torch.device("cuda"))
     _checks.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
