@@ -106,7 +106,7 @@ def moco_terms(
 
 @torch.no_grad()
 def enqueue(queue: MomentumQueue, keys: Tensor) -> None:
-    queue.rows = queue.rows.clone()
+    queue.rows = queue.rows.clone()  # backward still needs those before
     queue.rows[(queue.position + torch.arange(len(keys))) % queue.size] = F.normalize(keys, dim=1)
     queue.position.copy_((queue.position + len(keys)) % queue.size)
     queue.count.copy_(min(queue.count + len(keys), queue.size))
