@@ -28,9 +28,6 @@ def unit(x: Array, axis: int) -> tuple[Array, Array]:
     return x * inverse, inverse
 
 
-# ---- the loss ------------------------------------------------------------------------------------------------------
-
-
 class LossResult(NamedTuple):
     """The reduced loss and its gradients with respect to every raw input."""
 
@@ -140,9 +137,6 @@ def rank_bounds(result: LossResult, tolerance: float, tie: float = 2.0**-46) -> 
     return _rank(result.margin - tolerance, tie), _rank(result.margin + tolerance, tie)
 
 
-# ---- matching ------------------------------------------------------------------------------------------------------
-
-
 class Match(NamedTuple):
     index: Integers
     score: Array
@@ -189,9 +183,6 @@ def location_match(
     return np.array(index), np.array(distance)
 
 
-# ---- the head ------------------------------------------------------------------------------------------------------
-
-
 def adaptive_pool(x: Array, grid: tuple[int, int]) -> Array:
     """(B, C, H, W) -> (B, C, *grid): bin i of n covers floor(i * size / n) up to ceil((i + 1) * size / n)."""
     height, width = x.shape[2:]
@@ -217,9 +208,6 @@ def head(
     image = mlp("image_mlp", features.mean((2, 3))[:, :, None])[:, :, 0]
     dense = mlp("dense_mlp", grid.reshape(*features.shape[:2], -1))
     return image, dense, dense.mean(2)
-
-
-# ---- the queue -----------------------------------------------------------------------------------------------------
 
 
 class Queue:

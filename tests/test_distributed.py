@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from helpers import EPS, check_queue, deque_of, refused, torchrun
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
@@ -40,7 +41,6 @@ ROUNDS = {
     "a rank without keys": [[0, 3], [2, 0], [0, 0], [0, 9]],
     "more than size": [[9, 13], [1, 2]],
 }
-CUT = 2  # steps before a run is interrupted
 
 
 def keys_of(name: str, step: int, rank: int) -> Tensor:
@@ -90,9 +90,6 @@ def case(function: Case) -> Case:
     return function
 
 
-# ---- the queue -----------------------------------------------------------------------------------------------------
-
-
 @case
 def enqueue(rank: int, world: int) -> None:
     for name in ROUNDS:
@@ -118,7 +115,7 @@ def resume(rank: int, world: int) -> None:
     """Whether every rank loads the checkpoint or the first alone, at the start or when all queues are equal already."""
     for loads, keys in ((True, None), (rank == 0, None), (rank == 0, torch.ones(rank, DIM))):
         both = Both(range(world))
-        both.feed(range(CUT))
+        both.feed(range(2))
         state = copy.deepcopy(both.queue.state_dict())
         if keys is None:
             both.queue = new_queue(rank)
@@ -126,7 +123,7 @@ def resume(rank: int, world: int) -> None:
             both.queue.enqueue(keys)
         if loads:
             both.queue.load_state_dict(state)
-        both.feed(range(CUT, 4))
+        both.feed(range(2, 4))
 
 
 @case
@@ -134,10 +131,10 @@ def deep_copies(rank: int, world: int) -> None:
     """Share the process group and nothing else."""
     group = dist.new_group()
     both = Both(range(world), process_group=group)
-    both.feed(range(CUT))
+    both.feed(range(2))
     queue, first = both.queue, copy.deepcopy(both.queue.state_dict())
     both.queue = copy.deepcopy(nn.Sequential(queue))[0]
-    both.feed(range(CUT, 4))
+    both.feed(range(2, 4))
     torch.testing.assert_close(queue.state_dict(), first, rtol=0, atol=0)
     assert both.queue.process_group is queue.process_group is group
     with pytest.raises(TypeError, match="process_group: got a process group, which cannot"):
@@ -165,9 +162,6 @@ def groups_of_two(rank: int, world: int) -> None:
     if rank < 2:
         queue = new_queue(rank, process_group=device_only)
         refused(lambda: queue.enqueue(torch.ones(1, DIM)), "keys: got a tensor on cpu, expected one on cuda")
-
-
-# ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
 @case
@@ -225,9 +219,6 @@ def under_join(rank: int, world: int) -> None:
     for step in range(3):
         both.model.enqueue(np.concatenate([keys_of("uneven", step + r % 2, r).numpy() for r in range(world)]))
     both.check()
-
-
-# ---- whole steps ---------------------------------------------------------------------------------------------------
 
 
 @case
@@ -330,21 +321,8 @@ def steps_of_ddp(rank: int, world: int) -> None:
 
 
 @case
-def compiled_steps(rank: int, world: int) -> None:
-    """Around and inside DistributedDataParallel. The compiler does not trace collectives: it would warn."""
-    compiled = partial(torch.compile, backend="aot_eager")
-    with warnings.catch_warnings(record=True) as caught:
-        if world == 2:
-            check_run("MoCo", rank, world, lambda x: compiled(DistributedDataParallel(x)))
-            check_run("MoCo", rank, world, lambda x: DistributedDataParallel(compiled(x)))
-            check_run("SimCLR", rank, world, lambda x: compiled(DistributedDataParallel(x)))
-    assert [str(one.message) for one in caught] == []
-
-
-@case
-def sharded_steps(rank: int, world: int) -> None:
-    """FSDP2, which unlike DistributedDataParallel leaves it to the trainer to start alike on every rank."""
-    from torch.distributed.fsdp import fully_shard
+def compiled_and_sharded_steps(rank: int, world: int) -> None:
+    """The compiler does not trace collectives: it would warn. FSDP2 leaves it to the trainer to start alike."""
 
     def sharded(trainer: Trainer) -> nn.Module:
         torch.manual_seed(0)
@@ -353,11 +331,15 @@ def sharded_steps(rank: int, world: int) -> None:
             fully_shard(module)
         return trainer
 
+    parallel, compiled = DistributedDataParallel, partial(torch.compile, backend="aot_eager")
+    around, inside = lambda x: compiled(parallel(x)), lambda x: parallel(compiled(x))
+    with warnings.catch_warnings(record=True) as caught:
+        for name, wrap in (("MoCo", around), ("MoCo", inside), ("SimCLR", around)) if world == 2 else ():
+            check_run(name, rank, world, wrap)
+    assert [str(one.message) for one in caught] == []
     if world == 2:
         check_run("MoCo", rank, world, sharded)
 
-
-# ---- a second process group ----------------------------------------------------------------------------------------
 
 EARLY: list[MomentumQueue] = []  # a queue that was used before the first process group
 
