@@ -66,14 +66,14 @@ def plot_correspondence(
         correspondence: Matches of a batch, index, score and valid each (B, P_q), such as DenseCorrespondence returns.
         ax: Axes to draw into. Default: those of a new Figure.
         top_k: How many matches to draw, those of highest score among the valid ones. None: all. Default 40.
-        truth: (P_q,) integers: the right key position of each query position, or a negative number where unknown. The
-            title then states the share of right ones among *all* valid matches with known truth, not only those drawn.
-            To let near misses count, pass the match's own index wherever you call it right.
+        truth: (P_q,) integers: the right key position of each query position, negative where unknown. The title then
+            states the share of right ones among *all* valid matches with known truth. To let near misses count, pass
+            the match's own index wherever you call it right.
         sample: Which image of the batch. Default 0.
         query_grid: S or (H, W), in cells. Default: P_q is taken for a square.
         key_grid: The same of the key view. Default: that of the query view.
-        vertical: Puts the key view below the query view: lines of matches in the same row, as of a stereo pair, would
-            cover each other side by side. Default False.
+        vertical: Puts the key view below the query view, as for a stereo pair, whose lines would cover each other.
+            Default False.
 
     Returns:
         The Figure drawn into; of `ax`, if that was given.
@@ -110,23 +110,25 @@ def plot_correspondence(
 
     (height_q, width_q), (height_k, width_k) = picture_q.shape[:2], picture_k.shape[:2]
     gap = max(1.0, GAP * max(height_q, width_q, height_k, width_k))
-    shift_x, shift_y = (0.0, height_q + gap) if vertical else (width_q + gap, 0.0)
-    width, height = max(width_q, shift_x + width_k), max(height_q, shift_y + height_k)
+    shift = (0.0, height_q + gap) if vertical else (width_q + gap, 0.0)
+    width, height = max(width_q, shift[0] + width_k), max(height_q, shift[1] + height_k)
     if ax is None:
         wide = min(10.0, 10.0 * width / height)
         size = max(wide, 5.0), wide * height / width + 1.0  # title, and colour bar or legend
         ax = _Picture(figsize=size, layout="constrained").add_subplot()
-    for picture, x, y in ((picture_q, 0.0, 0.0), (picture_k, shift_x, shift_y)):
-        extent = (x, x + picture.shape[1], y + picture.shape[0], y)
-        ax.imshow((PALE * picture + 1 - PALE).numpy(), extent=extent, interpolation="antialiased")
-    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
-    ax.set_axis_off()
-
     drawn = torch.where(valid, score.nan_to_num(-math.inf), -math.inf).argsort(descending=True, stable=True)
     drawn = drawn[: int(valid.sum())][:top_k].flip(0)  # the best are drawn last, on top
-    start = _centres(drawn, grid_q, height_q, width_q)
-    end = _centres(index[drawn], grid_k, height_k, width_k) + torch.tensor([shift_x, shift_y], device="cpu")
-    lines = torch.stack([start, end], 1)
+    views = (picture_q, drawn, grid_q, (0.0, 0.0)), (picture_k, index[drawn], grid_k, shift)
+    ends = []
+    for picture, cell, (rows, columns), (x, y) in views:
+        high, wide = picture.shape[:2]
+        faded = (PALE * picture + 1 - PALE).numpy()
+        ax.imshow(faded, extent=(x, x + wide, y + high, y), interpolation="antialiased")
+        centre_x, centre_y = (cell % columns).float() + 0.5, (cell // columns).float() + 0.5
+        ends.append(torch.stack([x + centre_x * wide / columns, y + centre_y * high / rows], 1))
+    lines = torch.stack(ends, 1)
+    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    ax.set_axis_off()
     if truth is None:
         coloured = LineCollection(list(lines.numpy()), array=score[drawn].numpy(), cmap="viridis_r", linewidths=1.3)
         ax.add_collection(coloured, autolim=False)
@@ -151,12 +153,6 @@ def plot_correspondence(
         title = f"{share}, {len(drawn)} drawn"
     ax.set_title(title, fontsize=12)
     return ax.figure.figure  # the second one leaves subfigures
-
-
-def _centres(position: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
-    """(n, 2) float32 x and y, in pixels, of the centres of row-major cells."""
-    cells = torch.stack([position % grid[1], position // grid[1]], 1).float() + 0.5
-    return cells * torch.tensor([width / grid[1], height / grid[0]], device="cpu", dtype=torch.float32)
 
 
 def _pixels(name: str, image: Any) -> Tensor:

@@ -58,9 +58,3 @@ def test_features(query_grid: tuple[int, int], key_grid: tuple[int, int], grid_s
     for function in (log, torch.compile(log, fullgraph=True, backend="eager")):
         for seen, wish in zip(function(*maps), (agreed, similarity.max(2).mean(), np.mean(there < 3)), strict=True):
             assert_scalar(seen, wish)
-
-
-def test_collapsed_features_share_one_key() -> None:
-    features = torch.ones(2, 6, 5, 5) + 1e-3 * torch.randn(2, 6, 1, 1)
-    assert_scalar(mutual_share(features, features), 1 / 25)
-    assert_scalar(match_score(DenseCorrespondence()(features, features)), 1)
