@@ -40,9 +40,6 @@ def off(view: Tensor, boxes: Tensor, grid: tuple[int, int]) -> Tensor:
     return (F.adaptive_avg_pool2d(view.double(), grid) - low - (high - low) * fractions).abs()
 
 
-# ---- matrices and torchvision ---------------------------------------------------------------------------------------
-
-
 def test_matrices() -> None:
     """Of random crops, mirrored or not: from centres of pixels to centres of pixels."""
     rng = np.random.default_rng(0)
@@ -71,26 +68,13 @@ ROWS = [(200, 150, 30, 120), (0, 1, 2, 3), (5, 6, 7, 8)]  # 150 + 120 leaves uin
 DICTS = [dict(zip(("top", "left", "height", "width"), row, strict=True)) for row in ROWS]
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        ROWS,
-        tuple(map(list, ROWS)),
-        np.array(ROWS),
-        default_collate(ROWS),
-        DICTS,
-        default_collate(DICTS),
-        torch.tensor(ROWS, dtype=torch.uint8),
-        torch.tensor(ROWS).double().requires_grad_(),
-        torch.tensor(ROWS).half(),
-    ],
-    ids=lambda params: type(params).__name__,
-)
-def test_forms_of_torchvision_parameters(params: Any) -> None:
-    boxes = boxes_from_torchvision(params, image_size=(230, 270))
-    assert boxes.dtype == torch.float32
-    assert boxes.tolist() == [[150, 200, 270, 230], [1, 0, 4, 2], [6, 5, 14, 12]]
-    assert not boxes.requires_grad
+def test_forms_of_torchvision_parameters() -> None:
+    small, reals = torch.tensor(ROWS, dtype=torch.uint8), torch.tensor(ROWS).double().requires_grad_()
+    tuples = ROWS, tuple(map(list, ROWS)), DICTS, default_collate(ROWS), default_collate(DICTS)
+    for params in (*tuples, np.array(ROWS), small, reals, reals.half()):
+        boxes = boxes_from_torchvision(params, image_size=(230, 270))
+        assert (boxes.dtype, boxes.requires_grad) == (torch.float32, False)
+        assert boxes.tolist() == [[150, 200, 270, 230], [1, 0, 4, 2], [6, 5, 14, 12]]
     for one in (ROWS[0], DICTS[0], torch.tensor(ROWS[0])):
         with NoFloat64():
             boxes = boxes_from_torchvision(one, image_size=torch.tensor([230, 270]))
@@ -113,9 +97,6 @@ def test_dali_draws_are_those_of_torchvision() -> None:
     anchor, shape, views = (torch.tensor(np.stack([np.array(x) for x in part])) for part in run.run())
     boxes = boxes_from_torchvision(torch.cat([anchor, shape], 1), (120, 160))
     assert off(views.permute(0, 3, 1, 2), boxes, (4, 5))[..., 1:-1, 1:-1].max() < 1e-3
-
-
-# ---- albumentations -------------------------------------------------------------------------------------------------
 
 
 def step(name: str, applied: bool = True, **params: Any) -> dict[str, Any]:
@@ -173,8 +154,6 @@ def test_albumentations_refuses_what_is_no_box(name: str) -> None:
     kept = composed(lambda a: [a.RandomResizedCrop(SMALL), getattr(a, name)(p=1)], 0)[1]
     refused(lambda: boxes_from_albumentations(kept, (120, 160)), f"got a {name}")
 
-
-# ---- kornia ---------------------------------------------------------------------------------------------------------
 
 PIPELINES: list[Callable[[Any, Any], list[Any]]] = [
     lambda k, crop: [crop(), k.RandomHorizontalFlip(), k.RandomVerticalFlip(), k.RandomGaussianNoise(0.0, 0.0)],
@@ -234,8 +213,6 @@ def test_kornia_refuses_what_is_no_box(what: str, make: Callable[[Any], Any], pl
     augment(torch.rand(2, 3, *((4, 60, 80) if videos else (60, 80))))
     refused(lambda: boxes_from_kornia(augment), f"got {what}")
 
-
-# ---- all of them ----------------------------------------------------------------------------------------------------
 
 IDENTITY = [[1.0, 0, 0], [0, 1, 0]]
 
