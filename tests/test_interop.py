@@ -281,12 +281,7 @@ def test_wrapped_modules(outer: str, inner: str) -> None:
         dataclasses.replace(checkpoint, backbone_q={}).load_into(backbone_q=wrapped)
 
 
-def state_of(project: str, **changes: Any) -> dict[str, Any]:
-    """A project's state with other entries (`__` is a dot) or, for None, without them."""
-    state = theirs(project) | {entry.replace("__", "."): x for entry, x in changes.items()}
-    return {entry: x for entry, x in state.items() if x is not None}
-
-
+DENSECL = theirs("densecl")
 UNKNOWN = "net.layers.0.norm.weight net.neck.weight net.fc.weight net.projector.0.weight"
 
 
@@ -306,24 +301,28 @@ def without_optimizer() -> None:
 
 def mismatched() -> None:
     others = {"backbone_q": resnet().to("meta"), "head_k": DenseProjectionHead(C, HIDDEN + 1, D)}
-    state = state_of("densecl", encoder_k__0__extra=torch.ones(4, 8), encoder_q__1__mlp2__0__bias=None)
+    state = DENSECL | {"encoder_k.0.extra": torch.ones(4, 8)}
+    del state["encoder_q.1.mlp2.0.bias"]
     read_checkpoint(state).load_into(**{**modules(), **others, "dense_queue": MomentumQueue(K + 1, D)})
 
 
 NORMED = DenseProjectionHead(C, HIDDEN, D, norm_layer=nn.BatchNorm2d)
 NESTED = "got a mapping of mappings.*"
 REFUSED = [
-    (read(state_of("densecl", queue_ptr=None)), r"queue_ptr: got shapes \(4, 8\) and None, expected \(D, K\) and"),
-    (read(state_of("mmpretrain", queue2=torch.ones(8))), r"queue2 and queue2_ptr: got shapes \(8,\) and \(1,\)"),
-    (read(state_of("densecl", queue=[1.0])), "queue: got list, expected a tensor"),
-    (read(state_of("densecl", backbone__bn1__bias=torch.zeros(C))), "got other values than encoder_q.0.bn1.bias"),
+    (
+        read({name: DENSECL[name] for name in DENSECL if name != "queue_ptr"}),
+        r"queue_ptr: got shapes \(4, 8\) and None, expected \(D, K\) and",
+    ),
+    (read(theirs("mmpretrain") | {"queue2": torch.ones(8)}), r"queue2 and queue2_ptr: got shapes \(8,\) and \(1,\)"),
+    (read(DENSECL | {"queue": [1.0]}), "queue: got list, expected a tensor"),
+    (read(DENSECL | {"backbone.bn1.bias": torch.zeros(C)}), "got other values than encoder_q.0.bn1.bias"),
     (read(holding("net. net._orig_mod.")), "with and without the names of wrappers"),
     (read("student. teacher."), r"2 networks.*'student.' \(ResNet or HRNet\), 'teacher.' \(ResNet"),
     (read("encoder_k."), r"momentum encoders alone.*'encoder_k.' \(ResNet or HRNet\)"),
     (read(UNKNOWN, "backbone"), "Known networks: ResNet or HRNet, .*prefix= before its names, of '', 'net.'"),
     (read("fc.weight", "backbone", prefix=""), "got names such as fc.weight"),
     (read(".", "moco"), "got names .*, expected those of 'moco'"),
-    (read(state_of("densecl"), prefix="model."), "prefix: got 'model.', .* one of encoder_q.0., "),
+    (read(DENSECL, prefix="model."), "prefix: got 'model.', .* one of encoder_q.0., "),
     (read({"teacher": holding("net."), "adam": {"step": torch.ones(1)}}), rf"{NESTED}: content\['teacher'\]$"),
     (read({"model": {"a": {"b": holding("x.")}, "c": {}}}), rf"{NESTED}: content\['model'\]\['a'\]\['b'\]$"),
     (read({"teacher": {}}), f"{NESTED}none of them holds weights"),
@@ -376,7 +375,7 @@ def test_nothing_is_loaded_where_a_module_itself_refuses() -> None:
     ours["backbone_k"] = AveragedModel(resnet())
     before = entries(ours)
     with pytest.raises(ValueError, match=r"(?s)image_queue: got entries that the module refuses.*position"):
-        read_checkpoint(state_of("densecl", queue_ptr=torch.tensor([K]))).load_into(**ours)
+        read_checkpoint(DENSECL | {"queue_ptr": torch.tensor([K])}).load_into(**ours)
     assert_same(entries(ours), before)
 
 

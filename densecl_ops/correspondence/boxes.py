@@ -15,8 +15,8 @@ CROP = ("top", "left", "height", "width")
 
 # Classes of albumentations. What is in none of these, and no ImageOnlyTransform, is refused.
 IN_ORDER = {"ReplayCompose", "Compose", "Sequential", "OneOf", "OneOrOther"}
-RESIZES = {"Resize", "RandomScale", "SmallestMaxSize", "LongestMaxSize"}
-UNMOVED = {"NoOp", "ToTensorV2", "PixelDropout", "CoarseDropout", "GridDropout", "ConstrainedCoarseDropout", "Erasing"}
+KEPT = {"Resize", "RandomScale", "SmallestMaxSize", "LongestMaxSize", "NoOp", "ToTensorV2", "PixelDropout"}
+KEPT |= {"CoarseDropout", "GridDropout", "ConstrainedCoarseDropout", "Erasing"}
 
 Size = tuple[int, int]
 ImageSize = Any  # (height, width), or a sequence or tensor of one pair per image
@@ -305,7 +305,7 @@ def boxes_from_albumentations(replay: Mapping[str, Any], image_size: Size) -> Te
                 raise _no_box(f"{who} to {tuple(crop)} of {columns} x {rows} pixels")
             x0, x1 = x0 + (x1 - x0) * left / columns, x0 + (x1 - x0) * right / columns
             y0, y1 = y0 + (y1 - y0) * top / rows, y0 + (y1 - y0) * bottom / rows
-        elif name not in RESIZES and not _moves_no_pixels(name):
+        elif name not in KEPT and not _is_image_only(name):
             raise _no_box(who)
     return torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32, device="cpu")
 
@@ -325,8 +325,8 @@ def _albumentations_steps(step: Mapping[str, Any]) -> Iterator[tuple[str, Mappin
             yield from _albumentations_steps(inner)
 
 
-def _moves_no_pixels(name: str) -> bool:
+def _is_image_only(name: str) -> bool:
     from albumentations import ImageOnlyTransform
     from albumentations.core.serialization import SERIALIZABLE_REGISTRY
 
-    return name in UNMOVED or issubclass(SERIALIZABLE_REGISTRY.get(name, object), ImageOnlyTransform)
+    return issubclass(SERIALIZABLE_REGISTRY.get(name, object), ImageOnlyTransform)

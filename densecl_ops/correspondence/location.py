@@ -111,12 +111,10 @@ def _sides(boxes: Tensor, origin: Tensor, name: str, flip: Tensor | None) -> tup
 def _nearest(query: Tensor, key: Tensor, query_cells: int, key_cells: int) -> tuple[Tensor, Tensor]:
     """Distance (B, query_cells) along one axis from every cell centre to the nearest of the other view; and which."""
 
-    def centres(ends: Tensor, cells: int, other_cells: int) -> Tensor:
-        """Times 2 * cells * other_cells: integers where ends are, so that equal distances compare equal."""
-        low, high = ends[:, :1], ends[:, 1:]
+    scale, centres = 2 * query_cells * key_cells, []
+    for ends, cells in ((query, query_cells), (key, key_cells)):
         number = torch.arange(1, 2 * cells, 2, dtype=ends.dtype, device=ends.device)
-        return other_cells * (2 * cells * low + (high - low) * number)
-
-    off = (centres(query, query_cells, key_cells)[:, :, None] - centres(key, key_cells, query_cells)[:, None, :]).abs()
-    distance, which = off.min(2)
-    return distance / (2 * query_cells * key_cells), which
+        # Times the scale: integers where ends are, so that equal distances compare equal.
+        centres.append(scale * ends[:, :1] + scale // (2 * cells) * ends.diff() * number)
+    distance, which = (centres[0][:, :, None] - centres[1][:, None, :]).abs().min(2)
+    return distance / scale, which
