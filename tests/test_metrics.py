@@ -19,8 +19,8 @@ def assert_scalar(actual: Tensor, expected: float) -> None:
 
 
 def mean(values: Tensor, valid: Tensor | None) -> float:
-    rows = [float(x) for x in (values if valid is None else values[valid]).flatten()]
-    return sum(rows) / len(rows) if rows else 0.0
+    rows = values[... if valid is None else valid].double().flatten().tolist()
+    return math.fsum(rows) / max(len(rows), 1)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 1), (4, 49)])

@@ -13,7 +13,8 @@ from densecl_ops import _checks, _tracing
 TOLERANCE = 1e-3
 CROP = ("top", "left", "height", "width")
 
-# Classes of albumentations. What is in none of these, and no ImageOnlyTransform, is refused.
+# Classes of albumentations: what runs others in order, and what keeps the box. An ImageOnlyTransform does, too; all
+# else is refused.
 IN_ORDER = {"ReplayCompose", "Compose", "Sequential", "OneOf", "OneOrOther"}
 KEPT = {"Resize", "RandomScale", "SmallestMaxSize", "LongestMaxSize", "NoOp", "ToTensorV2", "PixelDropout"}
 KEPT |= {"CoarseDropout", "GridDropout", "ConstrainedCoarseDropout", "Erasing"}
@@ -305,8 +306,12 @@ def boxes_from_albumentations(replay: Mapping[str, Any], image_size: Size) -> Te
                 raise _no_box(f"{who} to {tuple(crop)} of {columns} x {rows} pixels")
             x0, x1 = x0 + (x1 - x0) * left / columns, x0 + (x1 - x0) * right / columns
             y0, y1 = y0 + (y1 - y0) * top / rows, y0 + (y1 - y0) * bottom / rows
-        elif name not in KEPT and not _is_image_only(name):
-            raise _no_box(who)
+        elif name not in KEPT:
+            from albumentations import ImageOnlyTransform
+            from albumentations.core.serialization import SERIALIZABLE_REGISTRY
+
+            if not issubclass(SERIALIZABLE_REGISTRY.get(name, object), ImageOnlyTransform):
+                raise _no_box(who)
     return torch.tensor([[x0, y0, x1, y1]], dtype=torch.float32, device="cpu")
 
 
@@ -323,10 +328,3 @@ def _albumentations_steps(step: Mapping[str, Any]) -> Iterator[tuple[str, Mappin
     else:
         for inner in step["transforms"]:
             yield from _albumentations_steps(inner)
-
-
-def _is_image_only(name: str) -> bool:
-    from albumentations import ImageOnlyTransform
-    from albumentations.core.serialization import SERIALIZABLE_REGISTRY
-
-    return issubclass(SERIALIZABLE_REGISTRY.get(name, object), ImageOnlyTransform)

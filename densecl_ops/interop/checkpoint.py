@@ -29,12 +29,10 @@ class Checkpoint:
     Attributes:
         format: Where it came from: "densecl", "mmpretrain", "moco", "lightly", "backbone", or "densecl_ops" for live
             modules.
-        backbone_q: Query backbone in its own names, without classifier; as every part, None where the source has none.
-        backbone_k: Key (momentum) backbone.
-        head_q: For DenseProjectionHead.load_state_dict. MoCo's has image_mlp entries only.
-        head_k: The same for the key side.
-        image_queue: For MomentumQueue.load_state_dict: rows (K, D), position () and count () int64.
-        dense_queue: The same for the pooled dense keys.
+        backbone_q, backbone_k: Query and key (momentum) backbone in their own names, without classifier; as every
+            part, None where the source has none.
+        head_q, head_k: For DenseProjectionHead.load_state_dict. MoCo's have image_mlp entries only.
+        image_queue, dense_queue: For MomentumQueue.load_state_dict: rows (K, D), position () and count () int64.
         extra: What the file holds beside the model: epoch, meta, optimizer, ...
         unmapped: Entries of the model that have no place in our modules, such as a classifier, under their full names.
         prefix: What stood before all names, such as "module."; for "backbone", before those of the backbone.
