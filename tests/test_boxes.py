@@ -111,14 +111,13 @@ CROPPED = step("RandomResizedCrop", shape=(120, 160, 3), interpolation=1, crop_c
 FLIPPED = step("HorizontalFlip", shape=(24, 30, 3))
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["albumentations 2.0.8", "albumentationsx 2.5.1"])
-def test_recorded_replays(nested: bool) -> None:
-    """As both versions write them, the second with one "params" more."""
+def test_recorded_replays() -> None:
+    """As albumentations 2.0.8 writes them, and albumentationsx 2.5.1 with one "params" more."""
     steps = [CROPPED, FLIPPED, step("VerticalFlip", applied=False), step("Resize", shape=(24, 30, 3))]
-    steps.append(replay(step("CenterCrop", shape=(40, 50, 3), crop_coords=(0, 10, 25, 40)), kind="OneOf"))
-    if nested:
-        steps = [one if "transforms" in one else {**one, "params": {"params": one["params"] or {}}} for one in steps]
-    assert boxes_from_albumentations(replay(*steps), (120, 160)).tolist() == [[88, 65, 56, 104]]
+    last = replay(step("CenterCrop", shape=(40, 50, 3), crop_coords=(0, 10, 25, 40)), kind="OneOf")
+    nested = [{**one, "params": {"params": one["params"] or {}}} for one in steps]
+    for recorded in (replay(*steps, last), replay(*nested, last)):
+        assert boxes_from_albumentations(recorded, (120, 160)).tolist() == [[88, 65, 56, 104]]
     assert boxes_from_albumentations(replay(), (120, 160)).tolist() == [[0, 0, 160, 120]]
 
 
@@ -199,7 +198,6 @@ def test_kornia_crops_rendered(pipeline: Callable[[Any, Any], list[Any]], mode: 
         ("RandomHorizontalFlip of videos", lambda k: k.VideoSequential(k.RandomHorizontalFlip(), data_format="BCTHW")),
         ("RandomHorizontalFlip3D of videos", lambda k: k.RandomHorizontalFlip3D()),
     ],
-    ids=lambda x: x if isinstance(x, str) else "",
 )
 @pytest.mark.parametrize("place", ["first", "nested"])
 def test_kornia_refuses_what_is_no_box(what: str, make: Callable[[Any], Any], place: str) -> None:
@@ -248,8 +246,7 @@ albumentations = partial(boxes_from_albumentations, image_size=(120, 160))
         (torchvision, torch.ones(2, 4, dtype=torch.complex64), "params: got dtype torch.complex64"),
         (torchvision, torch.ones(4, 5), "params: got shape (4, 5)"),
         (torchvision, [torch.ones(4)] * 4, "params: got four (4,) tensors"),  # a guess would transpose one of two
-        (torchvision, (1, 2, 0, 4), "params: got a height or width of 0 or less"),
-        (torchvision, (1, 2, float("nan"), 4), "params: got a height or width of 0 or less"),
+        (torchvision, [(1, 2, 3, 0), (1, 2, float("nan"), 4)], "params: got a height or width of 0 or less"),
         (torchvision, (24, 52, 88, 104), "params: got the box"),  # crop_coords of albumentations: x first, corners
         (torchvision, (0, -2, 8, 8), "params: got the box"),
         (matrix, "crop", "matrix: got str"),
@@ -260,7 +257,6 @@ albumentations = partial(boxes_from_albumentations, image_size=(120, 160))
         (matrix, [[float("nan"), 0, 0], [0, 1, 0]], "matrix: got a map that is not upright"),
         (partial(matrix, image_size=(8, 8)), [[1.0, 0, 2], [0, 1, 0]], "matrix: got a map that shows"),
         (partial(matrix, size=None), IDENTITY, "size: got None"),
-        (partial(matrix, size=0), IDENTITY, "size: got 0"),
         (partial(matrix, image_size=(8, 0)), IDENTITY, "image_size: got (8, 0)"),
         (partial(matrix, image_size=[(8, 8), (9, 9)]), IDENTITY, "image_size: got [(8"),
         (albumentations, None, "replay: got NoneType"),

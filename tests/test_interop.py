@@ -294,11 +294,6 @@ def write(name: str, **changes: Any) -> Callable[[], Any]:
     return lambda: write_checkpoint(Checkpoint.from_modules(**{**modules(), **changes}), "no.pth", name)
 
 
-def without_optimizer() -> None:
-    run = {"format": "moco", "extra": {"optimizer": {}}, "unmapped": {"x": torch.ones(1)}}
-    write_checkpoint(dataclasses.replace(Checkpoint.from_modules(**modules()), **run), format="densecl")
-
-
 def mismatched() -> None:
     others = {"backbone_q": resnet().to("meta"), "head_k": DenseProjectionHead(C, HIDDEN + 1, D)}
     state = DENSECL | {"encoder_k.0.extra": torch.ones(4, 8)}
@@ -339,7 +334,10 @@ REFUSED = [
     (write("densecl", backbone_q=None, head_k=None), "(?s)backbone_q: got None.*head_k: got None"),
     (write("backbone", backbone_q=None), r"backbone_q: got a checkpoint \(densecl_ops\) without it"),
     (write("lightly"), "format: got 'lightly', expected one of 'densecl'"),
-    (without_optimizer, r"(?s)extra: got optimizer of a moco run.*unmapped: got x.*unmapped=\{\}"),
+    (
+        lambda: write_checkpoint(read_checkpoint(full("moco v1")), format="densecl"),
+        r"(?s)extra: got meta, optimizer of a moco run.*unmapped: got module.encoder_q.fc.weight.*unmapped=\{\}",
+    ),
     (lambda: write_checkpoint(Checkpoint(), prefix=3), "prefix: got int"),
     (lambda: write_checkpoint({}), "checkpoint: got dict"),
     (lambda: Checkpoint().load_into(head_q={}), "head_q: got dict, expected a torch.nn.Module"),
