@@ -104,8 +104,7 @@ def mutual_share(
         0-d float32 in [0, 1].
 
     Raises:
-        TypeError: An argument has the wrong type or dtype.
-        ValueError: Shapes or devices do not fit, or the backend cannot serve.
+        TypeError, ValueError: As in `dense_correspondence`.
 
     Example:
         >>> import torch

@@ -36,8 +36,7 @@ def location_correspondence(
         key_boxes: The same of the second view.
         query_grid: S, or (H, W): the grid the query projections have.
         key_grid: The same of the key projections. Default: query_grid.
-        query_flip: (B,) bool, True where the crop was mirrored left to right (once more, if x0 > x1) after cutting.
-            Default: none was.
+        query_flip: (B,) bool, True where the crop was mirrored left to right, once more if x0 > x1. Default: none was.
         key_flip: The same of the second view.
         max_distance: Largest distance of a valid match, in cell diagonals. Default 0.7, PixPro's. None: all valid.
 

@@ -109,12 +109,10 @@ def renamed(name: str, begins: Mapping[str, str]) -> str | None:
 def recognise(names: Iterable[str], format: str, anywhere: bool) -> tuple[str, str] | None:  # noqa: A002
     """The format whose mark is among the names, and what stands before it; "" unless it may stand anywhere."""
     before = r"((?:[^.]+\.)*?)" if anywhere else "()"
-    for known, table in FORMATS.items():
-        if format in ("auto", "backbone", known):
-            for name in names:
-                found = re.match(f"{before}(?:{table.mark})", name)
-                if found:
-                    return known, found[1]
+    for known in [format] if format in FORMATS else FORMATS:
+        for name in names:
+            if found := re.match(f"{before}(?:{FORMATS[known].mark})", name):
+                return known, found[1]
     return None
 
 

@@ -10,7 +10,7 @@ from densecl_ops.interop.checkpoint import Checkpoint, State, raise_all
 from densecl_ops.interop.names import ALL_PARTS, FORMATS, WRITTEN, renamed
 
 SAME_PARAMETER_ORDER = {"densecl", "mmpretrain"}  # so that an optimizer's numbers mean the same
-MMPRETRAIN_ALONE = ("encoder_k.steps", "data_preprocessor.")  # beginnings of what nobody else needs
+CARRIED = ("encoder_k.steps", "data_preprocessor.")  # beginnings of what mmpretrain alone needs
 
 
 def write_checkpoint(
@@ -96,9 +96,7 @@ def _training_state(checkpoint: Checkpoint, format: str, prefix: str | None) -> 
                 state[theirs] = value
     if not same:  # what only the project that wrote it understands
         understood = source == "densecl_ops" or {source, format} <= SAME_PARAMETER_ORDER
-        unmapped = [
-            x for x in checkpoint.unmapped if not x.removeprefix(checkpoint.prefix).startswith(MMPRETRAIN_ALONE)
-        ]
+        unmapped = [x for x in checkpoint.unmapped if not x.removeprefix(checkpoint.prefix).startswith(CARRIED)]
         problems += [
             f"{field}: got {', '.join(map(str, names[:3]))} of a {source} run, expected none: "
             f"dataclasses.replace(checkpoint, {field}={{}}) drops them"
