@@ -48,13 +48,12 @@ def contrastive_accuracy(rank: Tensor, top_k: int = 1, valid: Tensor | None = No
 def match_score(correspondence: Correspondence) -> Tensor:
     """Mean score of the valid matches: how alike the matched *backbone* features are, not whether matches are right.
 
-    A collapsed backbone scores 1.
-
     Args:
         correspondence: Of any rule. Matches by place score minus a distance in cell diagonals instead of a cosine.
 
     Returns:
-        0-d float32; for feature matching in [-1, 1]; 0 with no valid match, NaN if the score of a valid one is.
+        0-d float32; for feature matching in [-1, 1], and 1 once the backbone has collapsed; 0 with no valid match, NaN
+        if the score of a valid one is.
 
     Raises:
         TypeError: Not a Correspondence, or its score or valid has the wrong dtype.

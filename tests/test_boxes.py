@@ -259,7 +259,6 @@ albumentations = partial(boxes_from_albumentations, image_size=(120, 160))
         (partial(matrix, size=None), IDENTITY, "size: got None"),
         (partial(matrix, image_size=(8, 0)), IDENTITY, "image_size: got (8, 0)"),
         (partial(matrix, image_size=[(8, 8), (9, 9)]), IDENTITY, "image_size: got [(8"),
-        (albumentations, None, "replay: got NoneType"),
         (albumentations, {"image": 0, "replay": {}}, "replay: got dict"),
         (albumentations, replay(replay(CROPPED, kind="RandomOrder")), "replay: got a RandomOrder, whose order"),
         (albumentations, replay(CROPPED | {"params": {}}), "replay: got a RandomResizedCrop that keeps no shape"),

@@ -106,8 +106,8 @@ def everything(backend: str, head: Any, queue: Any, features: Tensor, boxes: Ten
     (loss + others).backward()
     queue.enqueue(key.pooled.detach())
     logged = match_score(match), contrastive_accuracy(rank, 2, match.valid), mutual_share(*features, backend=backend)
-    matches = [x for found in (match, *places) for x in found]
-    return [loss, rank, others, *logged, *matches, queue.rows, *(p.grad for p in head.parameters())]
+    gradients = [p.grad for p in head.parameters()]
+    return [loss, rank, others, *logged, *match, *places[0], *places[1], queue.rows, *gradients]
 
 
 @pytest.mark.parametrize("mode", [FakeTensorMode, NoFloat64])
@@ -119,7 +119,6 @@ def test_tensors_without_values_and_devices_without_float64(backend: str, mode: 
 
 
 def test_other_defaults(backend: str, defaults: None) -> None:
-    """Of dtype and device."""
     with torch.device("cpu"):
         given = [x.float() for x in parts()]
     seen = [x.detach().clone() for x in everything(backend, *given)]
@@ -145,7 +144,6 @@ def test_flop_counter_counts_the_products_of_the_textbook(fused: str, wanted: st
     ("module", "count"), [(DenseProjectionHead(16, 8, 16, 3).eval(), 1), (DenseCorrespondence(), 2)]
 )
 def test_exported_programs_and_results_can_be_saved_and_loaded(module: torch.nn.Module, count: int) -> None:
-    """Results by torch.load with its defaults."""
     inputs, program, results = (torch.randn(2, 16, 6, 6),) * count, io.BytesIO(), io.BytesIO()
     torch.export.save(torch.export.export(module, inputs), program)
     torch.save(module(*inputs), results)

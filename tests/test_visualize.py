@@ -82,7 +82,6 @@ SQUARE = Correspondence(INDEX, torch.rand(2, 4), torch.ones(2, 4).bool())
         (BYTES, BYTES / 255.0),
         (RGB[..., 0], RGB[..., :1]),
         (torch.tensor(RGB).permute(2, 0, 1).double().requires_grad_(), RGB),
-        (torch.tensor(BYTES).permute(2, 0, 1), BYTES / 255.0),
         (torch.tensor(RGB[..., 0])[None] * 0.5, RGB[..., :1] * 0.5),  # dark, but in range: not stretched
         (NORMALISED, (NORMALISED - NORMALISED.min()) / (NORMALISED.max() - NORMALISED.min())),
         (np.full((4, 4), 7.0), np.zeros((4, 4, 1))),

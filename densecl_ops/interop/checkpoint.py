@@ -167,8 +167,7 @@ class Checkpoint:
             before = strip_wrappers(self.unmapped)
             roots = dict.fromkeys(name.removeprefix(before).partition(".")[0] for name in self.unmapped)
             shown.append(f"unmapped={len(self.unmapped)} entries ({', '.join(roots)})")
-        if self.extra:
-            shown.append(f"extra={sorted(map(str, self.extra))}")
+        shown += [f"extra={sorted(map(str, self.extra))}"] * bool(self.extra)
         return f"Checkpoint({', '.join(shown)})"
 
 

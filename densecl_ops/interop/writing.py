@@ -64,8 +64,7 @@ def write_checkpoint(
     elif checkpoint.backbone_q is None:
         raise ValueError(f"backbone_q: got a checkpoint ({checkpoint.format}) without it, expected one that has it")
     else:
-        own = {name: value for name, value in checkpoint.backbone_q.items() if not name.startswith("fc.")}
-        written = {(prefix or "") + name: value for name, value in own.items()}
+        written = {(prefix or "") + name: x for name, x in checkpoint.backbone_q.items() if not name.startswith("fc.")}
     if path is not None:
         torch.save(written, fspath(path))
     return written
