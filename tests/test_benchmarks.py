@@ -13,12 +13,10 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
-import oracle
 import pytest
 import torch
 
-from benchmarks import loss, matching, records, render, rivals, step
+from benchmarks import loss, matching, records, render, step
 from benchmarks.__main__ import main
 from benchmarks.measure import commit, compare, compiled
 
@@ -79,17 +77,6 @@ def test_suite(tmp_path: Path, suite: str, cases: int, options: list[str]) -> No
     assert json.loads(path.read_text()) == record, "a finished case is not measured again"
 
 
-def test_exact_loss_agrees_with_the_oracle() -> None:
-    inputs = loss.make_inputs(37, 50, 16, torch.float64, CPU)
-    value, grad = loss.exact(inputs)
-    arrays = [x.numpy() for x in inputs[:3]]
-    expected = oracle.info_nce(arrays[0][:, :, None], arrays[1][:, :, None], arrays[2], temperature=rivals.TEMPERATURE)
-    np.testing.assert_allclose(value, expected.loss.mean(), rtol=1e-12)
-    np.testing.assert_allclose(grad, expected.query[:, :, 0], rtol=0, atol=1e-14)
-    for filled in (None, torch.tensor(50)):  # a plain tensor, and a queue
-        np.testing.assert_allclose(loss.ours(inputs._replace(filled=filled)), expected.loss.mean(), rtol=1e-12)
-
-
 def test_a_wrong_match_is_counted() -> None:
     shape = {"b": 2, "c": 16, "grid": 5, "dtype": "float32", "layout": "NCHW"}
     maps = matching.make_inputs(shape, CPU, 0)
@@ -132,17 +119,11 @@ def test_commit_comes_from_the_variable_where_git_is_not(monkeypatch: pytest.Mon
 
 def test_what_a_contestant_cannot_do_is_a_result() -> None:
     """And names no path of the machine. A hopeless one is timed once."""
-    greedy, broken = (
-        Mock(side_effect=torch.OutOfMemoryError("CUDA is out")),
-        Mock(side_effect=OSError("/home/me/lib/x.so: no file")),
-    )
-    entries = {"greedy": greedy, "known": greedy, "broken": broken, "slow": lambda _: time.sleep(0.2), "fast": Mock()}
-    rows = compare(entries, [None], CPU, seconds=0.2, needs={"known": 2**50})
-    assert {name: row["failed"] for name, row in rows.items() if "failed" in row} == {
-        "greedy": "OutOfMemoryError: CUDA is out",
-        "known": "MemoryError: not run, needs about 1048576 GiB",
-        "broken": "OSError: (path): no file",
-    }
+    broken = Mock(side_effect=OSError("/home/me/lib/x.so: no file"))
+    entries = {"greedy": Mock(), "broken": broken, "slow": lambda _: time.sleep(0.2), "fast": Mock()}
+    rows = compare(entries, [None], CPU, seconds=0.2, needs={"greedy": 2**50})
+    assert rows["greedy"] == {"failed": "MemoryError: not run, needs about 1048576 GiB"}
+    assert rows["broken"] == {"failed": "OSError: (path): no file"}
     assert [rows[name]["rounds"] for name in ("slow", "fast")] == [1, 25]
     low, middle, high = rows["slow"]["milliseconds"]
     assert 200 <= low == middle == high
@@ -208,12 +189,10 @@ def test_records_of_a_gpu_are_shown_in_the_same_tables(tmp_path: Path, monkeypat
         one["environment"]["gpu"] = "NVIDIA Z1"
     for case in record["cases"]:
         case["shape"]["n"] = loss.HEADLINE["n"]
-        case["rows"]["attention, cuDNN"] = case["rows"]["attention, flash"]
-        del case["rows"]["arithmetic"]
+        case["rows"]["attention, cuDNN"] = case["rows"].pop("arithmetic")
     records.write(tmp_path / "z1" / "loss.json", record)
     monkeypatch.setattr(render, "RESULTS", tmp_path)
-    assert "on a GPU (NVIDIA Z1, torch" in render.cost("z1")
-    assert "at N = 12,544 (256 images, 7 x 7)" in render.cost("z1")
+    assert re.search(r"on a GPU \(NVIDIA Z1, torch .* at N = 12,544 \(256 images, 7 x 7\)", render.cost("z1"))
     assert "| the same around cuDNN's attention |" in render.loss("z1")
     assert " flash | cuDNN | " in render.grid("z1")
     assert len(render.grid("z1").splitlines()) == 9 + len(record["cases"])

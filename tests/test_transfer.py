@@ -72,24 +72,19 @@ def test_score_is_that_of_every_pixel() -> None:
     assert result["miou"] == pytest.approx(np.mean([x for x in result["classes"] if x is not None]), abs=1e-4)
 
 
-def test_retrieval_and_propagation_against_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retrieval_and_propagation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "NEIGHBOURS", 3)
     train, asked = cells(3, torch.Generator().manual_seed(0)), cells(2, torch.Generator().manual_seed(1))
     memory, rows = tasks.remember(train), tasks.rows_of(asked)
     known, known_labels = memory
-    for row, label in zip(rows.double(), tasks.retrieve(memory, rows).tolist(), strict=True):
-        cosine = F.cosine_similarity(row[None], known.double())
-        votes = [0.0] * 11
-        for j in cosine.argsort(descending=True)[:3].tolist():
-            votes[int(known_labels[j])] += float((cosine[j] / tasks.KNN_TEMPERATURE).exp())
-        assert label == int(np.argmax(votes))
+    cosine = F.normalize(rows.double(), dim=1) @ F.normalize(known.double(), dim=1).T
+    nearest = cosine.argsort(1, descending=True)[:, :3]
+    votes = F.one_hot(known_labels[nearest], 11) * (cosine.gather(1, nearest) / tasks.KNN_TEMPERATURE).exp()[..., None]
+    assert torch.equal(tasks.retrieve(memory, rows), votes.sum(1).argmax(1))
 
     labels, truth = asked.counts[0].argmax(-1), asked.counts[1:, ::2, ::2]
-    predicted = torch.zeros(1, 2, 3, dtype=torch.int64)
-    for y, x in itertools.product(range(2), range(3)):
-        query = asked.features[1, :, 2 * y, 2 * x].double()
-        cosine = F.cosine_similarity(query[:, None], asked.features[0].flatten(1).double(), 0)
-        predicted[0, y, x] = labels.flatten()[cosine.argmax()]
+    query, key = (F.normalize(x.double(), dim=0) for x in (asked.features[1][:, ::2, ::2], asked.features[0]))
+    predicted = labels.flatten()[(query.flatten(1).T @ key.flatten(1)).argmax(1)]
     assert tasks.propagate(asked) == tasks.score(predicted, truth)
     assert tasks.propagate(asked, moved=False) == tasks.score(labels[None, ::2, ::2], truth)
 
@@ -205,22 +200,13 @@ def test_paired_differences() -> None:
     assert page.paired([0.01, 0.02, 0.03]) == "+0.020 (-0.005 to +0.045), 3 of 3 up"
 
 
-@pytest.mark.parametrize(
-    ("folder", "arms"),
-    [
-        ("transfer_cpu", "random image nearest mutual place"),
-        ("transfer_short_cpu", "random image nearest mutual place"),
-        ("transfer_byol_cpu", "byol byol_dense byol_contrast"),
-    ],
-)
-def test_records_are_complete(folder: str, arms: str) -> None:
-    """Three seeds of every arm, one setting, rates as the search chose them."""
+@pytest.mark.parametrize("folder", ["transfer_cpu", "transfer_short_cpu", "transfer_byol_cpu"])
+def test_records_are_complete(folder: str) -> None:
+    """The same three seeds of every arm, one setting, rates as the search chose them."""
     reported, searched = (suite.load(RESULTS / folder / part) for part in ("", "search"))
     assert len({json.dumps({**r["setting"], "arm": "", "seed": 0, "rate": 0}) for r in reported}) == 1
     for setting in (record["setting"] for record in reported):
         assert setting["rate"] == (0 if setting["arm"] == "random" else suite.chosen_rate(searched, setting["arm"]))
-    runs = page.by_arm(reported)
-    assert list(runs) == arms.split()
-    (seeds,) = {frozenset(seeds) for seeds in runs.values()}
+    (seeds,) = {frozenset(runs) for runs in page.by_arm(reported).values()}
     assert len(seeds) >= 3
     assert not seeds & {record["setting"]["seed"] for record in searched}
