@@ -95,27 +95,23 @@ def make_inputs(n: int, k: int, d: int, dtype: torch.dtype, device: torch.device
     return Inputs(query, key, queue, torch.tensor(k, device=device) if device.type == "cuda" else None)
 
 
-def step(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    query = inputs.query.detach().requires_grad_()
-    value = loss(inputs._replace(query=query))
-    value.backward()  # type: ignore[no-untyped-call]
-    assert query.grad is not None
+def step(loss: Loss, inputs: Inputs, train: bool = True) -> tuple[Tensor, Tensor | None]:
+    query = inputs.query.detach().requires_grad_(train)
+    with torch.set_grad_enabled(train):
+        value = loss(inputs._replace(query=query))
+    if train:
+        value.backward()  # type: ignore[no-untyped-call]
     return value.detach(), query.grad
-
-
-@torch.no_grad()
-def evaluate(loss: Loss, inputs: Inputs) -> tuple[Tensor, None]:
-    return loss(inputs), None
 
 
 def exact(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Mean loss and its gradient at the raw queries by the textbook formula in float64, some rows at a time."""
     queue, losses, grads = inputs.queue.double(), [], []
     for rows, keys in zip(inputs.query.split(128), inputs.key.split(128), strict=True):  # type: ignore[no-untyped-call]
-        part = Inputs(rows.double(), keys.double(), queue)
-        value, grad = step(lambda one: ours(one, "eager"), part)
-        losses.append(value * len(rows) / len(inputs.query))
-        grads.append(grad * len(rows) / len(inputs.query))
+        query = rows.double().requires_grad_()
+        loss = ours(Inputs(query, keys.double(), queue), "eager") * len(rows) / len(inputs.query)
+        losses.append(loss.detach())
+        grads += torch.autograd.grad(loss, query)
     return torch.stack(losses).sum(), torch.cat(grads)
 
 
@@ -132,10 +128,9 @@ def arithmetic(inputs: Inputs, train: bool, tile: int = 512) -> None:
 def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     device: torch.device = arguments.device
     n, k, d, dtype, train = shape["n"], shape["k"], shape["d"], getattr(torch, shape["dtype"]), shape["mode"] == "train"
-    run = step if train else evaluate
     inputs = [make_inputs(n, k, d, dtype, device, seed) for seed in range(2)]
     entries: dict[str, Callable[[Inputs], Any]] = {
-        name: functools.partial(run, loss) for name, loss in contestants(device, dtype).items()
+        name: functools.partial(step, loss, train=train) for name, loss in contestants(device, dtype).items()
     }
     if device.type == "cpu" and k >= 512:
         entries["arithmetic"] = lambda one: arithmetic(one, train)

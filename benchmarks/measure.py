@@ -58,13 +58,14 @@ def compare(
     Returns:
         Per contestant `milliseconds` (quartiles), `rounds` and `peak_extra_mib`, or `failed` with the reason.
     """
+    available = 1024 * _kib("meminfo", "MemAvailable") if Path("/proc/meminfo").exists() else math.inf
     rows: dict[str, Row] = {}
     samples: dict[str, list[float]] = {}
     torch._dynamo.reset()  # so that every case is compiled for its own shapes
     for name, run in contestants.items():
         first, need = functools.partial(run, inputs[0]), (needs or {}).get(name, 0)
         try:
-            if device.type == "cpu" and need > 0.7 * available_bytes():
+            if device.type == "cpu" and need > 0.7 * available:
                 raise MemoryError(f"not run, needs about {need / 2**30:.0f} GiB")
             first()  # compiles, loads libraries
             rows[name] = {"peak_extra_mib": peak_extra_mib(first, device)}
@@ -140,11 +141,6 @@ def peak_extra_mib(run: Callable[[], Any], device: torch.device) -> float | None
     resident = _kib("self/status", "VmRSS")
     run()
     return round((_kib("self/status", "VmHWM") - resident) / 2**10, 1)
-
-
-def available_bytes() -> float:
-    """Free memory of this machine; no limit where the system cannot tell."""
-    return 1024 * _kib("meminfo", "MemAvailable") if Path("/proc/meminfo").exists() else math.inf
 
 
 def _kib(file: str, field: str) -> int:

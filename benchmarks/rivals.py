@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -116,11 +117,9 @@ def all_rivals(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
         found["torch.compile, auto-chunk"] = compiled(materialise, options={"auto_chunker.enable": True})
     found["chunked"] = chunked
     if hasattr(F, "linear_cross_entropy"):
-        found["linear_cross_entropy"] = lambda inputs: linear_cross_entropy(inputs, False)
-        found["linear_cross_entropy, chunks"] = lambda inputs: linear_cross_entropy(inputs, True)
+        found["linear_cross_entropy"] = partial(linear_cross_entropy, chunks=False)
+        found["linear_cross_entropy, chunks"] = partial(linear_cross_entropy, chunks=True)
+    found["attention, flash"] = partial(attention, attend=attend_flash if device.type == "cuda" else attend_cpu)
     if device.type == "cuda":
-        found["attention, flash"] = lambda inputs: attention(inputs, attend_flash)
-        found["attention, cuDNN"] = lambda inputs: attention(inputs, attend_cudnn)
-    else:
-        found["attention, flash"] = lambda inputs: attention(inputs, attend_cpu)
+        found["attention, cuDNN"] = partial(attention, attend=attend_cudnn)
     return found

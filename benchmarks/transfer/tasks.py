@@ -197,17 +197,14 @@ def propagate(cells: Cells, moved: bool = True) -> dict[str, Any]:
     return score(torch.cat(found), some.counts[[current for _, current in cells.pairs]])
 
 
-@torch.no_grad()
-def stereo(network: nn.Module) -> dict[str, float]:
+def stereo(network: nn.Module) -> dict[str, Any]:
     """Cells of the demo's stereo pair matched with the whole other image: share within 1.5 cells of the truth."""
-    from pretraining.stereo import CLOSE, load_pair, true_columns  # needs scikit-image and kornia
+    from pretraining.augment import denormalize  # needs kornia
+    from pretraining.stereo import evaluate, load_pair  # and scikit-image
 
-    pair = load_pair(STRIDE, next(network.parameters()).device)
-    column = true_columns(pair.disparity, STRIDE)  # NaN where the answer is not known
-    index = DenseCorrespondence()(encode(network, pair.left), encode(network, pair.right)).index.view(column.shape)
-    row, width = torch.arange(len(column), device=column.device)[:, None], column.shape[1]
-    error = torch.hypot((index // width - row).float(), index % width - column)
-    return {"close": round(float((error[~error.isnan()] <= CLOSE).float().mean()), 5)}
+    encoder = nn.Module()
+    encoder.forward = lambda images: encode(network, denormalize(images))
+    return {"close": round(evaluate(encoder, load_pair(STRIDE, next(network.parameters()).device)).close, 5)}
 
 
 def measure(network: nn.Module, train: Frames, val: Frames, test: Frames | None) -> dict[str, Any]:
@@ -222,11 +219,7 @@ def measure(network: nn.Module, train: Frames, val: Frames, test: Frames | None)
     cells = Cells(every.features[::EVERY], every.counts[::EVERY], [])
     probed = [score(probe.predict(rows_of(cells), i), cells.counts) for i in range(len(DECAYS))]
     best = max(range(len(DECAYS)), key=lambda i: probed[i]["miou"])
-    results: dict[str, Any] = {
-        "val.probe": probed[best],
-        "val.knn": retrieved(memory, cells),
-        "val.propagation": propagate(every),
-    }
+    results = {"val.probe": probed[best], "val.knn": retrieved(memory, cells), "val.propagation": propagate(every)}
     if test is None:
         return results | {"val.stereo": stereo(network)}
     cells = look_at(network, test)
