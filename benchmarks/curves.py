@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from benchmarks.measure import commit
-from benchmarks.records import add_out, write
+from benchmarks.records import write
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, MomentumQueue
 from densecl_ops.metrics import contrastive_accuracy, match_score, mutual_share
 
@@ -96,7 +96,7 @@ def record(name: str, more: list[str]) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_out(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     parser.add_argument("--options", default="", help="of the trainer, for all runs: '--steps 2'")
 

@@ -242,13 +242,14 @@ def overwrites(ttgir: str) -> bool:
 
 
 BOTH, BFLOAT16 = ("bfloat16", "float32"), ("bfloat16",)
+FORMS = ("no shift", "running max, rank, exclude")
+LOOPS = ("forward only", "running max", "rank")
 LAYOUTS = ("", "tokens", "learned", "unaligned", "vectors", "size 1")
 # Every row of the configuration tables, and the variants of the kernels that change their loops.
 CASES: tuple[tuple[str, tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] = (
-    ("attend_kernel", BOTH, (64, 128, 256, 512), ("no shift", "running max, rank, exclude")),
+    ("attend_kernel", BOTH, (64, 128, 256, 512), FORMS),
     ("grad_negatives_kernel", BOTH, (64, 128, 256, 512), ("exclude",)),
-    ("attend_kernel", BFLOAT16, (128,), ("forward only", "running max", "rank")),
-    ("attend_kernel", BFLOAT16, (128,), ("unaligned", "vectors, exclude", "size 1")),
+    ("attend_kernel", BFLOAT16, (128,), (*LOOPS, "unaligned", "vectors, exclude", "size 1")),
     ("attend_kernel", BFLOAT16, (128, 512), ("autocast", "columns", "slice")),  # a copy as good as a queue of its own
     ("attend_kernel", ("float16",), (128,), ("running max",)),
     ("attend_kernel", BFLOAT16, (100,), ("no shift",)),
@@ -260,7 +261,6 @@ CASES: tuple[tuple[str, tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...]
     ("match_kernel", BOTH, (2048,), ("56x56", "56x56 channels_last")),
     ("inverse_norm_kernel", BFLOAT16, (256,), ("56x56",)),
 )
-FORMS = ("no shift", "forward only", "running max", "rank", "vectors, exclude", "running max, rank, exclude")
 
 
 def cases(targets: list[str]) -> Iterator[Case]:
@@ -269,7 +269,7 @@ def cases(targets: list[str]) -> Iterator[Case]:
             for dtype, channels, variant in itertools.product(dtypes, widths, variants):
                 yield Case(target, kernel, dtype, channels, variant)
         if target in ("sm_90", "sm_100", "sm_103"):
-            for form, variant in itertools.product(TUNED, FORMS):
+            for form, variant in itertools.product(TUNED, (*FORMS, *LOOPS, "vectors, exclude")):
                 yield Case(target, "attend_kernel", "bfloat16", 128, f"{form}, {variant}")
 
 

@@ -157,5 +157,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", nargs="+", choices=("train", "forward"), default=["train", "forward"])
 
 
-TITLE = "N = {n:,}, K = {k:,}, D = {d}, {dtype}, {mode}, {cache}"
-SUITE = Suite("loss", TITLE, shapes, measure, add_options)
+SUITE = Suite("loss", "N = {n:,}, K = {k:,}, D = {d}, {dtype}, {mode}, {cache}", shapes, measure, add_options)

@@ -40,7 +40,6 @@ def scaled(maps: Maps) -> Tensor:
 
 
 def contestants() -> dict[str, Callable[[Maps], Tensor]]:
-    """For one case."""
     return {
         OURS: ours,
         "normalise, bmm, max": usual,
@@ -103,5 +102,4 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     return rows
 
 
-TITLE = "{b} x {c} x {grid} x {grid}, {dtype}, {layout}"
-SUITE = Suite("matching", TITLE, shapes, measure)
+SUITE = Suite("matching", "{b} x {c} x {grid} x {grid}, {dtype}, {layout}", shapes, measure)

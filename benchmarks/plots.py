@@ -88,8 +88,7 @@ def draw_runs(source: Path) -> Figure:
         if "propagation" in heading:
             axes.axhline(records[0]["test.unmoved"]["miou"], color="#666666", ls=":", lw=1)
             axes.set_xlabel("dotted: labels left\nwhere they were", fontsize=8)
-        labels = [arm.replace("image", "image\nterm") for arm in arms]
-        axes.set_xticks(range(len(arms)), labels, fontsize=8, rotation=45)
+        axes.set_xticks(range(len(arms)), [x.replace("image", "image\nterm") for x in arms], fontsize=8, rotation=45)
         axes.set_xlim(-0.6, len(arms) - 0.4)
         axes.tick_params(axis="y", labelsize=8)
     return figure

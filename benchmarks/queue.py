@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +50,8 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
         usual.enqueue(keys)
         return usual.queue.clone().detach()
 
-    entries: dict[str, Callable[[Tensor], Any]] = {
-        OURS: ours.enqueue,
-        "slice, host pointer": usual.enqueue,
-        "the same, queue cloned": with_clone,
-    }
-    inputs = [torch.randn(n, d, device=device) for _ in range(4)]
-    return compare(entries, inputs, device, seconds=arguments.seconds)
+    entries = {OURS: ours.enqueue, "slice, host pointer": usual.enqueue, "the same, queue cloned": with_clone}
+    return compare(entries, [torch.randn(n, d, device=device) for _ in range(4)], device, seconds=arguments.seconds)
 
 
 SUITE = Suite("queue", "{n:,} keys into {k:,} x {d}", shapes, measure)

@@ -36,7 +36,7 @@ class Suite(NamedTuple):
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None  # beyond the shared ones
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        add_out(parser)
+        parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
         parser.add_argument("--toy", action="store_true", help="tiny shapes: does it run at all?")
         parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
         parser.add_argument("--seconds", type=float, default=8, help="aimed at per case (default: %(default)s)")
@@ -85,10 +85,6 @@ def busy(count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
-
-
-def add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
 
 
 def dumps(record: Any, level: int = 0) -> str:

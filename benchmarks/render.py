@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ Case = dict[str, Any]
 
 
 def load(folder: str, suite: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((RESULTS / folder / f"{suite}.json").read_text())
-    return record
+    return dict(json.loads((RESULTS / folder / f"{suite}.json").read_text()))
 
 
 def median(case: Case, name: str) -> float:
@@ -123,18 +123,8 @@ def grid(folder: str) -> str:
     return "\n\n".join(parts)
 
 
-def quiet(folder: str) -> str:
-    """Whole calls on a CPU."""
-    return calls(folder, "regions", lambda row: _ms(row["milliseconds"][1]))
-
-
-def busy(folder: str) -> str:
-    """The same beside two processes that compute, with the number of times that all threads are waited for."""
-    return calls(folder, "regions-busy2", lambda row: f"{_ms(row['milliseconds'][1])}, {row['regions']}")
-
-
-def calls(folder: str, suite: str, cell: Callable[[dict[str, Any]], str]) -> str:
-    """Loss and matching in milliseconds, then the cells where another form is faster."""
+def quiet(folder: str, suite: str = "regions", cell: str = "{ms}") -> str:
+    """Loss and matching on a CPU in milliseconds, then the cells where another form is faster."""
     record = load(folder, suite)
     environment = record["runs"][0]["environment"]
     parts = [
@@ -148,7 +138,8 @@ def calls(folder: str, suite: str, cell: Callable[[dict[str, Any]], str]) -> str
             size, dtype = case["shape"]["size"], case["shape"]["dtype"]
             if size.count(",") == commas:
                 title = " x ".join(f"{int(number):,}" for number in size.split(",")) + f", {dtype}"
-                lines.append([title, *map(cell, case["rows"].values())])
+                cells = [cell.format(ms=_ms(row["milliseconds"][1]), **row) for row in case["rows"].values()]
+                lines.append([title, *cells])
                 rivals = {name: row["ratio"] for name, row in case["rows"].items() if not name.startswith(OURS)}
                 faster += [f"{title}: {name} ({ratio:.2f})" for name, ratio in rivals.items() if ratio < 0.995]
                 heads = [operation, *case["rows"]]
@@ -263,15 +254,11 @@ def counts(suite: str) -> str:
     return table(["kernel", "case", *shown], lines)
 
 
-OWN = (cost, loss, grid, quiet, busy, others, demo, curves, versions, counts)
+OWN = (cost, loss, grid, quiet, others, demo, curves, versions, counts)
 KINDS: dict[str, Callable[[str], str]] = {kind.__name__: kind for kind in OWN} | transfer.KINDS
+# Beside two processes that compute, with the number of times that all threads are waited for.
+KINDS["busy"] = partial(quiet, suite="regions-busy2", cell="{ms}, {regions}")
 MARKED = re.compile(r"(<!-- ([\w-]+):begin -->\n).*?(<!-- \2:end -->)", re.DOTALL)
-
-
-def pages() -> list[str]:
-    """README and the pages under docs/ that have marks."""
-    every = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [path.relative_to(ROOT).as_posix() for path in every if MARKED.search(path.read_text())]
 
 
 def rendered(page: str) -> str:
@@ -290,8 +277,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    for page in pages():
-        (ROOT / page).write_text(rendered(page))
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:  # of which some have marks
+        path.write_text(rendered(path.relative_to(ROOT).as_posix()))
     from benchmarks.plots import save_all  # which needs matplotlib
 
     save_all(ROOT / "docs" / "images")

@@ -21,13 +21,12 @@ from benchmarks.records import OURS, Shape, Suite
 from benchmarks.rivals import Inputs
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue, Projection
 
-WIDTHS = ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 1))
-
 
 def backbone() -> nn.Sequential:
     """(B, 3, H, W) to (B, 256, H / 8, W / 8)."""
+    widths = ((3, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 1))
     layers: list[nn.Module] = []
-    for c_in, c_out, stride in WIDTHS:
+    for c_in, c_out, stride in widths:
         layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from benchmarks.records import RESULTS, spread, table
 from benchmarks.transfer.pretraining import ARMS, BYOL, IMAGE
@@ -82,17 +83,8 @@ STUDIED: dict[str, Callable[[Record], float]] = {
 }
 
 
-def search(folder: str) -> str:
-    """Mean of probe and k-NN on val for every rate that was tried; the taken one in bold."""
-    return _by_rate(folder, "on val, (probe + k-NN) / 2", on_val, bold=True)
-
-
-def search_stereo(folder: str) -> str:
-    """Stereo of the same runs, by which nothing was chosen."""
-    return _by_rate(folder, TASKS["stereo"][1], STUDIED["stereo"], bold=False)
-
-
-def _by_rate(folder: str, heading: str, value: Callable[[Record], float], bold: bool) -> str:
+def by_rate(folder: str, heading: str, value: Callable[[Record], float], bold: bool = False) -> str:
+    """A measure on val of every run of the search; the rate that was taken in bold."""
     records, rows = load(RESULTS / folder / "search"), []
     rates = sorted({record["setting"]["rate"] for record in records})
     for arm, runs in by_arm(records, "rate").items():
@@ -134,6 +126,6 @@ def study(folder: str) -> str:
 
 
 # What benchmarks.render shows between two marks, by kind.
-KINDS: dict[str, Callable[[str], str]] = {
-    kind.__name__: kind for kind in (results, differences, each_class, search, search_stereo, study)
-}
+KINDS: dict[str, Callable[[str], str]] = {kind.__name__: kind for kind in (results, differences, each_class, study)}
+KINDS["search"] = partial(by_rate, heading="on val, (probe + k-NN) / 2", value=on_val, bold=True)
+KINDS["search_stereo"] = partial(by_rate, heading=TASKS["stereo"][1], value=STUDIED["stereo"])  # it chose nothing

@@ -25,7 +25,6 @@ RANDOM, IMAGE, BYOL = "random", "image", "byol"  # random weights; the image ter
 # MoCo-v2's are called after the rule that matches positions, BYOL's after the loss of a pair.
 DENSE = ("nearest", "mutual", "place", "byol_dense", "byol_contrast")
 ARMS = (RANDOM, IMAGE, "nearest", "mutual", "place", BYOL, "byol_dense", "byol_contrast")
-CURVE = 50  # points of a record's loss curves
 SETTLING = 100  # steps in which the arm of random weights gathers batch norm statistics, and learns nothing
 WIDTH = 128  # channels of the backbone's map
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -70,8 +69,7 @@ class Block(nn.Module):
         self.bn1, self.bn2 = norm(channels), norm(channels)
         self.downsample: nn.Module = nn.Identity()
         if channels_in != channels:
-            skip = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(skip, norm(channels))
+            self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x)))))
@@ -273,7 +271,7 @@ def pretrain(setting: Setting, photographs: list[Tensor]) -> tuple[nn.Module, di
             print(f"{now} step {step + 1}, image {image_loss:.3f}, dense {dense_loss:.3f}", flush=True)
     if not history.isfinite().all():
         raise FloatingPointError(f"{setting.name}: the loss is not finite")
-    parts = [term.tensor_split(min(CURVE, setting.steps)) for term in history.T]
+    parts = [term.tensor_split(min(50, setting.steps)) for term in history.T]  # a curve of 50 points
     image, dense = ([round(float(part.mean()), 4) for part in term] for term in parts)
     facts = {"seconds": round(time.perf_counter() - began, 1), "image_loss": image}
     if setting.arm in DENSE:

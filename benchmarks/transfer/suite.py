@@ -41,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--rates", nargs="+", type=float, help="of learning (default: the best of the search, for each arm)")
-    for field in OPTIONS:
-        name = field.name.replace("_", "-")
-        add(f"--{name}", type=type(field.default), default=field.default, help="default: %(default)s")
+    for x in OPTIONS:
+        add(f"--{x.name.replace('_', '-')}", type=type(x.default), default=x.default, help="default: %(default)s")
 
 
 def load(folder: Path) -> list[Record]:

@@ -214,7 +214,6 @@ def measure(network: nn.Module, train: Frames, val: Frames, test: Frames | None)
     """
     seen = look_at(network, Frames(train.names[::EVERY], train.images[::EVERY], train.truth[::EVERY]))
     probe, memory = fit_probe(seen), remember(seen)
-    del seen
     every = look_at(network, val)  # propagation needs neighbours
     cells = Cells(every.features[::EVERY], every.counts[::EVERY], [])
     probed = [score(probe.predict(rows_of(cells), i), cells.counts) for i in range(len(DECAYS))]
