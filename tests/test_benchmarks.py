@@ -16,11 +16,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from benchmarks import loss, matching, records, render, step
+from benchmarks import matching, records, step
 from benchmarks.__main__ import main
 from benchmarks.measure import commit, compare, compiled
+from benchmarks.records import RESULTS
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CPU = torch.device("cpu")
 SERVED = {"densecl_ops", "eager", "materialise", "torch.compile", "chunked", "attention, flash"}
 
@@ -156,43 +156,17 @@ def test_curves(name: str, tmp_path: Path) -> None:
         assert first["top1"] < 0.5
 
 
-GPU_RUN = Path(records.__file__).with_name("gpu_run.sh")
-
-
 @pytest.mark.parametrize(("call", "seconds"), [("first", 420), ("second", 240)])
 def test_gpu_run_fits_its_call(tmp_path: Path, call: str, seconds: int) -> None:
     """Programs that note how they are called stand in for those of a machine with a GPU."""
     for program in (tmp_path / "timeout", tmp_path / "nvidia-smi"):
         program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/notes\n')
         program.chmod(0o755)
-    changed = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
-    subprocess.run(["bash", GPU_RUN, tmp_path / "out", call], env=os.environ | changed, check=True)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    command = ["bash", RESULTS.with_name("gpu_run.sh"), tmp_path / "out", call]
+    subprocess.run(command, env=environment, check=True)
     limits = [int(line.split()[2]) for line in (tmp_path / "notes").read_text().splitlines()]
     assert len(limits) >= 5
     assert sum(limits) <= seconds
     with tarfile.open(tmp_path / "out.tar.gz") as archive:
         assert {"out/races.txt", "out/selftest.txt", "out/loss.txt"} <= set(archive.getnames())
-
-
-@pytest.mark.parametrize("place", ["/somewhere/data", "data"])
-def test_a_command_names_no_path_of_the_machine(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr("benchmarks.transfer.suite.main", lambda arguments: seen.append(arguments.command))
-    main(["transfer", "--out", "/somewhere/runs", "--camvid", place, "--photographs", place, "--steps", "3"])
-    assert seen == ["python -m benchmarks transfer --camvid data --photographs data --steps 3"]
-
-
-def test_records_of_a_gpu_are_shown_in_the_same_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = json.loads((RESULTS / "cpu" / "loss.json").read_text())
-    record["cases"] = [case for case in record["cases"] if case["shape"].items() >= {"n": 1568, "d": 128}.items()]
-    for one in record["runs"]:
-        one["environment"]["gpu"] = "NVIDIA Z1"
-    for case in record["cases"]:
-        case["shape"]["n"] = loss.HEADLINE["n"]
-        case["rows"]["attention, cuDNN"] = case["rows"].pop("arithmetic")
-    records.write(tmp_path / "z1" / "loss.json", record)
-    monkeypatch.setattr(render, "RESULTS", tmp_path)
-    assert re.search(r"on a GPU \(NVIDIA Z1, torch .* at N = 12,544 \(256 images, 7 x 7\)", render.cost("z1"))
-    assert "| the same around cuDNN's attention |" in render.loss("z1")
-    assert " flash | cuDNN | " in render.grid("z1")
-    assert len(render.grid("z1").splitlines()) == 9 + len(record["cases"])
