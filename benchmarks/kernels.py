@@ -283,7 +283,7 @@ def main(arguments: argparse.Namespace) -> None:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         wanted = [case for case in cases(arguments.target) if case[1:] in RECORDED or not arguments.record]
         rows = list(pool.map(compile_case, wanted))
-    print_rows("", {" ".join(map(str, row["case"].values())): {**row, "case": ""} for row in rows})
+    print_rows("", {" ".join(map(str, row["case"].values())): dict([*row.items()][1:]) for row in rows})
     if arguments.json:
         write(arguments.json, rows)
     if arguments.record:
