@@ -83,7 +83,7 @@ def info_nce(
     margin = margins(to_operand(q), to_operand(to_row(k)), to_operand(negatives))
     logits = margins(q, k, negatives) / temperature  # s_j - s+
     loss = np.logaddexp(0, np.logaddexp.reduce(logits, 2, initial=-np.inf))  # log(1 + sum_j exp(s_j - s+))
-    loss = np.where(lost, np.nan, loss)
+    loss = np.where(lost | (logits == np.inf).any(2), np.nan, loss)
 
     rows = np.ones(index.shape) if weight is None else weight.astype(np.float64)
     rows = rows if valid is None else np.where(valid, rows, 0.0)

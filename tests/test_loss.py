@@ -106,7 +106,7 @@ def test_any_values(backend: str, case: helpers.Case, data: st.DataObject) -> No
     if case.reduction != "mean":
         terms *= max(1.0, float(weight.max()))
     np.testing.assert_allclose(seen.loss.numpy(), truth.loss, rtol=tolerance, atol=terms * tolerance / 10)
-    if case.temperature < 1e-9:  # 1 / t swallows the log of a number of ties, and the oracle's probabilities with it
+    if terms > 1e9:  # such logits swallow the log of a number of ties, and the oracle's probabilities with it
         return
     lengths = np.linalg.norm(helpers.flat64(case.query), axis=1)
     # test_loss_numerics.py says which gradients NaN may reach.
