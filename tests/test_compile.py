@@ -33,15 +33,13 @@ def no_recompile(first_call: bool) -> AbstractContextManager[Any]:
 
 
 @pytest.mark.parametrize(("compiler", "init"), [("inductor", "random"), ("aot_eager", "empty")])
-def test_whole_step(backend: str, compiler: str, init: str) -> None:
+def test_whole_step(fused: str, compiler: str, init: str) -> None:
     """Heads, matching, both losses, rank, backward and enqueue: four steps as in eager mode, and one graph."""
-    if compiler == "inductor" and backend == "eager":
-        pytest.skip("one backend is enough for the slow compiler")
-    plain = Step(backend, torch.float32, init)
+    plain = Step(fused, torch.float32, init)
     other = copy.deepcopy(plain)
     fast = compiled(other, compiler)
     for step in range(4):  # 16 keys into 13 rows: wraps once
-        features, results = helpers.to_device(backend, *views(4, torch.float32)), []
+        features, results = helpers.to_device(fused, *views(4, torch.float32)), []
         for model, call in ((plain, plain), (other, fast)):
             model.head.zero_grad()
             with no_recompile(step == 0):

@@ -248,7 +248,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(params=JUNK | TENSORS)
 def test_junk_as_crop_parameters(params: Any) -> None:
     """An error or, where it has the form of parameters by chance, (B, 4) numbers."""
