@@ -9,14 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NORM_EPS_SQUARED = tl.constexpr(1e-24)  # densecl_ops._numerics.NORM_EPS squared
-
-
-@triton.jit
-def _inverse(squares):
-    """1 / norm from a sum of squares, 0 for a feature with no direction, NaN for one whose square overflows."""
-    inverse = tl.where(squares > NORM_EPS_SQUARED, 1.0 / tl.sqrt(squares), 0.0)
-    return tl.where(squares == float("inf"), float("nan"), inverse)
+from densecl_ops.info_nce.triton_kernels import inverse_norm
 
 
 @triton.jit
@@ -70,7 +63,7 @@ def inverse_norm_kernel(
     for first in tl.range(0, channels, BLOCK_C):
         squares = _add_squares(squares, _load(base, tile, first, stride_c, channels, mask, EVEN_C))
     squares, position = tl.sum(squares, 0), first_position + tl.arange(0, BLOCK_P)
-    tl.store(out_ptr + image * positions + position, _inverse(squares), mask=position < positions)
+    tl.store(out_ptr + image * positions + position, inverse_norm(squares), mask=position < positions)
 
 
 @triton.jit
@@ -183,7 +176,7 @@ def match_kernel(
                 query_squares, key_squares = _diagonal(query_squares), _diagonal(key_squares)
             else:
                 query_squares, key_squares = tl.sum(query_squares, 0), tl.sum(key_squares, 0)
-            query_inverse, key_inverse = _inverse(query_squares), _inverse(key_squares)
+            query_inverse, key_inverse = inverse_norm(query_squares), inverse_norm(key_squares)
             if back_ptr is not None:
                 # The key norm cannot change an argmax over queries, nor the query norm one over keys.
                 if TRANSPOSE:

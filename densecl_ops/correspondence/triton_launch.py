@@ -54,9 +54,9 @@ def choose(architecture: str, dtype: torch.dtype, positions: int, odd: bool = Fa
         return Config(64, 64, 32, 4, 4) if family == "mfma" else Config(64, 64, 64, 4, 3)
     if dtype == torch.float32:  # three tf32 products of split operands need three times the registers
         return Config(64, 64, 32, 8, 3)  # with 4 warps 14x14 maps spill up to 564 bytes (sm_120)
-    if positions > 128 and family in ("wgmma", "tcgen05"):  # 14x14 queries are read once, and keys twice
-        return Config(128, 256, 32, 8, 3)
-    return Config(128, 128, 64, 8, 3)  # 128 x 256 spills 224 bytes (sm_80)
+    if positions > 128 and family != "mfma":  # 14x14 queries are read once, and keys twice
+        return Config(128, 256, 16 if family == "mma" else 32, 8, 3)  # with 32 channels mma spills 224 bytes (sm_80)
+    return Config(128, 128, 64, 8, 3)
 
 
 def alignment(*features: Tensor) -> int:

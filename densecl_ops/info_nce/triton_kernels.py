@@ -38,20 +38,65 @@ def _load_tile(pointer, row, channel, exists, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(base, offset, channel, channel_stride, exists, CHANNELS: tl.constexpr):
-    """(BLOCK_D, rows) from `base`, one column per element of `offset`; zero where nothing exists.
+def _load_columns(
+    features_ptr, image, position, exists, size, stride_b, stride_d, stride_p,
+    IMAGE: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_D, rows) of a map: in column i the feature at position[i] of image[i]; zero where it does not exist.
 
-    In an NCHW map neighbouring rows, not neighbouring channels, lie side by side: a warp then reads 64 bytes in one
-    piece instead of 32 pieces of 2. In other layouts the compiler sees that channels lie side by side.
+    An IMAGE is read as it lies, in whole sectors, and gathered in shared memory. Else a warp reads 64 bytes of an NCHW
+    map in one piece, since neighbouring rows lie side by side; in other layouts the compiler sees that channels do.
     """
-    pointers = base + offset[None, :] + (channel.to(tl.int64) * channel_stride)[:, None]
-    return tl.load(pointers, mask=tl.trans(_mask(exists, channel, CHANNELS)), other=0.0)
+    if IMAGE:
+        HALF: tl.constexpr = BLOCK_D // 2  # of 64 x 64 elements, no store to shared memory is 2 bytes wide (LLVM)
+        base, flat = features_ptr + image * stride_b, tl.arange(0, HALF * position.shape[0])
+        place = tl.reshape(tl.arange(0, HALF)[:, None] * size + position.to(tl.int32)[None, :], flat.shape)
+        low = tl.load(base + flat, mask=flat < min(CHANNELS, HALF) * size, other=0.0)
+        high = tl.load(base + HALF * size + flat, mask=flat < (CHANNELS - HALF) * size, other=0.0)
+        halves = tl.join(tl.gather(low, place, 0), tl.gather(high, place, 0))
+        columns = tl.reshape(tl.trans(halves), [BLOCK_D, position.shape[0]])
+    else:
+        channel = tl.arange(0, BLOCK_D)
+        offset = image * stride_b + position.to(tl.int64) * stride_p
+        pointers = features_ptr + offset[None, :] + (channel.to(tl.int64) * stride_d)[:, None]
+        columns = tl.load(pointers, mask=tl.trans(_mask(exists, channel, CHANNELS)), other=0.0)
+    return columns
 
 
 @triton.jit
-def _inverse_norm(vectors, AXIS: tl.constexpr):
-    """1 / |vector|, 0 for one with no direction, NaN for one whose square overflows."""
-    squares = tl.sum(vectors * vectors, AXIS)
+def _add_columns(sums, values):
+    """Adds columns of a tile, one after another, to sums that one thread has: a loop adds across threads at its end.
+
+    Of 8 sums, column j goes to sum j % 8, as mma and wgmma lay a tile out; of 2, as tcgen05 does, to its half's.
+    """
+    ROWS: tl.constexpr = values.shape[0]
+    HALF: tl.constexpr = values.shape[1] // 2
+    if values.shape[1] == sums.shape[1]:
+        sums += values
+    else:
+        if sums.shape[1] == 8:
+            one, other = tl.split(tl.permute(tl.reshape(values, [ROWS, 2, HALF]), 0, 2, 1))
+        else:
+            one, other = tl.split(tl.reshape(values, [ROWS, HALF, 2]))
+        sums = _add_columns(_add_columns(sums, one), other)
+    return sums
+
+
+@triton.jit
+def _sum(values, IMAGE: tl.constexpr):
+    """Over channels. Those of an IMAGE lie in 4 warps, whose sums tl.sum would store with 4-way bank conflicts."""
+    if IMAGE:
+        warps = tl.sum(tl.reshape(values, [values.shape[0] // 4, 4, values.shape[1]]), 0)
+        zero = tl.zeros([values.shape[1], 1], tl.float32)
+        total = tl.reshape(_add_columns(zero, tl.trans(warps)), [values.shape[1]])
+    else:
+        total = tl.sum(values, 0)
+    return total
+
+
+@triton.jit
+def inverse_norm(squares):
+    """1 / |vector| from the sum of its squares, 0 for one with no direction, NaN for one whose square overflows."""
     inverse = tl.where(squares > NORM_EPS_SQUARED, 1.0 / tl.sqrt(squares), 0.0)
     return tl.where(squares == float("inf"), float("nan"), inverse)
 
@@ -74,19 +119,6 @@ def _operand(values, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _compare(logits, per_tie, offset):
-    """(N, K / 2), of each pair the sum of: 2 where a logit lies above the positive's, 1 where they tie, else 0.
-
-    The difference in units of 4 ties, plus 1/2, is cut to [0, 1]. Two of them are added, and rounded to a multiple of
-    1/2 by adding 2^22; what that makes of the bits is the answer. 2.25 instructions a logit (FFMA.SAT, FADD, a quarter
-    of an IADD3); two comparisons take 4.5. Four would round wrong where all tie: a tie is off by up to 1/16.
-    """
-    place = tl.minimum(tl.maximum(logits * per_tie + offset, 0.0), 1.0)
-    pairs = tl.sum(tl.reshape(place, [logits.shape[0], logits.shape[1] // 2, 2]), 2)
-    return (pairs + 4194304.0).to(tl.int32, bitcast=True) - 0x4A800000
-
-
-@triton.jit
 def prepare_kernel(
     query_ptr,  # (B, D, P) raw
     key_ptr,  # (B, D, P_k) raw
@@ -105,39 +137,53 @@ def prepare_kernel(
     key_stride_b, key_stride_d, key_stride_p,
     ROW_DTYPE: tl.constexpr,  # in which the negatives are kept
     PRECISION: tl.constexpr,  # input_precision of the products
+    IMAGE: tl.constexpr,  # whether a program takes an image; both maps are then NCHW, of at most BLOCK_N positions
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program i: BLOCK_N rows, read once in the layout the user has, so that all other reads are contiguous."""
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists, channel = row < rows, tl.arange(0, BLOCK_D)
-    image, position = (row // positions).to(tl.int64), row % positions
-    offset = image * query_stride_b + position.to(tl.int64) * query_stride_p
-    query_raw = _load_columns(query_ptr, offset, channel, query_stride_d, exists, CHANNELS)
+    """Program i: BLOCK_N rows, or image i. They are read once in the user's layout, so that all else is contiguous."""
+    tile_row, channel = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    first = tl.program_id(0) * (positions if IMAGE else BLOCK_N)
+    row = first + tile_row
+    if IMAGE:
+        image, position, exists = tl.program_id(0).to(tl.int64), tile_row, tile_row < positions
+    else:
+        image, position, exists = (row // positions).to(tl.int64), row % positions, row < rows
+    query_raw = _load_columns(
+        query_ptr, image, position, exists, positions, query_stride_b, query_stride_d, query_stride_p,
+        IMAGE, CHANNELS, BLOCK_D,
+    )  # fmt: skip
     match = position.to(tl.int64)
     if index_ptr is not None:
         index = tl.load(index_ptr + row, mask=exists, other=0)
         inside = (index >= 0) & (index < key_positions)
         match = tl.where(inside, index, 0)
     key_raw = _load_columns(
-        key_ptr, image * key_stride_b + match * key_stride_p, channel, key_stride_d, exists, CHANNELS
-    )
-    if index_ptr is not None:
+        key_ptr, image, match, exists, key_positions, key_stride_b, key_stride_d, key_stride_p,
+        IMAGE, CHANNELS, BLOCK_D,
+    )  # fmt: skip
+    if index_ptr is not None and not IMAGE:
         key_raw = tl.where(inside[None, :], key_raw, float("nan"))
 
     query, key = query_raw.to(tl.float32), key_raw.to(tl.float32)
-    key *= _inverse_norm(key, 0)[None, :]
-    query *= (_inverse_norm(query, 0) * (_inverse_temperature(scale, scale_ptr) * LOG2_E))[None, :]
+    query_inverse, key_inverse = inverse_norm(_sum(query * query, IMAGE)), inverse_norm(_sum(key * key, IMAGE))
+    if IMAGE:  # What depends on a sum is moved to the layout of its store; else it would be gathered there once more.
+        if index_ptr is not None:
+            key_inverse = tl.where(inside, key_inverse, float("nan"))
+        query_raw = tl.where((query_inverse == query_inverse)[None, :], query_raw, float("nan"))
+        key_raw = tl.where((key_inverse == key_inverse)[None, :], key_raw, float("nan"))
+    key *= key_inverse[None, :]
+    query *= (query_inverse * (_inverse_temperature(scale, scale_ptr) * LOG2_E))[None, :]
     scaled = query.to(scaled_ptr.dtype.element_ty)
-    out = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :] * CHANNELS + channel[:, None]
+    out = (first.to(tl.int64) + tile_row)[None, :] * CHANNELS + channel[:, None]
     mask = tl.trans(_mask(exists, channel, CHANNELS))
     tl.store(scaled_ptr + out, scaled, mask=mask)
     if query_rows_ptr is not None:
         tl.store(query_rows_ptr + out, query_raw, mask=mask)
         tl.store(key_rows_ptr + out, key_raw, mask=mask)
-    tl.store(positive_ptr + row, tl.sum(query * key, 0), mask=exists)
+    tl.store(positive_ptr + row, _sum(query * key, IMAGE), mask=exists)
     if rank_positive_ptr is not None:
         negative = key.to(ROW_DTYPE).to(scaled.dtype)
-        positive = tl.sum(_operand(scaled, PRECISION) * _operand(negative, PRECISION), 0)
+        positive = _sum(_operand(scaled, PRECISION) * _operand(negative, PRECISION), IMAGE)
         tl.store(rank_positive_ptr + row, positive, mask=exists)
 
 
@@ -161,6 +207,7 @@ def attend_kernel(
     per_split,  # queue rows per split, a multiple of BLOCK_K
     PRECISION: tl.constexpr,  # input_precision of the products
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SUMS: tl.constexpr,  # of a row, over some of its columns each: see _add_columns
     CHUNK_D: tl.constexpr,  # channels per step of the first product; BLOCK_D keeps the queries in place instead
 ):  # fmt: skip
     """Program (i, s): BLOCK_N query rows over the s-th part of the queue."""
@@ -174,13 +221,16 @@ def attend_kernel(
         excluded = tl.load(exclude_ptr + row // positions, mask=row_exists, other=-1)
         excluded = tl.where((excluded >= 0) & (excluded < size), excluded, -1).to(tl.int32)
 
-    denominator = tl.zeros([BLOCK_N], tl.float32)
+    denominator = tl.zeros([BLOCK_N, SUMS], tl.float32)
     if shift_ptr is not None:
         shift = tl.full([BLOCK_N], float("-inf"), tl.float32)
     if numerator_ptr is not None:
         numerator = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if above_ptr is not None:
-        above = tl.zeros([BLOCK_N], tl.int32)
+        # The difference to the positive's logit in units of 4 ties, plus 1/2, is cut to [0, 1]. A tie may be off 1/2 by
+        # 1/16, so each sum is rounded to multiples of 1/2: from 2^22 on float32 has no others, and its bits count them.
+        # 2 instructions a logit (FFMA.SAT, FADD); two comparisons take 4.5.
+        above = tl.full([BLOCK_N, SUMS], 4194304.0, tl.float32)
         per_tie = 0.25 / (TIE * LOG2_E * _inverse_temperature(scale, scale_ptr))
         offset = 0.5 - per_tie * tl.load(rank_positive_ptr + row, mask=row_exists, other=0.0)
 
@@ -223,7 +273,7 @@ def attend_kernel(
             if exclude_ptr is not None:
                 logits = tl.where(column[None, :] == excluded[:, None], float("-inf"), logits)
             if above_ptr is not None:
-                above += tl.sum(_compare(logits, per_tie, offset[:, None]), 1)
+                above = _add_columns(above, tl.minimum(tl.maximum(logits * per_tie + offset[:, None], 0.0), 1.0))
             # Without a shift |logit| <= 70 / ln 2 keeps exp2 and its sum in float32.
             if shift_ptr is not None:
                 higher = tl.maximum(shift, tl.max(logits, 1))
@@ -231,20 +281,21 @@ def attend_kernel(
                 rescale = tl.exp2(shift - finite)
                 shift = higher
                 logits -= finite[:, None]
-                denominator *= rescale
+                denominator *= rescale[:, None]
                 if numerator_ptr is not None:
                     numerator *= rescale[:, None]
             weight = tl.exp2(logits)
-            denominator += tl.sum(weight, 1)
+            denominator = _add_columns(denominator, weight)
             if numerator_ptr is not None:
                 numerator = tl.dot(weight.to(negatives.dtype), negatives, numerator, input_precision=PRECISION)
 
     out = tl.program_id(1).to(tl.int64) * rows + tl.program_id(0) * BLOCK_N
-    tl.store(denominator_ptr + out + tile_row, denominator, mask=row_exists)
+    tl.store(denominator_ptr + out + tile_row, tl.sum(denominator, 1), mask=row_exists)
     if shift_ptr is not None:
         tl.store(shift_ptr + out + tile_row, shift, mask=row_exists)
     if above_ptr is not None:
-        tl.store(above_ptr + out + tile_row, above, mask=row_exists)
+        halves = above.to(tl.int32, bitcast=True) - 0x4A800000  # the bits of 2^22
+        tl.store(above_ptr + out + tile_row, tl.sum(halves, 1), mask=row_exists)
     if numerator_ptr is not None:
         pointers = numerator_ptr + out * CHANNELS + tile_row[:, None] * CHANNELS + channel[None, :]
         tl.store(pointers, numerator, mask=_mask(row_exists, channel, CHANNELS))
@@ -312,13 +363,13 @@ def combine_kernel(
     if grad_query_ptr is not None:
         query = _load_tile(query_rows_ptr, row, channel, row_exists, CHANNELS).to(tl.float32)
         key = _load_tile(key_rows_ptr, row, channel, row_exists, CHANNELS).to(tl.float32)
-        inverse_norm = _inverse_norm(query, 1)
-        query *= inverse_norm[:, None]
-        key *= _inverse_norm(key, 1)[:, None]
+        inverse = inverse_norm(tl.sum(query * query, 1))
+        query *= inverse[:, None]
+        key *= inverse_norm(tl.sum(key * key, 1))[:, None]
         mean = numerator / tl.where(denominator == 0, 1.0, denominator)[:, None]
         grad = (mean - key) * pull[:, None]
         along = tl.sum(grad * query, 1)
-        grad_query = (grad - query * along[:, None]) * (inverse_norm * _inverse_temperature(scale, scale_ptr))[:, None]
+        grad_query = (grad - query * along[:, None]) * (inverse * _inverse_temperature(scale, scale_ptr))[:, None]
         pointers = grad_query_ptr + row[:, None] * CHANNELS + channel[None, :]
         tl.store(pointers, grad_query, mask=_mask(row_exists, channel, CHANNELS))
         tl.store(grad_scale_ptr + row, along, mask=row_exists)

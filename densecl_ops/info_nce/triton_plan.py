@@ -101,7 +101,7 @@ def plan_forward(problem: Problem, splits: int | None) -> Plan:
     device, channels = _triton.describe(query.device), query.shape[1]
     lean = problem.exclude is None and channels == block_d(channels)
     return _plan_forward(
-        (query.shape, query.stride(), key.shape, key.stride()),
+        ((query.shape, query.stride()), (key.shape, key.stride())),
         negatives.shape[0],
         negatives.dtype,
         problem.matmul_dtype,
@@ -114,7 +114,7 @@ def plan_forward(problem: Problem, splits: int | None) -> Plan:
 
 @functools.lru_cache(maxsize=1024)  # built once per shape: small problems are bound by the host
 def _plan_forward(
-    maps: tuple[torch.Size | tuple[int, ...], ...],
+    maps: tuple[tuple[torch.Size, tuple[int, ...]], ...],
     size: int,
     row_dtype: torch.dtype,
     dtype: torch.dtype,
@@ -123,8 +123,9 @@ def _plan_forward(
     precision: str,
     splits: int | None,
 ) -> Plan:
-    query_shape, query_stride, key_shape, key_stride = maps
-    batch, channels, positions = query_shape
+    (batch, channels, positions), (_, _, key_positions) = (shape for shape, _ in maps)
+    # A single position may have any stride. Were it 1, as in NCHW, vectors would be read 2 bytes at a time.
+    query_stride, key_stride = ((*s[:2], channels) if shape[2] == 1 else s for shape, s in maps)
     rows, width = batch * positions, block_d(channels)
     slots = device.multiprocessors * config.programs
     # The parts of the numerator, in float32, are at most twice the bytes of the queue.
@@ -132,21 +133,27 @@ def _plan_forward(
     per_split = plan_split(rows, size, config.block_n, config.block_k, slots, splits, most)
     splits = triton.cdiv(size, per_split)
     shape = {"rows": rows, "CHANNELS": channels, "BLOCK_D": width}
-    # prepare: 4,096 elements fit 4 warps' registers. combine: with more than 4 elements a thread, those of bfloat16
-    # maps and float32 parts cannot both be read in whole sectors; and few rows a program leave more programs.
-    prepare_rows, combine_rows = max(1, 4096 // width), max(1, 1024 // width)
+    # prepare: the image of two NCHW maps where 8 warps' registers hold it, else the 4,096 elements that 4 warps hold.
+    nchw, grid = ((positions, 1), (key_positions, 1)), max(positions, key_positions)
+    image = (query_stride[1:], key_stride[1:]) == nchw and positions >= 16 and grid <= 64 and width <= 128
+    prepare_rows = triton.next_power_of_2(grid) if image else max(1, 4096 // width)
+    # combine: with more than 4 elements a thread, those of bfloat16 maps and float32 parts cannot both be read in whole
+    # sectors; and few rows a program leave more programs.
+    combine_rows = max(1, 1024 // width)
     return Plan(
         splits,
         tile_by_descriptor(device.architecture, config, channels),
-        prepare_grid=(triton.cdiv(rows, prepare_rows),),
+        prepare_grid=(batch if image else triton.cdiv(rows, prepare_rows),),
         attend_grid=(triton.cdiv(rows, config.block_n), splits),
         combine_grid=(triton.cdiv(rows, combine_rows),),
         prepare={
             "ROW_DTYPE": getattr(tl, str(row_dtype).removeprefix("torch.")),
             "PRECISION": precision,
+            "IMAGE": image,
             "BLOCK_N": prepare_rows,
+            "num_warps": max(1, prepare_rows * width // 1024) if image else 4,
             "positions": positions,
-            "key_positions": key_shape[2],
+            "key_positions": key_positions,
             **shape,
             **_triton.strides("query", query_stride, "bdp"),
             **_triton.strides("key", key_stride, "bdp"),
@@ -157,6 +164,7 @@ def _plan_forward(
             "size": size,
             "per_split": per_split,
             "PRECISION": precision,
+            "SUMS": 2 if _triton.family(device.architecture) == "tcgen05" else 8,
             "CHUNK_D": config.chunk_d or width,
             **shape,
             **_tile(config),

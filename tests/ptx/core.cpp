@@ -15,20 +15,20 @@
 // clang-format off
 enum Code {
 //OPS
-ADD_F32, SUB_F32, MUL_F32, FMA_F32, FMA_FTZ_F32, ADD_32, ADD_64, SUB_32, SUB_64, MUL_LO_32, MUL_LO_64, MUL_WIDE_U16,
-MUL_WIDE_S32, MUL_WIDE_U32, MAD_WIDE_S32, MAD_WIDE_U32, MAD_LO_64, MAD_LO_32, MUL_HI_U32, DIV_S32, DIV_U32, DIV_S64,
-DIV_U64, REM_S32, REM_U32, REM_S64, REM_U64, MIN_S32, MAX_S32, MIN_U32, MAX_U32, MIN_S64, MAX_S64, MIN_F32, MAX_F32,
-AND_32, OR_32, XOR_32, NOT_32, AND_64, OR_64, XOR_64, AND_PRED, OR_PRED, XOR_PRED, NOT_PRED, SHL_16, SHL_32, SHL_64,
-SHR_U32, SHR_S32, SHR_U64, SHR_S64, BFE_U32, BFE_S32, NEG_F32, NEG_32, ABS_F32, SETP_F32, SETP_S32, SETP_U32, SETP_S64,
-SETP_U64, SELP_32, SELP_64, CVT_F32_BF16, CVT_BF16_F32, CVT_BF16X2_F32, CVT_F16_F32, CVT_F32_F16, CVT_F16X2_F32,
-CVT_F32_S32, CVT_TF32_F32, CVT_S64_S32, CVT_U64_U32, CVT_32_64, CVT_16, MOV_32, MOV_64, MOV_PRED, PACK_16, UNPACK_16,
-PACK_32, UNPACK_32, EX2, EX2_FTZ, LG2, SQRT, SQRT_FTZ, DIV_FULL, LD_GLOBAL, ST_GLOBAL, LD_SHARED, ST_SHARED, CP_ASYNC,
-CP_COMMIT, CP_WAIT, BAR, BAR_WARP, SHFL_BFLY, SHFL_IDX, LDMATRIX, STMATRIX, MMA_BF16, MMA_F16, MMA_TF32, WGMMA,
-WG_FENCE, WG_COMMIT, WG_WAIT, FENCE_PROXY, ELECT, POPC, PRMT, BRA, RET, MB_INIT, MB_INVAL, MB_EXPECT, MB_TRY, TMA_2D,
+ADD_F32, SUB_F32, MUL_F32, FMA_RN_F32, FMA_RN_FTZ_F32, ADD_S32, ADD_S64, SUB_S32, SUB_S64, MUL_LO_S32, MUL_LO_S64,
+MUL_WIDE_U16, MUL_WIDE_S32, MUL_WIDE_U32, MAD_WIDE_S32, MAD_WIDE_U32, MAD_LO_S64, MAD_LO_S32, MUL_HI_U32, DIV_S32,
+DIV_U32, DIV_S64, DIV_U64, REM_S32, REM_U32, REM_S64, REM_U64, MIN_S32, MAX_S32, MIN_U32, MAX_U32, MIN_S64, MAX_S64,
+MIN_F32, MAX_F32, AND_B32, OR_B32, XOR_B32, NOT_B32, AND_B64, OR_B64, XOR_B64, AND_PRED, OR_PRED, XOR_PRED, NOT_PRED,
+SHL_B16, SHL_B32, SHL_B64, SHR_U32, SHR_S32, SHR_U64, SHR_S64, BFE_U32, BFE_S32, NEG_F32, NEG_S32, ABS_F32, SETP_F32,
+SETP_S32, SETP_U32, SETP_S64, SETP_U64, SELP_B32, SELP_B64, CVT_F32_BF16, CVT_RN_BF16_F32, CVT_RN_BF16X2_F32,
+CVT_RN_F16_F32, CVT_F32_F16, CVT_RN_F16X2_F32, CVT_RN_F32_S32, CVT_RNA_TF32_F32, CVT_S64_S32, CVT_U64_U32,
+CVT_U32_U64, CVT_U16_U32, MOV_32, MOV_64, MOV_PRED, PACK_16, UNPACK_16, PACK_32, UNPACK_32, EX2_APPROX_F32,
+EX2_APPROX_FTZ_F32, LG2_APPROX_F32, SQRT_APPROX_F32, SQRT_APPROX_FTZ_F32, DIV_FULL_F32, LD_GLOBAL, ST_GLOBAL,
+LD_SHARED, ST_SHARED, CP_ASYNC, CP_ASYNC_COMMIT_GROUP, CP_WAIT, BAR, BAR_WARP_SYNC, SHFL_BFLY, SHFL_IDX, LDMATRIX,
+STMATRIX, MMA_BF16, MMA_F16, MMA_TF32, WGMMA, WGMMA_FENCE_SYNC_ALIGNED, WGMMA_COMMIT_GROUP_SYNC_ALIGNED, WG_WAIT,
+FENCE_PROXY_ASYNC_SHARED_CTA, ELECT, POPC_B32, PRMT_B32, BRA, RET, MB_INIT, MB_INVAL, MB_EXPECT, MB_TRY, TMA_2D,
 //END
 COUNT };
-// clang-format on
-// clang-format off
 struct Op { int32_t code, a, b, c, pred, neg, off, nd; };  // a, b, c: modifiers; pred: slot or -1; off: of its operands
 struct Range { uint64_t lo, hi; uint32_t* writers; int64_t writable; };  // a tensor, and who wrote each byte
 struct TensorMap { uint64_t base; int64_t dims[2], stride, box[2], es, swizzle; };
@@ -86,26 +86,11 @@ static inline u32 permute(u64 bytes, u32 selector) {
   }
   return out;
 }
-// eq, ne, lt, le, gt, ge, neu, num, nan, equ, ltu, leu, gtu, geu: those that end in u hold where an operand is NaN.
+// eq, ne, lt, le, gt, ge; the same, which hold where an operand is NaN too; num, nan.
 template <class T>
 static inline bool compare(int how, T x, T y) {
-  bool nan = x != x || y != y;
-  switch (how) {
-    case 0: return x == y;
-    case 1: return !nan && x != y;
-    case 2: return x < y;
-    case 3: return x <= y;
-    case 4: return x > y;
-    case 5: return x >= y;
-    case 6: return nan || x != y;
-    case 7: return !nan;
-    case 8: return nan;
-    case 9: return nan || x == y;
-    case 10: return nan || x < y;
-    case 11: return nan || x <= y;
-    case 12: return nan || x > y;
-    default: return nan || x >= y;
-  }
+  bool nan = x != x || y != y, holds[] = {x == y, x < y || x > y, x < y, x <= y, x > y, x >= y};
+  return how < 12 ? holds[how % 6] || (how > 5 && nan) : nan == (how == 13);
 }
 
 // clang-format off
@@ -152,10 +137,8 @@ struct Machine {
     return 0;
   }
   void sectors(i64* s, const u64* addr, u32 m, int n) {
-    u64 list[64];
-    int k = 0;
-    u64 first[32];
-    int j = 0;
+    u64 list[64], first[32];
+    int k = 0, j = 0;
     for (int l = 0; l < 32; l++)
       if (m >> l & 1) {
         first[j++] = addr[l];
@@ -241,8 +224,7 @@ struct Machine {
     int per = n <= 4 ? 32 : n == 8 ? 16 : 8, words = std::max(1, n / 4);
     for (int base = 0; base < 32; base += per) {
       u32 seen[32][32];
-      int k[32] = {0};
-      int most = 0;
+      int k[32] = {0}, most = 0;
       for (int l = base; l < base + per; l++)
         if (m >> l & 1)
           for (int i = 0; i < words; i++) {
@@ -278,14 +260,9 @@ struct Machine {
     return a;
   }
   float element(u32 a, int type) {
-    if (type == 2) {
-      u32 x;
-      memcpy(&x, &memory[a], 4);
-      return tf32(x);
-    }
-    uint16_t x;
-    memcpy(&x, &memory[a], 2);
-    return type == 0 ? f(u32(x) << 16) : half(x);
+    u32 x = 0;
+    memcpy(&x, &memory[a], type == 2 ? 4 : 2);
+    return type == 2 ? tf32(x) : type == 0 ? f(x << 16) : half(x);
   }
   // a: n; b: type (0 bf16, 1 f16, 2 tf32) | A in registers << 4 | transA << 5 | transB << 6. Operands: D, A, B,
   // scale-d.
@@ -311,7 +288,7 @@ struct Machine {
     mark(w, g, -1, true, pc);
     for (int k = 0; k < K; k++)
       for (int c = 0; c < n; c++) B[k][c] = element(place(g.db, c, k, es, op.b >> 6 & 1), type);
-    if (op.b >> 4 & 1) fragment(w, o + n / 2, type, A);
+    if (op.b >> 4 & 1) fragment(w, o + n / 2, 4, type, A);
     else
       for (int r = 0; r < 16; r++)
         for (int k = 0; k < K; k++) A[r][k] = element(place(g.da, w.id % 4 * 16 + r, k, es, op.b >> 5 & 1), type);
@@ -327,43 +304,35 @@ struct Machine {
       }
     }
   }
-  void fragment(Warp& w, const i32* o, int type, float (*A)[16]) {
+  // Of A: 4 registers; of B, transposed: 2.
+  void fragment(Warp& w, const i32* o, int registers, int type, float (*A)[16]) {
     for (int l = 0; l < 32; l++)
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < registers; i++) {
         u32 x = w.reg[size_t(o[i]) * 32 + l];
-        int r = l / 4 + (i & 1) * 8;
-        if (type == 2) A[r][l % 4 + (i >> 1) * 4] = tf32(x);
+        int r = registers == 4 ? l / 4 + (i & 1) * 8 : l / 4, high = registers == 4 ? i >> 1 : i;
+        if (type == 2) A[r][l % 4 + high * 4] = tf32(x);
         else {
-          int k = l % 4 * 2 + (i >> 1) * 8;
+          int k = l % 4 * 2 + high * 8;
           A[r][k] = type == 0 ? f(x << 16) : half(x & 0xffff);
           A[r][k + 1] = type == 0 ? f(x & 0xffff0000u) : half(x >> 16);
         }
       }
   }
   void mma(Warp& w, const i32* o, int type) {  // D(4) A(4) B(2) C(4)
-    float A[16][16], B[16][8];
-    int K = type == 2 ? 8 : 16;
-    fragment(w, o + 4, type, A);
-    for (int l = 0; l < 32; l++)
-      for (int i = 0; i < 2; i++) {
-        u32 x = w.reg[size_t(o[8 + i]) * 32 + l];
-        if (type == 2) B[l % 4 + i * 4][l / 4] = tf32(x);
-        else {
-          int k = l % 4 * 2 + i * 8;
-          B[k][l / 4] = type == 0 ? f(x << 16) : half(x & 0xffff);
-          B[k + 1][l / 4] = type == 0 ? f(x & 0xffff0000u) : half(x >> 16);
-        }
-      }
-    float D[16][8];
-    for (int r = 0; r < 16; r++) {
-      double s[8] = {0};
-      for (int k = 0; k < K; k++)
-        for (int c = 0; c < 8; c++) s[c] += double(A[r][k]) * B[k][c];
-      for (int c = 0; c < 8; c++)
-        D[r][c] = float(s[c] + f(w.reg[size_t(o[10 + (r >= 8) * 2 + c % 2]) * 32 + r % 8 * 4 + c / 2]));
-    }
+    float A[16][16], B[8][16], D[16][8];
+    fragment(w, o + 4, 4, type, A);
+    fragment(w, o + 8, 2, type, B);
+    auto place = [&](int first, int r, int c) {
+      return w.reg + size_t(o[first + (r >= 8) * 2 + c % 2]) * 32 + r % 8 * 4 + c / 2;
+    };
     for (int r = 0; r < 16; r++)
-      for (int c = 0; c < 8; c++) w.reg[size_t(o[(r >= 8) * 2 + c % 2]) * 32 + r % 8 * 4 + c / 2] = u(D[r][c]);
+      for (int c = 0; c < 8; c++) {
+        double sum = 0;
+        for (int k = 0; k < (type == 2 ? 8 : 16); k++) sum += double(A[r][k]) * B[c][k];
+        D[r][c] = float(sum + f(*place(10, r, c)));
+      }
+    for (int r = 0; r < 16; r++)
+      for (int c = 0; c < 8; c++) *place(0, r, c) = u(D[r][c]);
   }
   // ---- execution
   void all(Warp& w, u32 m, int pc) {
@@ -443,21 +412,21 @@ struct Machine {
         case ADD_F32: L(F(0)[l] = F(1)[l] + F(2)[l]);
         case SUB_F32: L(F(0)[l] = F(1)[l] - F(2)[l]);
         case MUL_F32: L(F(0)[l] = F(1)[l] * F(2)[l]);
-        case FMA_F32: L(F(0)[l] = __builtin_fmaf(F(1)[l], F(2)[l], F(3)[l]));
-        case FMA_FTZ_F32: L(F(0)[l] = ftz(__builtin_fmaf(ftz(F(1)[l]), ftz(F(2)[l]), ftz(F(3)[l]))));
-        case ADD_32: L(R(0)[l] = R(1)[l] + R(2)[l]);
-        case ADD_64: L(U6(0)[l] = U6(1)[l] + U6(2)[l]);
-        case SUB_32: L(R(0)[l] = R(1)[l] - R(2)[l]);
-        case SUB_64: L(U6(0)[l] = U6(1)[l] - U6(2)[l]);
-        case MUL_LO_32: L(R(0)[l] = R(1)[l] * R(2)[l]);
+        case FMA_RN_F32: L(F(0)[l] = __builtin_fmaf(F(1)[l], F(2)[l], F(3)[l]));
+        case FMA_RN_FTZ_F32: L(F(0)[l] = ftz(__builtin_fmaf(ftz(F(1)[l]), ftz(F(2)[l]), ftz(F(3)[l]))));
+        case ADD_S32: L(R(0)[l] = R(1)[l] + R(2)[l]);
+        case ADD_S64: L(U6(0)[l] = U6(1)[l] + U6(2)[l]);
+        case SUB_S32: L(R(0)[l] = R(1)[l] - R(2)[l]);
+        case SUB_S64: L(U6(0)[l] = U6(1)[l] - U6(2)[l]);
+        case MUL_LO_S32: L(R(0)[l] = R(1)[l] * R(2)[l]);
         case MUL_WIDE_U16: L(R(0)[l] = (R(1)[l] & 0xffff) * (R(2)[l] & 0xffff));
-        case MUL_LO_64: L(U6(0)[l] = U6(1)[l] * U6(2)[l]);
+        case MUL_LO_S64: L(U6(0)[l] = U6(1)[l] * U6(2)[l]);
         case MUL_WIDE_S32: L(I6(0)[l] = i64(I(1)[l]) * I(2)[l]);
         case MUL_WIDE_U32: L(U6(0)[l] = u64(R(1)[l]) * R(2)[l]);
         case MAD_WIDE_S32: L(I6(0)[l] = i64(I(1)[l]) * I(2)[l] + I6(3)[l]);
         case MAD_WIDE_U32: L(U6(0)[l] = u64(R(1)[l]) * R(2)[l] + U6(3)[l]);
-        case MAD_LO_64: L(U6(0)[l] = U6(1)[l] * U6(2)[l] + U6(3)[l]);
-        case MAD_LO_32: L(R(0)[l] = R(1)[l] * R(2)[l] + R(3)[l]);
+        case MAD_LO_S64: L(U6(0)[l] = U6(1)[l] * U6(2)[l] + U6(3)[l]);
+        case MAD_LO_S32: L(R(0)[l] = R(1)[l] * R(2)[l] + R(3)[l]);
         case MUL_HI_U32: L(R(0)[l] = u64(R(1)[l]) * R(2)[l] >> 32);
 #define DIV(T, Q) { \
   T* d = (T*)R(0); T* a = (T*)R(1); T* b = (T*)R(2); \
@@ -481,21 +450,21 @@ struct Machine {
         case MAX_S64: L(I6(0)[l] = std::max(I6(1)[l], I6(2)[l]));
         case MIN_F32: L(F(0)[l] = least(F(1)[l], F(2)[l], op.a));
         case MAX_F32: L(F(0)[l] = -least(-F(1)[l], -F(2)[l], op.a));
-        case AND_32: L(R(0)[l] = R(1)[l] & R(2)[l]);
-        case OR_32: L(R(0)[l] = R(1)[l] | R(2)[l]);
-        case XOR_32: L(R(0)[l] = R(1)[l] ^ R(2)[l]);
-        case NOT_32: L(R(0)[l] = ~R(1)[l]);
-        case AND_64: L(U6(0)[l] = U6(1)[l] & U6(2)[l]);
-        case OR_64: L(U6(0)[l] = U6(1)[l] | U6(2)[l]);
-        case XOR_64: L(U6(0)[l] = U6(1)[l] ^ U6(2)[l]);
+        case AND_B32: L(R(0)[l] = R(1)[l] & R(2)[l]);
+        case OR_B32: L(R(0)[l] = R(1)[l] | R(2)[l]);
+        case XOR_B32: L(R(0)[l] = R(1)[l] ^ R(2)[l]);
+        case NOT_B32: L(R(0)[l] = ~R(1)[l]);
+        case AND_B64: L(U6(0)[l] = U6(1)[l] & U6(2)[l]);
+        case OR_B64: L(U6(0)[l] = U6(1)[l] | U6(2)[l]);
+        case XOR_B64: L(U6(0)[l] = U6(1)[l] ^ U6(2)[l]);
         case AND_PRED: P(0) = (P(0) & ~m) | ((P(1) & P(2)) & m); break;
         case OR_PRED: P(0) = (P(0) & ~m) | ((P(1) | P(2)) & m); break;
         case XOR_PRED: P(0) = (P(0) & ~m) | ((P(1) ^ P(2)) & m); break;
         case NOT_PRED: P(0) = (P(0) & ~m) | (~P(1) & m); break;
         case MOV_PRED: P(0) = (P(0) & ~m) | (P(1) & m); break;
-        case SHL_16: L(R(0)[l] = R(2)[l] > 15 ? 0 : (R(1)[l] << R(2)[l]) & 0xffff);
-        case SHL_32: L(R(0)[l] = R(2)[l] > 31 ? 0 : R(1)[l] << R(2)[l]);
-        case SHL_64: L(U6(0)[l] = R(2)[l] > 63 ? 0 : U6(1)[l] << R(2)[l]);
+        case SHL_B16: L(R(0)[l] = R(2)[l] > 15 ? 0 : (R(1)[l] << R(2)[l]) & 0xffff);
+        case SHL_B32: L(R(0)[l] = R(2)[l] > 31 ? 0 : R(1)[l] << R(2)[l]);
+        case SHL_B64: L(U6(0)[l] = R(2)[l] > 63 ? 0 : U6(1)[l] << R(2)[l]);
         case SHR_U32: L(R(0)[l] = R(2)[l] > 31 ? 0 : R(1)[l] >> R(2)[l]);
         case SHR_S32: L(I(0)[l] = I(1)[l] >> std::min(R(2)[l], 31u));
         case SHR_U64: L(U6(0)[l] = R(2)[l] > 63 ? 0 : U6(1)[l] >> R(2)[l]);
@@ -504,40 +473,40 @@ struct Machine {
         case BFE_S32: L(R(0)[l] = field(R(1)[l], R(2)[l] & 255, R(3)[l] & 255, true));
         case NEG_F32: L(R(0)[l] = R(1)[l] ^ 0x80000000u);
         case ABS_F32: L(R(0)[l] = R(1)[l] & 0x7fffffffu);
-        case NEG_32: L(R(0)[l] = 0u - R(1)[l]);
+        case NEG_S32: L(R(0)[l] = 0u - R(1)[l]);
         case SETP_F32: SETP(float)
         case SETP_S32: SETP(i32)
         case SETP_U32: SETP(u32)
         case SETP_S64: SETP(i64)
         case SETP_U64: SETP(u64)
-        case SELP_32: L(R(0)[l] = P(3) >> l & 1 ? R(1)[l] : R(2)[l]);
-        case SELP_64: L(U6(0)[l] = P(3) >> l & 1 ? U6(1)[l] : U6(2)[l]);
+        case SELP_B32: L(R(0)[l] = P(3) >> l & 1 ? R(1)[l] : R(2)[l]);
+        case SELP_B64: L(U6(0)[l] = P(3) >> l & 1 ? U6(1)[l] : U6(2)[l]);
         case CVT_F32_BF16: L(R(0)[l] = R(1)[l] << 16);
-        case CVT_BF16_F32: L(R(0)[l] = bf16(F(1)[l]));
-        case CVT_BF16X2_F32: L(R(0)[l] = bf16(F(1)[l]) << 16 | bf16(F(2)[l]));
-        case CVT_F16_F32: L(R(0)[l] = tohalf(F(1)[l]));
+        case CVT_RN_BF16_F32: L(R(0)[l] = bf16(F(1)[l]));
+        case CVT_RN_BF16X2_F32: L(R(0)[l] = bf16(F(1)[l]) << 16 | bf16(F(2)[l]));
+        case CVT_RN_F16_F32: L(R(0)[l] = tohalf(F(1)[l]));
         case CVT_F32_F16: L(F(0)[l] = half(R(1)[l]));
-        case CVT_F16X2_F32: L(R(0)[l] = tohalf(F(1)[l]) << 16 | tohalf(F(2)[l]));
-        case CVT_F32_S32: L(F(0)[l] = float(I(1)[l]));
-        case CVT_TF32_F32: L(R(0)[l] = to_tf32(R(1)[l]));
+        case CVT_RN_F16X2_F32: L(R(0)[l] = tohalf(F(1)[l]) << 16 | tohalf(F(2)[l]));
+        case CVT_RN_F32_S32: L(F(0)[l] = float(I(1)[l]));
+        case CVT_RNA_TF32_F32: L(R(0)[l] = to_tf32(R(1)[l]));
         case CVT_S64_S32: L(I6(0)[l] = I(1)[l]);
         case CVT_U64_U32: L(U6(0)[l] = R(1)[l]);
-        case CVT_32_64: L(R(0)[l] = u32(U6(1)[l]));
-        case CVT_16: L(R(0)[l] = R(1)[l] & 0xffff);
+        case CVT_U32_U64: L(R(0)[l] = u32(U6(1)[l]));
+        case CVT_U16_U32: L(R(0)[l] = R(1)[l] & 0xffff);
         case MOV_32: L(R(0)[l] = R(1)[l]);
         case MOV_64: L(U6(0)[l] = U6(1)[l]);
         case PACK_16: L(R(0)[l] = (R(1)[l] & 0xffff) | R(2)[l] << 16);
         case UNPACK_16: L(u32 x = R(2)[l]; R(0)[l] = x & 0xffff; R(1)[l] = x >> 16);
         case PACK_32: L(U6(0)[l] = R(1)[l] | u64(R(2)[l]) << 32);
         case UNPACK_32: L(u64 x = U6(2)[l]; R(0)[l] = u32(x); R(1)[l] = x >> 32);
-        case EX2: L(F(0)[l] = std::exp2(F(1)[l]));
-        case EX2_FTZ: L(F(0)[l] = ftz(std::exp2(ftz(F(1)[l]))));
-        case LG2: L(F(0)[l] = std::log2(F(1)[l]));
-        case SQRT: L(F(0)[l] = std::sqrt(F(1)[l]));
-        case SQRT_FTZ: L(F(0)[l] = std::sqrt(ftz(F(1)[l])));
-        case DIV_FULL: L(F(0)[l] = F(1)[l] / F(2)[l]);
-        case POPC: L(R(0)[l] = __builtin_popcount(R(1)[l]));
-        case PRMT: L(R(0)[l] = permute(R(1)[l] | u64(R(2)[l]) << 32, R(3)[l]));
+        case EX2_APPROX_F32: L(F(0)[l] = std::exp2(F(1)[l]));
+        case EX2_APPROX_FTZ_F32: L(F(0)[l] = ftz(std::exp2(ftz(F(1)[l]))));
+        case LG2_APPROX_F32: L(F(0)[l] = std::log2(F(1)[l]));
+        case SQRT_APPROX_F32: L(F(0)[l] = std::sqrt(F(1)[l]));
+        case SQRT_APPROX_FTZ_F32: L(F(0)[l] = std::sqrt(ftz(F(1)[l])));
+        case DIV_FULL_F32: L(F(0)[l] = F(1)[l] / F(2)[l]);
+        case POPC_B32: L(R(0)[l] = __builtin_popcount(R(1)[l]));
+        case PRMT_B32: L(R(0)[l] = permute(R(1)[l] | u64(R(2)[l]) << 32, R(3)[l]));
         case ELECT: all(w, m, pc); L(R(0)[l] = 0; P(1) = 1);
         // clang-format on
         // a: bytes per element, b: elements, c: offset | sign << 31 unused; nd: 64-bit destinations (1) and sign (2)
@@ -600,10 +569,7 @@ struct Machine {
               u32 n = o[2] < 0 ? op.a : R(2)[l];
               if (n && n != (u32)op.a) say(true, pc, w.id, l, "partial cp.async of %u bytes", n);
               Copy c{sa[l], op.a, {0}};
-              if (n) {
-                gread(ga[l], c.data, n, pc, w.id, l);
-                some |= 1u << l;
-              }
+              if (n) gread(ga[l], c.data, n, pc, w.id, l), some |= 1u << l;
               swrite(sa[l], op.a, pc, w.id, l, nullptr);
               memset(&memory[sa[l]], 0xff, op.a);
               for (u32 x = sa[l]; x < sa[l] + op.a; x++) state[x].copies++;
@@ -614,45 +580,46 @@ struct Machine {
           break;
         }
           // clang-format off
-        case CP_COMMIT: all(w, m, pc); w.groups.push_back(std::move(w.open)); w.open.clear(); break;
+        case CP_ASYNC_COMMIT_GROUP: all(w, m, pc); w.groups.push_back(std::move(w.open)); w.open.clear(); break;
         case BAR: all(w, m, pc); w.waiting = true; return;
-        case BAR_WARP: break;
+        case BAR_WARP_SYNC: break;
         case MMA_BF16: all(w, m, pc); mma(w, o, 0); break;
         case MMA_F16: all(w, m, pc); mma(w, o, 1); break;
         case MMA_TF32: all(w, m, pc); mma(w, o, 2); break;
         // clang-format on
         case CP_WAIT:
           all(w, m, pc);
-          while ((int)w.groups.size() > op.a) {
-            land(w, w.groups.front(), pc);
-            w.groups.pop_front();
-          }
+          for (; (int)w.groups.size() > op.a; w.groups.pop_front()) land(w, w.groups.front(), pc);
           break;
         case SHFL_BFLY:
         case SHFL_IDX: {
           all(w, m, pc);
-          u32 t[32];
-          memcpy(t, R(1), 128);
-          u32 src[32];
+          u32 from[32], by[32];
+          memcpy(from, R(1), 128);
+          memcpy(by, R(2), 128);
           for (int l = 0; l < 32; l++) {
             if (R(3)[l] != 31) say(true, pc, w.id, l, "shfl clamp %u", R(3)[l]);
-            src[l] = op.code == SHFL_IDX ? R(2)[l] & 31 : (l ^ R(2)[l]) & 31;
+            R(0)[l] = from[(op.code == SHFL_IDX ? by[l] : l ^ by[l]) & 31];
           }
-          for (int l = 0; l < 32; l++) R(0)[l] = t[src[l]];
           break;
         }
-        case LDMATRIX: {  // a: matrices, b: trans, c: offset
+        case LDMATRIX:  // a: matrices, b: trans, c: offset
+        case STMATRIX: {
           all(w, m, pc);
-          u32 out[4][32];
+          bool load = op.code == LDMATRIX;
+          u32 from[32], out[4][32];
+          memcpy(from, R(load ? op.a : 0), 128);
           for (int i = 0; i < op.a; i++) {
             uint16_t M[8][8];
-            u32 sa[32];
+            u32 sa[8];
+            for (int l = 0; l < 32 && !load; l++)
+              for (int j = 0; j < 2; j++) (op.b ? M[l % 4 * 2 + j][l / 4] : M[l / 4][l % 4 * 2 + j]) = R(1 + i)[l] >> j * 16;
             for (int r = 0; r < 8; r++) {
-              u32 a = R(op.a)[i * 8 + r] + op.c;
-              sa[r] = a;
+              u32 a = sa[r] = from[i * 8 + r] + op.c;
               inside(a, 16, pc, w.id, i * 8 + r);
-              sread(a, 16, pc, w.id, i * 8 + r);
-              memcpy(M[r], &memory[a], 16);
+              if (load) sread(a, 16, pc, w.id, i * 8 + r);
+              else swrite(a, 16, pc, w.id, i * 8 + r, (unsigned char*)M[r]);
+              load ? memcpy(M[r], &memory[a], 16) : memcpy(&memory[a], M[r], 16);
             }
             waves(s, sa, 255, 16);
             for (int l = 0; l < 32; l++) {
@@ -660,29 +627,7 @@ struct Machine {
               out[i][l] = op.b ? M[q][p] | u32(M[q + 1][p]) << 16 : M[p][q] | u32(M[p][q + 1]) << 16;
             }
           }
-          for (int i = 0; i < op.a; i++) memcpy(R(i), out[i], 128);
-          break;
-        }
-        case STMATRIX: {  // operands: address, values
-          all(w, m, pc);
-          for (int i = 0; i < op.a; i++) {
-            uint16_t M[8][8];
-            u32 sa[32];
-            for (int l = 0; l < 32; l++) {
-              int q = l % 4 * 2, p = l / 4;
-              u32 x = R(1 + i)[l];
-              if (op.b) M[q][p] = x, M[q + 1][p] = x >> 16;
-              else M[p][q] = x, M[p][q + 1] = x >> 16;
-            }
-            for (int r = 0; r < 8; r++) {
-              u32 a = R(0)[i * 8 + r] + op.c;
-              sa[r] = a;
-              inside(a, 16, pc, w.id, i * 8 + r);
-              swrite(a, 16, pc, w.id, i * 8 + r, (unsigned char*)M[r]);
-              memcpy(&memory[a], M[r], 16);
-            }
-            waves(s, sa, 255, 16);
-          }
+          for (int i = 0; i < op.a && load; i++) memcpy(R(i), out[i], 128);
           break;
         }
         case WGMMA: {
@@ -696,39 +641,33 @@ struct Machine {
           break;
         }
           // clang-format off
-        case WG_FENCE: all(w, m, pc); w.fence_seen = true; break;
-        case WG_COMMIT: all(w, m, pc); w.product_groups.push_back(w.open_products); w.open_products.clear(); break;
+        case WGMMA_FENCE_SYNC_ALIGNED: all(w, m, pc); w.fence_seen = true; break;
+        case WGMMA_COMMIT_GROUP_SYNC_ALIGNED: all(w, m, pc); w.product_groups.push_back(w.open_products); w.open_products.clear(); break;
         // clang-format on
         case WG_WAIT:
           all(w, m, pc);
-          while ((int)w.product_groups.size() > op.a) {
+          for (; (int)w.product_groups.size() > op.a; w.product_groups.pop_front())
             for (Product& g : w.product_groups.front()) multiply(w, g, pc);
-            w.product_groups.pop_front();
-          }
           if (w.product_groups.empty()) w.fence_seen = false;
           break;
-        case FENCE_PROXY: w.fenced = now; break;
-        case MB_INIT: {
-          int l = __builtin_ctz(m);
-          u32 a = R(0)[l];
-          forget(a);
-          bars.push_back(Bar{a, (int)R(1)[l], 0, 0, 0});
-          swrite(a, 8, pc, w.id, l, nullptr);
-          break;
-        }
-        case MB_INVAL: {
-          int l = __builtin_ctz(m);
-          u32 a = R(0)[l];
-          barrier(a, pc, w.id);
-          forget(a);
-          break;
-        }
+        case FENCE_PROXY_ASYNC_SHARED_CTA: w.fenced = now; break;
+        case MB_INIT:
+        case MB_INVAL:
         case MB_EXPECT: {
           int l = __builtin_ctz(m);
-          Bar& b = barrier(R(0)[l], pc, w.id);
-          b.tx += R(1)[l];
-          b.arrived++;
-          settle(b);
+          u32 a = R(0)[l];
+          if (op.code == MB_INVAL) barrier(a, pc, w.id);
+          if (op.code == MB_EXPECT) {
+            Bar& b = barrier(a, pc, w.id);
+            b.tx += R(1)[l];
+            b.arrived++;
+            settle(b);
+            break;
+          }
+          forget(a);
+          if (op.code == MB_INVAL) break;
+          bars.push_back(Bar{a, (int)R(1)[l], 0, 0, 0});
+          swrite(a, 8, pc, w.id, l, nullptr);
           break;
         }
         case MB_TRY: {
@@ -780,8 +719,7 @@ struct Machine {
   void block() {
     memory.assign(BASE + shared, 0xff);
     state.assign(BASE + shared, Byte());
-    epoch = 1;
-    now = 1;
+    epoch = now = 1;
     bars.clear();
     regs.resize(size_t(num_slots) * 32 * num_warps);
     warps.assign(num_warps, Warp());

@@ -30,38 +30,17 @@ def build() -> ctypes.CDLL:
 _OPCODES = re.search(r"//OPS(.*?)//END", SOURCE.read_text(), re.S)
 assert _OPCODES is not None
 CODES = {name: i for i, name in enumerate(re.findall(r"\w+", _OPCODES[1]))}
-SIMPLE = {  # PTX opcode: ours, for those whose operands are plain registers or constants
-    "add.f32": "ADD_F32", "sub.f32": "SUB_F32", "mul.f32": "MUL_F32", "fma.rn.f32": "FMA_F32",
-    "fma.rn.ftz.f32": "FMA_FTZ_F32", "add.s32": "ADD_32", "add.s64": "ADD_64", "sub.s32": "SUB_32",
-    "sub.s64": "SUB_64", "mul.lo.s32": "MUL_LO_32", "mul.lo.s64": "MUL_LO_64", "mul.wide.u16": "MUL_WIDE_U16",
-    "mul.wide.s32": "MUL_WIDE_S32", "mul.wide.u32": "MUL_WIDE_U32", "mad.wide.s32": "MAD_WIDE_S32",
-    "mad.wide.u32": "MAD_WIDE_U32", "mad.lo.s64": "MAD_LO_64", "mad.lo.s32": "MAD_LO_32", "mul.hi.u32": "MUL_HI_U32",
-    "div.s32": "DIV_S32", "div.u32": "DIV_U32", "div.s64": "DIV_S64", "div.u64": "DIV_U64", "rem.s32": "REM_S32",
-    "rem.u32": "REM_U32", "rem.s64": "REM_S64", "rem.u64": "REM_U64", "min.s32": "MIN_S32", "max.s32": "MAX_S32",
-    "min.u32": "MIN_U32", "max.u32": "MAX_U32", "min.s64": "MIN_S64", "max.s64": "MAX_S64", "and.b16": "AND_32",
-    "or.b16": "OR_32", "and.b32": "AND_32", "or.b32": "OR_32", "xor.b32": "XOR_32", "not.b32": "NOT_32",
-    "and.b64": "AND_64", "or.b64": "OR_64", "xor.b64": "XOR_64", "and.pred": "AND_PRED", "or.pred": "OR_PRED",
-    "xor.pred": "XOR_PRED", "not.pred": "NOT_PRED", "shl.b16": "SHL_16", "shl.b32": "SHL_32", "shl.b64": "SHL_64",
-    "shr.u16": "SHR_U32", "shr.u32": "SHR_U32", "shr.s32": "SHR_S32", "shr.u64": "SHR_U64", "shr.s64": "SHR_S64",
-    "bfe.u32": "BFE_U32", "bfe.s32": "BFE_S32", "neg.f32": "NEG_F32", "neg.s32": "NEG_32", "abs.f32": "ABS_F32",
-    "selp.b16": "SELP_32", "selp.b32": "SELP_32", "selp.f32": "SELP_32", "selp.b64": "SELP_64",
-    "cvt.f32.bf16": "CVT_F32_BF16", "cvt.rn.bf16.f32": "CVT_BF16_F32", "cvt.rn.bf16x2.f32": "CVT_BF16X2_F32",
-    "cvt.rn.f16.f32": "CVT_F16_F32", "cvt.f32.f16": "CVT_F32_F16", "cvt.rn.f16x2.f32": "CVT_F16X2_F32",
-    "cvt.rn.f32.s32": "CVT_F32_S32", "cvt.rna.tf32.f32": "CVT_TF32_F32", "cvt.s64.s32": "CVT_S64_S32",
-    "cvt.u64.u32": "CVT_U64_U32", "cvt.u32.u64": "CVT_32_64", "cvt.u16.u32": "CVT_16", "cvt.u32.u16": "MOV_32",
-    "ex2.approx.f32": "EX2", "ex2.approx.ftz.f32": "EX2_FTZ", "lg2.approx.f32": "LG2", "sqrt.approx.f32": "SQRT",
-    "sqrt.approx.ftz.f32": "SQRT_FTZ", "div.full.f32": "DIV_FULL", "popc.b32": "POPC", "prmt.b32": "PRMT",
-    "bar.warp.sync": "BAR_WARP", "cp.async.commit_group": "CP_COMMIT", "wgmma.fence.sync.aligned": "WG_FENCE",
-    "wgmma.commit_group.sync.aligned": "WG_COMMIT", "ret": "RET", "fence.proxy.async.shared::cta": "FENCE_PROXY",
-    "max.f32": "MAX_F32", "min.f32": "MIN_F32", "max.NaN.f32": "MAX_F32", "min.NaN.f32": "MIN_F32",
+ALIASES = {  # PTX opcodes that do what another does; else ours has the same name, with _ for a point
+    "and.b16": "AND_B32", "or.b16": "OR_B32", "shr.u16": "SHR_U32", "selp.b16": "SELP_B32", "selp.f32": "SELP_B32",
+    "cvt.u32.u16": "MOV_32", "max.NaN.f32": "MAX_F32", "min.NaN.f32": "MIN_F32",
 }  # fmt: skip
 WIDE_OPERANDS = {  # bits of each operand where they are not all those of the opcode's last type
     "MUL_WIDE_S32": (64, 32, 32), "MUL_WIDE_U32": (64, 32, 32), "MAD_WIDE_S32": (64, 32, 32, 64),
-    "MAD_WIDE_U32": (64, 32, 32, 64), "SHL_64": (64, 64, 32), "SHR_U64": (64, 64, 32), "SHR_S64": (64, 64, 32),
-    "SELP_32": (32, 32, 32, 1), "SELP_64": (64, 64, 64, 1), "CVT_S64_S32": (64, 32), "CVT_U64_U32": (64, 32),
-    "CVT_32_64": (32, 64),
+    "MAD_WIDE_U32": (64, 32, 32, 64), "SHL_B64": (64, 64, 32), "SHR_U64": (64, 64, 32), "SHR_S64": (64, 64, 32),
+    "SELP_B32": (32, 32, 32, 1), "SELP_B64": (64, 64, 64, 1), "CVT_S64_S32": (64, 32), "CVT_U64_U32": (64, 32),
+    "CVT_U32_U64": (32, 64),
 }  # fmt: skip
-COMPARE = ("eq", "ne", "lt", "le", "gt", "ge", "neu", "num", "nan", "equ", "ltu", "leu", "gtu", "geu")
+COMPARE = ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"]
 COMPARED = {
     "f32": "F32", "s32": "S32", "u32": "U32", "b32": "U32", "s64": "S64", "u64": "U64", "b64": "U64", "b16": "U32",
     "u16": "U32",
@@ -199,27 +178,16 @@ class Program:
         self.opcode = op
         args = split(rest)
         parts = op.split(".")
-        if op in SIMPLE:
-            code = SIMPLE[op]
-            widths = WIDE_OPERANDS.get(code)
-            if widths is None:
-                last = parts[-1]
-                bits = (
-                    1
-                    if last == "pred"
-                    else 64
-                    if last.endswith("64")
-                    else 16
-                    if last.endswith("16") and op[:3] not in ("cvt",)
-                    else 32
-                )
-                widths = (bits,) * len(args)
-                if op.startswith("cvt"):
-                    widths = (32,) * len(args)
-                if code in ("RET", "CP_COMMIT", "WG_FENCE", "WG_COMMIT", "FENCE_PROXY", "BAR_WARP"):
-                    args, widths = [], ()
-            if op.startswith(("selp.b16", "shl.b16", "shr.u16")):
-                widths = (16, 16, 32 if code != "SELP_32" else 16, 1)
+        code = ALIASES.get(op, re.sub(r"[.:]+", "_", op).upper())
+        if op in ("bra", "bra.uni"):
+            self.jumps.append((len(self.ops), args[0] if args[0][0] == "$" else f"{args[0]}@{block}"))
+            self.emit("BRA", [])
+        elif code in CODES:  # operands are plain registers or constants
+            last = parts[-1]
+            bits = 1 if last == "pred" else 64 if last.endswith("64") else 16 if last.endswith("16") else 32
+            widths = WIDE_OPERANDS.get(code, (32 if op.startswith("cvt") else bits,) * len(args))
+            if op in ("selp.b16", "shl.b16", "shr.u16"):
+                widths = (16, 16, 16 if op == "selp.b16" else 32, 1)
             self.emit(code, [self.value(x, w) for x, w in zip(args, widths, strict=False)], a=int("NaN" in op))
             if len(args) > len(widths):
                 raise NotImplementedError("operands")
@@ -295,9 +263,6 @@ class Program:
         elif op == "elect.sync":
             register, flag = args[0].split("|")
             self.emit("ELECT", [self.value(register, 32), self.value(flag, 1)])
-        elif op in ("bra", "bra.uni"):
-            self.jumps.append((len(self.ops), args[0] if args[0][0] == "$" else f"{args[0]}@{block}"))
-            self.emit("BRA", [])
         elif op.startswith("mbarrier.init.shared::cta"):
             self.emit("MB_INIT", [self._address(args[0], 32)[0], self.value(args[1], 32)])
         elif op.startswith("mbarrier.inval.shared::cta"):
@@ -324,8 +289,6 @@ class Program:
         elif source.startswith("{"):
             wide = kind == "b64"
             self.emit("PACK_32" if wide else "PACK_16", [self.register(to), *self._group(source, 32 if wide else 16)])
-        elif kind == "pred":
-            self.emit("MOV_PRED", [self.value(to, 1), self.value(source, 1)])
         elif kind in ("b64", "u64"):
             if source.endswith(tuple("0123456789")) and "_param_" in source:  # the address of a tensor map
                 key = ("param", source, "map", True)

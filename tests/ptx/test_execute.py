@@ -81,6 +81,7 @@ def test_loss(dtype: torch.dtype, channels: int, form: str) -> None:
             {"dtype": torch.float32, "channels": 24, "temperature": 0.01},
             ("query", "key", "negatives"),
         ),
+        ("a larger grid", {"batch": 2, "query_grid": (9, 8), "key_grid": (9, 9), "count": 293}, ("query", "key")),
         ("one negative", {"negatives": 1, "batch": 1}, ("query",)),
         ("vectors", {"batch": 140, "query_grid": (1, 1), "key_grid": (1, 1), "count": 293}, ("query", "key")),
     ],

@@ -44,29 +44,24 @@ def test_numbers(body: str, expected: object) -> None:
     assert seen.stats[-2].tolist()[:4] == [1, 32, 4, 128]  # the store: once, 32 lanes, 4 sectors, 128 bytes
 
 
+SHARED = "add.s32 %r4, %r3, 1024; "
+
+
 @pytest.mark.parametrize(
     ("body", "message", "options"),
     [
         ("st.global.b32 [%rd3 + 4], %r1", "store of 4 bytes outside every tensor: 4 bytes past the end", {}),
         ("st.global.b32 [%rd3 + 2], %r1", "misaligned global store", {}),
         ("st.global.b32 [%rd3], %r1", "which program 0 wrote too", {"grid": 2}),
+        (SHARED + "st.shared.b32 [%r4], %r1", "outside 64 bytes", {"shared": 64}),
+        ("mov.b32 %r4, 1024; st.shared.b32 [%r4], %r1", "which warps 0x1 wrote since", {"warps": 2}),
         (
-            "add.s32 %r4, %r3, 1024; st.shared.b32 [%r4], %r1; ld.shared.b32 %r5, [%r4]",
-            "outside 64 bytes",
-            {"shared": 64},
-        ),
-        (
-            "mov.b32 %r4, 1024; st.shared.b32 [%r4], %r1; ld.shared.b32 %r5, [%r4]",
-            "which warps 0x1 wrote since",
-            {"warps": 2},
-        ),
-        (
-            "add.s32 %r4, %r3, 1024; st.shared.b32 [%r4], %r1; xor.b32 %r5, %r4, 128; ld.shared.b32 %r6, [%r5]",
+            SHARED + "st.shared.b32 [%r4], %r1; xor.b32 %r5, %r4, 128; ld.shared.b32 %r6, [%r5]",
             "race: writes shared byte 128, which warps 0x1 read",
             {"warps": 2},
         ),
         (
-            "add.s32 %r4, %r3, 1024; cp.async.ca.shared.global [%r4], [%rd3], 4; ld.shared.b32 %r5, [%r4]",
+            SHARED + "cp.async.ca.shared.global [%r4], [%rd3], 4; ld.shared.b32 %r5, [%r4]",
             "before the copy into it was waited for",
             {},
         ),

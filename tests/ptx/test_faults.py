@@ -44,8 +44,8 @@ PLANTED = {  # in the source: module, text, what takes its place, what is seen
     "a column too many": (loss, "exists = column < stop if", "exists = column <= stop if", NUMBERS),
     "the wrong stride": (
         loss,
-        "image * key_stride_b + match * key_stride_p",
-        "image * key_stride_b + match * key_stride_d",
+        "position.to(tl.int64) * stride_p",
+        "position.to(tl.int64) * stride_d",
         NUMBERS + "|outside every tensor",
     ),
     "a shift that is not rescaled": (loss, "numerator *= rescale[:, None]", "numerator *= 1.0", NUMBERS),
