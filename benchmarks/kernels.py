@@ -71,6 +71,7 @@ KEPT = ("registers", "spills", "shared", "instructions")
 # Kernel, dtype, channels, variant: what `--record` keeps, to compare versions of Triton by.
 RECORDED = (
     ("attend_kernel", "bfloat16", 128, "no shift"),
+    ("attend_kernel", "bfloat16", 128, "rank"),
     ("attend_kernel", "bfloat16", 128, "running max, rank, exclude"),
     ("attend_kernel", "float32", 128, "no shift"),
     ("grad_negatives_kernel", "bfloat16", 128, "exclude"),

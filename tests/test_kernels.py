@@ -23,8 +23,6 @@ SPILLS = {
     **{(f"sm_{n}", "attend_kernel", "float32", 128, "running max, rank, exclude"): 16 for n in (100, 103)},
     **{(f"sm_{n}", "attend_kernel", "bfloat16", 128, "descriptor, running max, rank, exclude"): 8 for n in (100, 103)},
     **{(f"sm_{n}", "attend_kernel", "bfloat16", 100, "no shift"): 24 for n in (120, 121)},  # 200-byte rows, masked
-    # One row: with D, P and every stride known, ptxas keeps to 96 registers.
-    **{(f"sm_{n}", "prepare_kernel", "bfloat16", 128, "size 1"): 56 for n in (100, 103, 120, 121)},
     # Rows that only the loss benchmark tries: a rank that compares two logits at a time needs some registers more.
     ("sm_90", "attend_kernel", "bfloat16", 128, "pointers, rank"): 32,
     **{(f"sm_{n}", "attend_kernel", "bfloat16", 128, "pointers, running max, rank, exclude"): 160 for n in (100, 103)},

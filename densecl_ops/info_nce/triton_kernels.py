@@ -67,14 +67,14 @@ def _load_columns(
 def _add_columns(sums, values):
     """Adds columns of a tile, one after another, to sums that one thread has: a loop adds across threads at its end.
 
-    Of 8 sums, column j goes to sum j % 8, as mma and wgmma lay a tile out; of 2, as tcgen05 does, to its half's.
+    Of 8 sums or more, column j goes to sum j % 8, as mma and wgmma lay it out; of 2, as tcgen05 does, to its half's.
     """
     ROWS: tl.constexpr = values.shape[0]
     HALF: tl.constexpr = values.shape[1] // 2
     if values.shape[1] == sums.shape[1]:
         sums += values
     else:
-        if sums.shape[1] == 8:
+        if sums.shape[1] >= 8:
             one, other = tl.split(tl.permute(tl.reshape(values, [ROWS, 2, HALF]), 0, 2, 1))
         else:
             one, other = tl.split(tl.reshape(values, [ROWS, HALF, 2]))
@@ -285,7 +285,10 @@ def attend_kernel(
                 if numerator_ptr is not None:
                     numerator *= rescale[:, None]
             weight = tl.exp2(logits)
-            denominator = _add_columns(denominator, weight)
+            if SUMS >= 8:
+                denominator += tl.sum(tl.reshape(weight, [BLOCK_N, BLOCK_K // SUMS, SUMS]), 1)
+            else:
+                denominator += tl.sum(tl.reshape(weight, [BLOCK_N, 2, BLOCK_K // 2]), 2)
             if numerator_ptr is not None:
                 numerator = tl.dot(weight.to(negatives.dtype), negatives, numerator, input_precision=PRECISION)
 

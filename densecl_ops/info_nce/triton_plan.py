@@ -164,7 +164,7 @@ def _plan_forward(
             "size": size,
             "per_split": per_split,
             "PRECISION": precision,
-            "SUMS": 2 if _triton.family(device.architecture) == "tcgen05" else 8,
+            "SUMS": sums(device.architecture, config),
             "CHUNK_D": config.chunk_d or width,
             **shape,
             **_tile(config),
@@ -200,6 +200,13 @@ def plan_grad_negatives(problem: Problem, splits: int | None) -> tuple[int, tupl
         **_tile(config),
     }
     return splits, (triton.cdiv(size, config.block_k), splits), arguments
+
+
+def sums(architecture: str, config: Config) -> int:
+    """SUMS of attend_kernel: a row lies in 2 threads of tcgen05, in 4 lanes of mma and wgmma, or in several warps."""
+    if _triton.family(architecture) == "tcgen05":
+        return 2
+    return 8 if 16 * config.num_warps <= config.block_n else config.block_k
 
 
 def _tile(config: Config) -> dict[str, Any]:

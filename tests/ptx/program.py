@@ -38,7 +38,7 @@ WIDE_OPERANDS = {  # bits of each operand where they are not all those of the op
     "MUL_WIDE_S32": (64, 32, 32), "MUL_WIDE_U32": (64, 32, 32), "MAD_WIDE_S32": (64, 32, 32, 64),
     "MAD_WIDE_U32": (64, 32, 32, 64), "SHL_B64": (64, 64, 32), "SHR_U64": (64, 64, 32), "SHR_S64": (64, 64, 32),
     "SELP_B32": (32, 32, 32, 1), "SELP_B64": (64, 64, 64, 1), "CVT_S64_S32": (64, 32), "CVT_U64_U32": (64, 32),
-    "CVT_U32_U64": (32, 64),
+    "CVT_U64_U16": (64, 16), "CVT_U32_U64": (32, 64),
 }  # fmt: skip
 COMPARE = ["eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"]
 COMPARED = {
