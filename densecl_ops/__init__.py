@@ -11,7 +11,9 @@ from densecl_ops.info_nce.module import DenseInfoNCELoss
 from densecl_ops.queue import MomentumQueue
 
 if TYPE_CHECKING:
-    from densecl_ops import interop, metrics, visualize
+    from densecl_ops import interop as interop
+    from densecl_ops import metrics as metrics
+    from densecl_ops import visualize as visualize
 
 __version__ = "0.1.0"
 
@@ -23,18 +25,16 @@ __all__ = [
     "MomentumQueue",
     "Projection",
     "functional",
-    "interop",
-    "metrics",
-    "visualize",
 ]
+_LAZY = ("interop", "metrics", "visualize")  # imported at their first use
 
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
 
     def __getattr__(name: str) -> Any:
-        if name in ("interop", "metrics", "visualize"):  # imported at their first use
+        if name in _LAZY:
             return importlib.import_module(f"densecl_ops.{name}")
         raise AttributeError(f"module 'densecl_ops' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_LAZY])

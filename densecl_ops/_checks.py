@@ -110,16 +110,21 @@ def find_length(rows: Tensor) -> float | None:
     return float(other[0]) if len(other) else None
 
 
+def _shown(value: object) -> str:
+    """As an error shows a value: to print a tensor's would wait for its device."""
+    return f"a tensor of shape {shape_of(value)}" if isinstance(value, Tensor) else repr(value)
+
+
 def require_bool(name: str, value: object) -> bool:
     """A flag; "no", 0 and None are refused rather than taken for what Python makes of them."""
     if type(value).__name__ not in ("bool", "bool_"):  # the latter is numpy's before numpy 2
-        raise TypeError(f"{name}: got {value!r}, expected a bool")
+        raise TypeError(f"{name}: got {_shown(value)}, expected a bool")
     return bool(value)
 
 
 def require_positive_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):  # numpy's integers are, tensors are not
-        raise TypeError(f"{name}: got {value!r}, expected an int")
+        raise TypeError(f"{name}: got {_shown(value)}, expected an int")
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected at least 1")
     return int(value)
@@ -127,7 +132,7 @@ def require_positive_int(name: str, value: object) -> int:
 
 def require_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
+        raise TypeError(f"{name}: got {_shown(value)}, expected a number")
     try:
         number = float(value)
     except OverflowError:  # an int or a fraction beyond 1.8e308
@@ -202,5 +207,8 @@ def require_range(name: str, index: Tensor, size: int) -> None:
     low, high = torch.aminmax(index)
     first, last = int(low), int(high)
     if first < 0 or last >= size:
-        hint = "; a position without a match is one that `valid` leaves out" if first == -1 else ""
+        hint = ""
+        if first == -1:
+            hint = "; a position without a match is one that `valid` leaves out"
+            hint = "; leave it out to exclude nothing" if name == "exclude" else hint
         raise ValueError(f"{name}: got values from {first} to {last}, expected them within 0 to {size - 1}{hint}")

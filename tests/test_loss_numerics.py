@@ -219,6 +219,7 @@ FORMS: list[tuple[dict[str, Any], torch.dtype, str, str, torch.dtype]] = [
     (BF16, torch.bfloat16, "rank", "tiles", torch.bfloat16),
     (AMX, torch.bfloat16, "", "flash", torch.bfloat16),
     (AMX, torch.bfloat16, "exclude", "tiles", torch.bfloat16),
+    (INTEL, torch.float32, "exclude", "tiles", torch.float32),
     (BF16, torch.bfloat16, "short", "flash", torch.float32),
     (AMX, torch.bfloat16, "short", "flash", torch.bfloat16),
     (AMD | BF16, torch.bfloat16, "short", "flash", torch.float32),

@@ -17,7 +17,7 @@ from densecl_ops import functional
 
 def test_public_names() -> None:
     """All that can be seen is public and says what it is."""
-    assert sorted(densecl_ops.__all__) == dir(densecl_ops)
+    assert sorted([*densecl_ops.__all__, "interop", "metrics", "visualize"]) == dir(densecl_ops)
     with pytest.raises(AttributeError, match="no attribute 'metric'"):
         densecl_ops.metric  # noqa: B018
     assert {name for name in vars(functional) if not name.startswith("_")} - {"annotations"} == {*functional.__all__}

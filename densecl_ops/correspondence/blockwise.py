@@ -19,9 +19,9 @@ TILE_SCORES_CPU, TILE_FEATURES = 2**19, 2**20
 def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As in eager.py.
 
-    The raw product is scaled by 1 / |key| afterwards: C times less to normalise than the maps themselves. Tiles
-    run over images first and over query positions when one image alone is too large; a tile always sees every
-    key position, so only the other direction of a mutual search has anything to merge.
+    The raw product is scaled by 1 / |key| in place, so no normalised copy of a map is made. Tiles run over images first
+    and over query positions when one image alone is too large; a tile always sees every key position, so only the other
+    direction of a mutual search has anything to merge.
     """
     if at_once.serves(query, key, mutual):
         return at_once.match(query, key)

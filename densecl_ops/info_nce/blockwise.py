@@ -5,7 +5,7 @@ negatives' logits, o their softmax-weighted mean row and s+ the positive's logit
 
     loss = softplus(L - s+)        d loss / d q^ = sigmoid(L - s+) * (o - k^) / t
 
-so one pass gives both, nothing of size N x K is ever held, and a small loss keeps its relative precision.
+so one pass gives both, logits are held a tile at a time, and a small loss keeps its relative precision.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from densecl_ops.info_nce.eager import (
 )
 
 # On a CPU a thread takes up to BLOCK_ROWS query rows at a time. The logits of a tile, 1 MiB in float32, stay in its
-# cache from one pass to the next; twice of it saves 5 % of the time, half of it loses 5 to 10 %.
+# cache from one pass to the next; a tile twice as large saves 5 % of the time, one half as large loses 5 to 10 %.
 BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**18, 4096
 # A call of up to SHORT_LOGITS runs in operators on all threads, four for each SHORT_TILE. Threads of our own would
 # share the cores with torch's, which spin for some 6 ms after their last operator.
@@ -72,16 +72,16 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
 
     def finish(rows: _Rows, seen: _Attention) -> None:
         margin = seen.log_sum_exp - rows.positive
-        strength = margin.sigmoid()
-        log_sum_exp[rows.part], pull[rows.part] = seen.log_sum_exp, strength
+        weight = margin.sigmoid()
+        log_sum_exp[rows.part], pull[rows.part] = seen.log_sum_exp, weight
         loss[rows.part] = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
         if rank is not None and seen.twice_rank is not None:
             rank[rows.part] = seen.twice_rank // 2
         if grad_query is not None and grad_scale is not None and seen.mean is not None:
             grad = seen.mean.div_(seen.total).sub_(rows.match)  # o - k^, then what lies across q^ of it
             along = (grad * rows.unit).sum(1, keepdim=True)
-            grad_query[rows.part] = grad.addcmul_(rows.unit, along, value=-1).mul_(rows.inverse * strength * scale)
-            grad_scale[rows.part] = along * strength
+            grad_query[rows.part] = grad.addcmul_(rows.unit, along, value=-1).mul_(rows.inverse * weight * scale)
+            grad_scale[rows.part] = along * weight
 
     def compute(*parts: slice) -> None:
         blocks = [prepare(part) for part in parts]
@@ -123,7 +123,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     unit = unit.flatten(0, 1).to(problem.matmul_dtype).to(problem.dtype)
     scaled = (unit * problem.inverse_temperature).masked_fill(left_out, 0.0)
     weighted = scaled * weight
-    # Exact products, as for a rank: exp() of logits that were rounded otherwise than those of the sum is 4 % off.
+    # float32 products, as for a rank. With bfloat16 logits a single exp() would be up to 4 % off.
     plan = _plan(problem, want_grad=True, want_rank=True)
     bounded = scaled.device.type == "cpu" and bool(log_sum_exp.abs().max() <= UNSHIFTED_LIMIT)
     base = LOG2_E if bounded else 1.0  # of larger logits the last digits would count
@@ -193,13 +193,12 @@ def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
 
 
 def _choose(problem: Problem, want_grad: bool, want_rank: bool, short: bool) -> tuple[str, torch.dtype]:
-    """The fastest form on this CPU and the dtype of its products; docs/performance.md has the measurements."""
+    """The fastest form on this CPU and the dtype of its products; docs/design-notes.md says what decided."""
     cpu, dtype = processor(), problem.matmul_dtype
     # Exact, and faster where 16-bit products have no instructions, or so few that conversions would take longer.
     if dtype == torch.float16 or (dtype == torch.bfloat16 and not (cpu.amx if short else cpu.bfloat16)):
         dtype = problem.dtype
-    plain = not want_rank and problem.exclude is None
-    flash_can = plain and cpu.flash
+    flash_can = not want_rank and problem.is_plain and cpu.flash
     if dtype == torch.bfloat16:
         return ("flash" if flash_can and cpu.amx else "tiles"), dtype
     if dtype == torch.float32 and cpu.onednn:

@@ -106,8 +106,8 @@ def dense_info_nce(
             the gradients of "eager" a NaN stays).
         exclude: (B,) integer, the row of `negatives` that belongs to the same image, left out of its sum.
         return_rank: Also return how many negatives score above each positive (0: the positive wins). Both are compared
-            in the dtype in which the rows are kept and multiplied. Ties, cosines within 2^-18, count half, rounded
-            down: a collapsed network ranks K / 2. A positive that is NaN ranks K, the number of rows.
+            in the dtype in which the rows are kept and multiplied. Ties, cosines within 2^-18 (2^-46 in float64), count
+            half, rounded down: a collapsed network ranks K / 2. A positive that is NaN ranks K, the number of rows.
         backend: "auto" takes the Triton kernels on CUDA and ROCm devices, and "blockwise" elsewhere or, with one
             warning, where they cannot serve. "blockwise" is plain PyTorch in tiles, "eager" the textbook formula, to
             check with. "triton" is the kernels or an error.
@@ -117,9 +117,9 @@ def dense_info_nce(
         0 when every row is left out. With return_rank, a pair of the loss and the rank (B, P_q) int64.
 
         Gradients flow to all of query, key, negatives, temperature and weight that require grad. The products run in
-        the autocast dtype under autocast, else in the wider of the query's and the negatives' dtype. Except in "eager",
-        nothing of size (B P_q) x K is held, `negatives` may change before backward(), and there are no second
-        derivatives.
+        the autocast dtype under autocast, else in the wider of the query's and the negatives' dtype. Negatives that
+        need no gradient may change before backward(). Except in "eager" the logits are held a tile at a time (on a CPU
+        of up to 16 MiB), and there are no second derivatives.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
