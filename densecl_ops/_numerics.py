@@ -15,22 +15,18 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
-def length(x: Tensor, dim: int, keepdim: bool = True) -> Tensor:
-    """|x| along `dim`."""
-    if x.stride(dim) == 1:  # one operation; along other strides it takes 4 times as long as these three
-        return torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)  # type: ignore[no-any-return]
-    return x.square().sum(dim, keepdim=keepdim).sqrt_()
-
-
-def divisor(lengths: Tensor) -> Tensor:
-    """Lengths to divide by: infinite where one is below NORM_EPS, NaN where its square overflowed."""
+def divisor(lengths: Tensor, least: float = NORM_EPS) -> Tensor:
+    """Lengths to divide by: infinite where one is below `least`, NaN where its square overflowed."""
     # inf + 0 inf is NaN. Two operations, where masks take five: small calls are bound by their number.
-    return torch.threshold(lengths.add(lengths, alpha=0), NORM_EPS, float("inf"))
+    return torch.threshold(lengths.add(lengths, alpha=0), least, float("inf"))
 
 
 def norm(x: Tensor, dim: int, keepdim: bool = True) -> Tensor:
     """|x| along `dim` as a divisor. F.normalize would write a normalised copy of the whole map besides."""
-    return divisor(length(x, dim, keepdim))
+    if x.stride(dim) == 1:  # along other strides it takes 4 times as long as the squares
+        return divisor(torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim))
+    # The threshold comes first: a root's gradient is infinite at 0.
+    return divisor(x.square().sum(dim, keepdim=keepdim), NORM_EPS**2).sqrt_()
 
 
 def inverse_norm(x: Tensor, dim: int) -> Tensor:

@@ -64,8 +64,8 @@ def test_left_out_rows() -> None:
     assert_close(dense_cosine(query, key, match, weight=weight), clean, 1e-14, "rows of weight 0")
     nothing = match._replace(valid=torch.zeros(B, P, dtype=torch.bool))
     assert dense_cosine(query, key, nothing).item() == 0
-    zero = torch.zeros(1, D, 1, dtype=torch.float16, requires_grad=True)
-    loss = dense_cosine(zero, torch.randn(1, D, 1).half())
+    zero = torch.zeros(1, D, 2, dtype=torch.float16, requires_grad=True)
+    loss = dense_cosine(zero, torch.randn(1, D, 2).half())
     loss.backward()
     assert loss.item() == 2
     assert not zero.grad.any()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densecl_ops._numerics import accumulation_dtype, divisor, length, norm
+from densecl_ops._numerics import accumulation_dtype, norm
 from densecl_ops._parallel import for_blocks
 from densecl_ops._processor import by_onednn, matmul
 from densecl_ops.correspondence import at_once
@@ -38,14 +38,14 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
 
     def compute(part: slice) -> None:
         q, k = query[part].to(dtype), key[part].to(dtype)
-        lengths[part], k_norm = length(q, 1, keepdim=False), norm(k, 1)
+        lengths[part], k_norm = norm(q, 1, keepdim=False), norm(k, 1)
         back: tuple[Tensor, Tensor] | None = None  # the nearest query position of every key position so far
         per_strip = max(1, budget // (len(q) * keys))
         for top in range(0, queries, per_strip):
             strip = slice(top, top + per_strip)
             products = _products(q[:, :, strip].mT, k)
             if mutual:
-                best, where = (products / divisor(lengths[part, strip, None])).max(dim=1)
+                best, where = (products / lengths[part, strip, None]).max(dim=1)
                 back = _better(back, best, where + top)
             torch.max(products.div_(k_norm), 2, out=(score[part, strip], index[part, strip]))
         if back is not None:
@@ -58,7 +58,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     else:
         for first in range(0, images, per_tile):
             compute(slice(first, first + per_tile))
-    return index, score.div_(divisor(lengths)).float(), agreed
+    return index, score.div_(lengths).float(), agreed
 
 
 def _better(before: tuple[Tensor, Tensor] | None, score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
