@@ -123,7 +123,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     unit = unit.flatten(0, 1).to(problem.matmul_dtype).to(problem.dtype)
     scaled = (unit * problem.inverse_temperature).masked_fill(left_out, 0.0)
     weighted = scaled * weight
-    # float32 products, as for a rank. With bfloat16 logits a single exp() would be up to 4 % off.
+    # float32 products, as those of the sum were. With bfloat16 logits a single exp() would be up to 4 % off.
     plan = _plan(problem, want_grad=True, want_rank=True)
     bounded = scaled.device.type == "cpu" and bool(log_sum_exp.abs().max() <= UNSHIFTED_LIMIT)
     base = LOG2_E if bounded else 1.0  # of larger logits the last digits would count
@@ -140,8 +140,10 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
             logits = matmul(operand[part], columns.t())
             _leave_out(logits, span.start, None if excluded is None else excluded[part], plan)
             logits.sub_(shift[part])
-            grad[span] += matmul((logits.exp2_() if bounded else logits.exp_()).t(), weighted[part])
-            del logits
+            # Huge logits may exceed that of their sum, by rounding alone, by more than exp() can hold.
+            share = logits.exp2_() if bounded else logits.clamp_(max=0.0).exp_()
+            grad[span] += matmul(share.t(), weighted[part])
+            del logits, share
 
     width = _columns(min(rows, len(scaled)), scaled.device.type == "cpu")
     if scaled.device.type == "cpu":
@@ -172,15 +174,17 @@ class _Plan(NamedTuple):
     negatives: Tensor  # (K', D), those that exist as far as the host can tell
     short: bool  # few operators on all threads
     form: str  # "tiles" or "flash"
+    query: torch.dtype  # to which a query is rounded first
     logits: torch.dtype  # of the products that give the logits
     mean: torch.dtype  # of those that give the mean row
 
 
 def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
-    negatives = problem.negatives
+    negatives, rounded = problem.negatives, problem.matmul_dtype
+    exact = want_rank or negatives.requires_grad  # which look at single products, the loss at sums of many
     if problem.query.device.type != "cpu":
-        dtype = problem.matmul_dtype
-        return _Plan(problem, negatives, False, "tiles", problem.dtype if want_rank else dtype, dtype)
+        logits = problem.dtype if exact else rounded
+        return _Plan(problem, negatives, False, "tiles", rounded, logits, rounded)
     if problem.existing is not None:
         negatives = negatives[: int(problem.existing)]
     short = not want_rank and _is_short(problem, negatives)
@@ -188,8 +192,9 @@ def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
     if short:
         negatives = _serial_copy(_serial_copy(negatives, problem.matmul_dtype), dtype)
         problem = problem._replace(matmul_dtype=dtype)
-    exact = problem.dtype if want_rank else dtype  # a rank compares exact products
-    return _Plan(problem, negatives, short, form, exact, dtype)
+    logits = problem.dtype if exact else dtype
+    rounded = rounded if logits == problem.dtype else logits
+    return _Plan(problem, negatives, short, form, rounded, logits, dtype)
 
 
 def _choose(problem: Problem, want_grad: bool, want_rank: bool, short: bool) -> tuple[str, torch.dtype]:
@@ -228,6 +233,7 @@ def _serial_copy(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """`rows` in `dtype`, copied by the calling thread alone: torch's copy would wait for all of them."""
     if rows.dtype == dtype:
         return rows
+    rows = rows.resolve_neg()  # torch's copy of a negated float32 view to float16 forgets the sign
     copy, step = torch.empty_like(rows, dtype=dtype), max(1, SERIAL // rows.shape[1])
     for ours, theirs in zip(copy.split(step), rows.split(step), strict=True):  # type: ignore[no-untyped-call]
         ours.copy_(theirs)
@@ -260,7 +266,7 @@ def _attend(blocks: list[_Rows], want_mean: bool, want_rank: bool, plan: _Plan, 
     problem, on_cpu = plan.problem, plan.negatives.device.type == "cpu"
     # Powers of 2 where no logit is so large that its last digits would count.
     scale = problem.inverse_temperature * (1.0 if shifted or plan.form == "flash" else LOG2_E)
-    units = [rows.unit.to(problem.matmul_dtype if want_rank else problem.dtype).to(problem.dtype) for rows in blocks]
+    units = [rows.unit.to(plan.query).to(problem.dtype) for rows in blocks]
     scaled = units[0].new_empty(sum(map(len, units)), units[0].shape[1])
     for unit, mine in zip(units, scaled.split([len(unit) for unit in units]), strict=True):  # type: ignore[no-untyped-call]
         torch.mul(unit, scale, out=mine)
