@@ -67,7 +67,7 @@ def _load_columns(
 def _add_columns(sums, values):
     """Adds columns of a tile, one after another, to sums that one thread has: a loop adds across threads at its end.
 
-    Of 8 sums or more, column j goes to sum j % 8, as mma and wgmma lay it out; of 2, as tcgen05 does, to its half's.
+    Of 8 sums, column j goes to sum j % 8, as mma and wgmma lay it out (16: mfma); of 2, to its half's, as tcgen05 does.
     """
     ROWS: tl.constexpr = values.shape[0]
     HALF: tl.constexpr = values.shape[1] // 2

@@ -140,6 +140,11 @@ def _plan_forward(
     # combine: with more than 4 elements a thread, those of bfloat16 maps and float32 parts cannot both be read in whole
     # sectors; and few rows a program leave more programs.
     combine_rows = max(1, 1024 // width)
+    # attend: in a tile a row has 8 columns side by side, 16 with mfma, all where it lies in several warps; or 2 halves.
+    family = _triton.family(device.architecture)
+    sums = 16 if family == "mfma" else config.block_k if 16 * config.num_warps > config.block_n else 8
+    if family == "tcgen05" and config.block_n == 128:
+        sums = 2
     return Plan(
         splits,
         tile_by_descriptor(device.architecture, config, channels),
@@ -164,7 +169,7 @@ def _plan_forward(
             "size": size,
             "per_split": per_split,
             "PRECISION": precision,
-            "SUMS": sums(device.architecture, config),
+            "SUMS": sums,
             "CHUNK_D": config.chunk_d or width,
             **shape,
             **_tile(config),
@@ -200,13 +205,6 @@ def plan_grad_negatives(problem: Problem, splits: int | None) -> tuple[int, tupl
         **_tile(config),
     }
     return splits, (triton.cdiv(size, config.block_k), splits), arguments
-
-
-def sums(architecture: str, config: Config) -> int:
-    """SUMS of attend_kernel: a row lies in 2 threads of tcgen05, in 4 lanes of mma and wgmma, or in several warps."""
-    if _triton.family(architecture) == "tcgen05":
-        return 2
-    return 8 if 16 * config.num_warps <= config.block_n else config.block_k
 
 
 def _tile(config: Config) -> dict[str, Any]:
