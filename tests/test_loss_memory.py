@@ -58,6 +58,9 @@ def test_memory_of_a_short_call() -> None:
         negatives = torch.nn.functional.normalize(torch.randn(rows, 8), dim=1)
         step = partial(helpers.info_nce, "blockwise", query, query.detach(), negatives)
         assert 15 < peak_of(lambda step=step: step().backward()) < 18
+    query, key, rows = torch.randn(2**15, 64, requires_grad=True), torch.randn(2**15, 64), torch.eye(64)
+    step = partial(helpers.info_nce, "blockwise", query, key, rows)
+    assert peak_of(lambda: step().backward()) < 26  # of three gradients 24: many rows beside few are no short call
 
 
 def test_nothing_of_size_n_by_k_is_saved(fused: str) -> None:

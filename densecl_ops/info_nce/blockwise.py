@@ -39,7 +39,7 @@ from densecl_ops.info_nce.eager import (
 BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**18, 4096
 # A call of up to SHORT_LOGITS runs in operators on all threads, four for each SHORT_TILE. Threads of our own would
 # share the cores with torch's, which spin for some 6 ms after their last operator.
-SHORT_LOGITS, SHORT_TILE, SHORT_COPY = 2**23, 2**22, 2**20
+SHORT_LOGITS, SHORT_TILE, SHORT_SERIAL = 2**23, 2**22, 2**20
 LOG2_E = math.log2(math.e)  # exp2() of 2^19 values takes 0.07 ms where exp() takes 0.30 (MKL on Zen 5)
 # What the sum of exp2() of a row may be without a shift: above, the mean could overflow, below, terms may vanish.
 LEAST_SUM, MOST_SUM = 1e-24, 1e30
@@ -213,9 +213,11 @@ def _choose(problem: Problem, want_grad: bool, want_rank: bool, short: bool) -> 
 
 def _is_short(problem: Problem, negatives: Tensor) -> bool:
     """Whether threads of our own would cost more than they save."""
-    rows = problem.query.shape[0] * problem.query.shape[2]
+    batch, channels, positions = problem.query.shape
     copied = negatives.dtype != problem.dtype or problem.matmul_dtype != problem.dtype
-    return 0 < rows * len(negatives) <= SHORT_LOGITS and not (copied and negatives.numel() > SHORT_COPY)
+    if batch * positions * channels > SHORT_SERIAL or (copied and negatives.numel() > SHORT_SERIAL):
+        return False  # one thread takes these, and few negatives leave the others little
+    return 0 < batch * positions * len(negatives) <= SHORT_LOGITS
 
 
 def _parts(batch: int, positions: int, most: int) -> list[slice]:
