@@ -140,11 +140,15 @@ def _plan_forward(
     # combine: with more than 4 elements a thread, those of bfloat16 maps and float32 parts cannot both be read in whole
     # sectors; and few rows a program leave more programs.
     combine_rows = max(1, 1024 // width)
-    # attend: in a tile a row has 8 columns side by side, 16 with mfma, all where it lies in several warps; or 2 halves.
-    family = _triton.family(device.architecture)
-    sums = 16 if family == "mfma" else config.block_k if 16 * config.num_warps > config.block_n else 8
-    if family == "tcgen05" and config.block_n == 128:
+    # attend: in a tile a row has 8 columns side by side, or 2 halves (tcgen05), or it lies in several warps. mfma spills
+    # least with 16 in the narrowest tile, and 8 in others.
+    family, sums = _triton.family(device.architecture), 8
+    if family == "mfma":
+        sums = 16 if config.block_n == 16 else 8
+    elif family == "tcgen05" and config.block_n == 128:
         sums = 2
+    elif 16 * config.num_warps > config.block_n:
+        sums = config.block_k
     return Plan(
         splits,
         tile_by_descriptor(device.architecture, config, channels),
