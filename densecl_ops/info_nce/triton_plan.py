@@ -140,7 +140,7 @@ def _plan_forward(
     # combine: with more than 4 elements a thread, those of bfloat16 maps and float32 parts cannot both be read in whole
     # sectors; and few rows a program leave more programs.
     combine_rows = max(1, 1024 // width)
-    # attend: in a tile a row has 8 columns side by side, or 2 halves (tcgen05), or it lies in several warps. mfma spills
+    # attend: in a tile a row has 8 columns side by side, or 2 halves (tcgen05), or lies in several warps. mfma spills
     # least with 16 in the narrowest tile, and 8 in others.
     family, sums = _triton.family(device.architecture), 8
     if family == "mfma":
