@@ -29,6 +29,7 @@ SPILLS = {
     **{
         (f"sm_{n}", "attend_kernel", "bfloat16", 128, "descriptor, running max, rank, exclude"): 768 for n in (100, 103)
     },
+    **{(f"sm_{n}", "attend_kernel", "float32", 128, "running max, rank, exclude"): 16 for n in (86, 89)},
     ("gfx90a", "attend_kernel", "bfloat16", 512, "running max, rank, exclude"): 4,
     ("gfx950", "attend_kernel", "bfloat16", 128, "unaligned"): 2,
     ("sm_90", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 24,  # on Triton 3.6; 3.7.1 and 3.9 spill nothing there
