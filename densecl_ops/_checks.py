@@ -123,7 +123,7 @@ def require_bool(name: str, value: object) -> bool:
 
 
 def require_positive_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):  # numpy's integers are, tensors are not
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):  # numpy's are, tensors not
         raise TypeError(f"{name}: got {_shown(value)}, expected an int")
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected at least 1")

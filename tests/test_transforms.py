@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from densecl_ops import DenseCorrespondence, DenseInfoNCELoss, DenseProjectionHead, MomentumQueue
@@ -116,6 +117,16 @@ def test_tensors_without_values_and_devices_without_float64(backend: str, mode: 
     with mode():
         seen = everything(backend, *parts())
     assert [(x.shape, x.dtype) for x in seen] == [(x.shape, x.dtype) for x in everything(backend, *parts())]
+
+
+def test_a_size_from_a_traced_shape() -> None:
+    """A grid_size that is no int while a program is traced becomes one of the program's numbers."""
+    features = torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6)
+
+    def match(query: Tensor, key: Tensor) -> Tensor:
+        return dense_correspondence(query, key, grid_size=key.shape[3] // 2).index
+
+    assert torch.equal(make_fx(match, tracing_mode="symbolic")(*features)(*features), match(*features))
 
 
 def test_other_defaults(backend: str, defaults: None) -> None:
