@@ -32,6 +32,7 @@ NAMES = {  # contestant: (in a row of its own, at the head of a column)
     "linear_cross_entropy, chunks": ("`F.linear_cross_entropy`, its default chunks", "linear CE, chunks"),
     "attention, flash": ("hand-written around torch's flash attention, K = V = queue", "flash"),
     "attention, cuDNN": ("the same around cuDNN's attention", "cuDNN"),
+    "attention, flex": ("the same around flex attention", "flex"),
     "eager": ('`backend="eager"`, the textbook formula', "eager"),
     "blockwise": ('`backend="blockwise"`, without a kernel', "blockwise"),
     OURS: ("**densecl_ops**", ""),

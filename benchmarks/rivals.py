@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import compiled
@@ -86,6 +87,16 @@ def attend_cudnn(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
     return out[0], out[1]
 
 
+def attend_flex() -> Attend:
+    flex = compiled(flex_attention)
+
+    def attend(query: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+        rows = queue[None, None]
+        return flex(query[None, None], rows, rows, scale=1 / TEMPERATURE, return_lse=True)  # type: ignore[no-any-return]
+
+    return attend
+
+
 class _QueueAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, queue: Tensor, attend: Attend) -> Tensor:
@@ -122,4 +133,5 @@ def all_rivals(device: torch.device, dtype: torch.dtype) -> dict[str, Loss]:
     found["attention, flash"] = partial(attention, attend=attend_flash if device.type == "cuda" else attend_cpu)
     if device.type == "cuda":
         found["attention, cuDNN"] = partial(attention, attend=attend_cudnn)
+        found["attention, flex"] = partial(attention, attend=attend_flex())  # it serves none of the cases on a CPU
     return found
