@@ -130,6 +130,19 @@ def test_ties_go_to_the_lowest_index(backend: str, dtype: torch.dtype, mutual: b
     assert back.valid.tolist() == [[True, False, True, False]]  # each key's own nearest is the lower twin
 
 
+def test_a_nan_in_any_tile_is_the_nearest_of_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's max has it, and the eager form, wherever the tiles of query positions are cut."""
+    query, key = pair()
+    for tile in (8, 16, 96):  # scores: one query position, two, all twelve
+        monkeypatch.setattr("densecl_ops.correspondence.blockwise.TILE_SCORES_CPU", tile)
+        for position in (0, 5, 11):
+            bad = query.clone()
+            bad[:, :, position // 4, position % 4] = float("nan")
+            seen, usual = (helpers.match(backend, bad, key, mutual=True) for backend in ("blockwise", "eager"))
+            assert torch.equal(seen.valid, usual.valid)
+            assert not seen.valid[:, [i for i in range(12) if i != position]].any()
+
+
 def test_zero_vectors(backend: str) -> None:
     query, key = pair(3)
     query[0, :, 0, 0] = key[1, :, 2, 1] = 0
