@@ -15,7 +15,7 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
-def divisor(lengths: Tensor, least: float = NORM_EPS) -> Tensor:
+def _divisor(lengths: Tensor, least: float) -> Tensor:
     """Lengths to divide by: infinite where one is below `least`, NaN where its square overflowed."""
     # inf + 0 inf is NaN. Two operations, where masks take five: small calls are bound by their number.
     return torch.threshold(lengths.add(lengths, alpha=0), least, float("inf"))
@@ -24,9 +24,9 @@ def divisor(lengths: Tensor, least: float = NORM_EPS) -> Tensor:
 def norm(x: Tensor, dim: int, keepdim: bool = True) -> Tensor:
     """|x| along `dim` as a divisor. F.normalize would write a normalised copy of the whole map besides."""
     if x.stride(dim) == 1:  # along other strides it takes 4 times as long as the squares
-        return divisor(torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim))
+        return _divisor(torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim), NORM_EPS)
     # The threshold comes first: a root's gradient is infinite at 0.
-    return divisor(x.square().sum(dim, keepdim=keepdim), NORM_EPS**2).sqrt_()
+    return _divisor(x.square().sum(dim, keepdim=keepdim), NORM_EPS**2).sqrt_()
 
 
 def inverse_norm(x: Tensor, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Work on a CPU shared out by blocks of rows: each thread takes whole blocks, and its operators run on it alone.
 
-An operator that runs on all threads ends when the slowest does. With other work on the cores it waits for a slice of
-the scheduler, milliseconds each time, and a loop over tiles calls hundreds of operators.
+An operator that runs on all threads ends when the slowest does. With other work on the cores it waits for a time slice,
+milliseconds each time, and a loop over tiles calls hundreds of operators.
 """
 
 from __future__ import annotations

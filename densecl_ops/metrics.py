@@ -1,6 +1,6 @@
 """What to log beside the loss: 0-d float32 tensors on the device of their input, which the host never waits for.
 
-Call `.item()` when you print: at every step it would wait for the device at every step.
+Call `.item()` only when you print: it waits for the device.
 """
 
 from torch import Tensor

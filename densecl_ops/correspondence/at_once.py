@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from densecl_ops._numerics import divisor, normalize
+from densecl_ops._numerics import norm, normalize
 from densecl_ops._parallel import SERIAL
 
 SMALL = 2**14  # features and scores
@@ -33,9 +33,9 @@ def match(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         score, index = torch.bmm(query.mT, key).max(2)
         return index, score, torch.ones_like(index, dtype=torch.bool)
     products = torch.bmm(query.mT, key)
-    lengths, norms = (torch.linalg.vector_norm(x, dim=1) for x in (query, key))
-    norms, step = divisor(norms)[:, None], max(1, SERIAL // (queries * key.shape[2]))  # the fifth operator stays serial
+    query_norm, key_norm = norm(query, 1, keepdim=False), norm(key, 1)
+    step = max(1, SERIAL // (queries * key.shape[2]))  # the fifth operator stays serial
     for start in range(0, images, step):
-        products[start : start + step].div_(norms[start : start + step])
+        products[start : start + step].div_(key_norm[start : start + step])
     score, index = products.max(2)
-    return index, score.div_(divisor(lengths)), torch.ones_like(index, dtype=torch.bool)
+    return index, score.div_(query_norm), torch.ones_like(index, dtype=torch.bool)

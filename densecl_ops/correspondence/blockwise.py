@@ -33,21 +33,21 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
 
     index = torch.empty(images, queries, dtype=torch.int64, device=query.device)
     score = torch.empty(images, queries, dtype=dtype, device=query.device)
-    lengths = torch.empty_like(score)  # of the queries: they change no maximum, so they wait for the end
+    query_norm = torch.empty_like(score)  # they change no maximum, so they wait for the end
     agreed = torch.ones_like(index, dtype=torch.bool)
 
     def compute(part: slice) -> None:
         q, k = query[part].to(dtype), key[part].to(dtype)
-        lengths[part], k_norm = norm(q, 1, keepdim=False), norm(k, 1)
+        query_norm[part], key_norm = norm(q, 1, keepdim=False), norm(k, 1)
         back: tuple[Tensor, Tensor] | None = None  # the nearest query position of every key position so far
         per_strip = max(1, budget // (len(q) * keys))
         for top in range(0, queries, per_strip):
             strip = slice(top, top + per_strip)
             products = _products(q[:, :, strip].mT, k)
             if mutual:
-                best, where = (products / lengths[part, strip, None]).max(dim=1)
+                best, where = (products / query_norm[part, strip, None]).max(dim=1)
                 back = _better(back, best, where + top)
-            torch.max(products.div_(k_norm), 2, out=(score[part, strip], index[part, strip]))
+            torch.max(products.div_(key_norm), 2, out=(score[part, strip], index[part, strip]))
         if back is not None:
             here = torch.arange(queries, device=index.device)
             agreed[part] = back[1].gather(1, index[part]) == here
@@ -58,7 +58,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     else:
         for first in range(0, images, per_tile):
             compute(slice(first, first + per_tile))
-    return index, score.div_(lengths).float(), agreed
+    return index, score.div_(query_norm).float(), agreed
 
 
 def _better(before: tuple[Tensor, Tensor] | None, score: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -353,7 +353,7 @@ def _leave_out(logits: Tensor, first: int, excluded: Tensor | None, plan: _Plan)
 def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention:
     """By torch's attention operator, whose tiles never leave the registers; what it returns of each part is merged."""
     log_sum_exp = scaled.new_full((len(scaled), 1), float("-inf"))
-    mean = torch.zeros_like(scaled)
+    mean: Tensor | None = None
     heads = torch.get_num_threads()  # of even size, since the operator gives each thread whole blocks of 256 rows
     heads = heads if len(scaled) % heads == 0 else 1
     operand = scaled.to(plan.logits).contiguous()  # it reads rows, and keys, as if they were
@@ -365,10 +365,11 @@ def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention
         rows = rows.contiguous().expand(1, heads, -1, -1)
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         part_mean, part_sum = attention(operand, rows, rows, 0.0, False, scale=1.0)
-        part_mean, part_sum = part_mean.reshape(mean.shape).to(mean.dtype), part_sum.reshape(-1, 1)
+        part_mean, part_sum = part_mean.reshape(scaled.shape).to(scaled.dtype), part_sum.reshape(-1, 1)
         both = torch.logaddexp(log_sum_exp, part_sum)
-        mean = part_mean if start == 0 else mean.lerp_(part_mean, (part_sum - both).exp_())
+        mean = part_mean if mean is None else mean.lerp_(part_mean, (part_sum - both).exp_())
         log_sum_exp = both
+    mean = torch.zeros_like(scaled) if mean is None else mean
     return _Attention(log_sum_exp, torch.ones_like(log_sum_exp), mean if want_mean else None, None)
 
 
