@@ -44,6 +44,11 @@ def extremes() -> dict[str, tuple[helpers.Case, float]]:
     low = make_case(12, channels=8, negatives=2000, temperature=0.1)
     low.query[:, 0], low.negatives[:, 0] = 5, low.negatives[:, 0] - 12  # at s = -110, more than a call at once
     cases["all far below"] = low, 1e-4
+    across = make_case(13, channels=16, negatives=2500)
+    across.query[:, 8:] = 0
+    across.negatives[:, :8] *= 15  # logits up to 62, of rows whose shares alone are too long for float32
+    across.negatives[:, 8:] *= 1e20
+    cases["long and across"] = across, 2e-5
     zero = make_case(10)
     cases["all zero"] = replace(zero, query=0 * zero.query, key=0 * zero.key, negatives=0 * zero.negatives), 1e-6
     return cases

@@ -41,7 +41,8 @@ BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**18, 4096
 # share the cores with torch's, which spin for some 6 ms after their last operator.
 SHORT_LOGITS, SHORT_TILE, SHORT_SERIAL = 2**23, 2**22, 2**20
 LOG2_E = math.log2(math.e)  # exp2() of 2^19 values takes 0.07 ms where exp() takes 0.30 (MKL on Zen 5)
-# What the sum of exp2() of a row may be without a shift: above, the mean could overflow, below, terms may vanish.
+# What the sum of exp2() of a row may be without a shift: above, the mean could overflow, below, terms may vanish. The
+# mean is looked at besides: of rows longer than 1e8 it overflows before.
 LEAST_SUM, MOST_SUM = 1e-24, 1e30
 
 
@@ -325,7 +326,7 @@ def _attend(blocks: list[_Rows], want_mean: bool, want_rank: bool, plan: _Plan, 
         del logits  # so that the next tile takes its place: fresh memory costs a third of the time in page faults
     if not shifted and on_cpu:
         least, most = total.nan_to_num(1.0, posinf=float("inf")).aminmax()
-        if least < LEAST_SUM or most > MOST_SUM:
+        if least < LEAST_SUM or most > MOST_SUM or (mean is not None and not bool(mean.sum().isfinite())):
             return None
     log_sum_exp = torch.xlogy(1.0, total)  # log() is MKL's, which shares out any number of values to all threads
     if top is not None:
