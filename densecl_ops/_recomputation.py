@@ -70,8 +70,9 @@ def note(negatives: Tensor) -> None:
 def note_compiled(negatives: Tensor) -> None:
     """The same where compiled code computes the loss: there neither gradients nor hooks are known.
 
-    It counts the first computations that met the negatives as they are now, and the repeats by the backward pass under
-    way, which may repeat each once.
+    It counts the first computations that met the negatives as they are now, and the repeats. A backward pass may repeat
+    each once. Where one that met the negatives before was never repeated, it may be what is repeated now: then all
+    passes together may repeat each once.
     """
     if negatives.is_inference():
         return
@@ -80,15 +81,16 @@ def note_compiled(negatives: Tensor) -> None:
     reads = known.get("_densecl_ops_reads")
     if not in_backward():
         if reads is None or reads.version != negatives._version:
-            reads = SimpleNamespace(version=negatives._version, firsts=0, repeats=0, backward_pass=-1)
+            missed = reads is not None and reads.repeats < reads.firsts
+            reads = SimpleNamespace(version=negatives._version, missed=missed, firsts=0, repeats=0, passed=0, task=-1)
             known["_densecl_ops_reads"] = reads
         reads.firsts += 1
     elif reads is not None:
-        backward_pass = torch._C._current_graph_task_id()
-        if reads.backward_pass != backward_pass:
-            reads.backward_pass, reads.repeats = backward_pass, 0
+        task = torch._C._current_graph_task_id()
+        if reads.task != task and not reads.missed:
+            reads.task, reads.passed = task, reads.repeats
         reads.repeats += 1
-        if reads.version != negatives._version or reads.repeats > reads.firsts:
+        if reads.version != negatives._version or reads.repeats - reads.passed > reads.firsts:
             raise RuntimeError(_MESSAGE)
 
 

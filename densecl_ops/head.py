@@ -23,7 +23,8 @@ class DenseProjectionHead(nn.Module):
         hidden_channels: Width of both hidden layers. Default: in_channels, DenseCL's and MoCo-v2's own rule.
         out_channels: Channels of every output, D. Default 128.
         grid_size: S, or (H, W), of the dense branch. Default: the backbone's own grid. Give the same value to
-            DenseCorrespondence, whose indices must speak of the same positions.
+            DenseCorrespondence, whose indices must speak of the same positions. A grid finer than the map repeats its
+            positions, as adaptive pooling does.
         norm_layer: Called with hidden_channels for each branch, put before the ReLU and applied to (B, C, H, W) maps
             (1 x 1 in the image branch): nn.BatchNorm2d, nn.SyncBatchNorm, ... Default: no norm, as in DenseCL.
 

@@ -102,9 +102,14 @@ def torchrun(script: str | Path, *arguments: str | Path, processes: int = 2) -> 
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
     command = [sys.executable, *launcher, script, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    with subprocess.Popen(command, env=environment, cwd=directory, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            _, told = started.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            started.terminate()  # it then ends its processes, which would outlive kill()
+            _, told = started.communicate()
+    assert started.returncode == 0, told
+    return told
 
 
 class NoFloat64(TorchDispatchMode):

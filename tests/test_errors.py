@@ -185,6 +185,7 @@ WORDS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: loss(ROWS, dense_correspondence(TURNED, WHOLE)), V, "from a 3 x 2 grid into 4 x 4, expected (2, 3) and"),
     (lambda: dense_cosine(MAP, MAP, dense_correspondence(TURNED, TURNED)), V, "a match from a 3 x 2 grid into 3 x 2"),
     (lambda: loss(exclude=torch.tensor([0, 5])), V, "exclude: got values from 0 to 5, expected them within 0 to 4"),
+    (lambda: DenseInfoNCELoss()(MAP, KEY, ROWS, temperature=1), T, "temperature: got one in the call, expected it"),
     (lambda: loss(temperature=torch.tensor(0.0)), V, "got 0.0 ... not initialised needs reset_parameters()"),
     (lambda: matching(grid_size=(1, 2, 3)), V, "grid_size: got (1, 2, 3), expected an int or a pair (height, width)"),
     (lambda: matching(key_features=KEY.flatten(2), grid_size=2), V, "key_features: ... expected a (B, C, H, W) map"),

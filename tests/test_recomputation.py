@@ -70,7 +70,7 @@ def test_enqueue_after_and_before_backward(backend: str, how: str) -> None:
     # Compiled as a whole, the checkpoint saves the queue itself, and torch's own check of it raises.
     words = "modified by an inplace operation" if how == "compiled" else r"call enqueue after backward\(\), or leave"
     # The last of two losses has seen the queue as it is in backward(), the first has not.
-    for step in ("forward enqueue backward", "forward enqueue forward backward"):
+    for step in ("forward enqueue backward", "forward enqueue forward backward", "forward enqueue forward accumulate"):
         with pytest.raises(RuntimeError, match=words):
             Model(WRAPS[how], backend).do(step)
 

@@ -25,16 +25,18 @@ def dense_correspondence(
 
         index[b, i] = argmax_j <f_q[b, i], f_k[b, j]> / |f_k[b, j]|
 
-    (DenseCL, arXiv 2011.09157, section 3.3: on backbone features, not on projections.) Ties go to the lowest
-    index; several queries may share a key. Products are accumulated in float32 (float64 for float64 features)
-    whatever the feature dtype, autocast or not. No gradient flows.
+    (DenseCL, arXiv 2011.09157, section 3.3: on backbone features, not on projections.) Ties go to the lowest index, of
+    scores as they are computed: those of equal keys may differ in the last bit. Several queries may share a key.
+    Products are accumulated in float32 (float64 for float64 features) whatever the feature dtype, autocast or not. No
+    gradient flows.
 
     Args:
         query_features: (B, C, H, W) backbone map of the first view, any strides; (B, C, P) and (B, C) also work. A
             ViT's (B, P, C) tokens need .transpose(1, 2), else channels are matched: index.shape[1] should be P.
         key_features: The same of the second view. Its grid may differ.
         grid_size: Average-pools both maps to S x S (or (H, W)) before matching. Pass what the projection head
-            was given, so that index and projection speak of the same positions.
+            was given, so that index and projection speak of the same positions. A grid finer than the map repeats its
+            positions, as adaptive pooling does.
         mutual: Marks as valid only pairs that are each other's nearest neighbour.
         min_score: Marks as valid only pairs of at least this cosine similarity, in [-1, 1].
         backend: "auto" takes the Triton kernels on CUDA and ROCm devices, and "blockwise" elsewhere or, with one

@@ -148,6 +148,9 @@ class DenseInfoNCELoss(nn.Module):
 
         Options are `weight` (B, P_q) and `exclude` (B,). All is as :func:`densecl_ops.functional.dense_info_nce` says.
         """
+        for name in ("temperature", "reduction", "backend"):
+            if name in options:
+                raise TypeError(f"{name}: got one in the call, expected it where the loss is made, or dense_info_nce()")
         return dense_info_nce(
             query,
             key,
