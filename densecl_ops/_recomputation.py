@@ -59,10 +59,12 @@ def note(negatives: Tensor) -> None:
     memory = negatives.untyped_storage().data_ptr()  # slices of a queue share it, as they share its version
     frame = inspect.currentframe()
     while frame is not None:  # torch does not tell inside of which Function it is; 60 frames take 3 us
-        if frame.f_code.co_varnames[:1] == ("ctx",) and isinstance(ctx := frame.f_locals.get("ctx"), FunctionCtx):
+        code = frame.f_code
+        of_function = code.co_name in ("forward", "backward") and code.co_varnames[:1] == ("ctx",)
+        if of_function and isinstance(ctx := frame.f_locals.get("ctx"), FunctionCtx):
             versions = ctx.__dict__.setdefault("_densecl_ops_versions", {})
             first = versions.setdefault(memory, negatives._version)
-            if first != negatives._version and frame.f_code.co_name == "backward":
+            if first != negatives._version and code.co_name == "backward":
                 raise RuntimeError(_MESSAGE)
         frame = frame.f_back
 

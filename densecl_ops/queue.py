@@ -145,11 +145,11 @@ class MomentumQueue(nn.Module):
             )
         group = _distributed.group_of(self.process_group) if self.gather_distributed else None
         if group is None:
-            unit = self._unit_keys(keys)
+            unit = _unit_keys(keys, rows)
         else:
             unit = _distributed.outside_graphs(self._unit_keys_of_all_ranks)(keys, group)
         size, written = rows.shape[0], unit.shape[0]
-        if not traced and rows.device.type == "cpu":  # where the host may look: a third of the time of what follows
+        if not traced and rows.is_cpu:  # where the host may look: a third of the time of what follows
             start, existing = int(position), int(count)
             if not (0 <= start < size and 0 <= existing <= size):
                 raise ValueError(
@@ -169,21 +169,10 @@ class MomentumQueue(nn.Module):
         position.add_(written).remainder_(size)
         count.add_(written).clamp_(max=size)
 
-    def _unit_keys(self, keys: Tensor) -> Tensor:
-        rows = self.rows
-        _checks.require_float("keys", keys)
-        if keys.ndim != 2 or keys.shape[1] != rows.shape[1]:
-            hint = "; of a Projection enqueue `pooled`, one vector per image" if keys.ndim > 2 else ""
-            raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (n, {rows.shape[1]}){hint}")
-        _checks.require_same_device("keys", keys, "the queue", rows)
-        _checks.require_values("keys", keys)
-        keys = keys.detach() if keys.requires_grad else keys  # no_grad() takes longer
-        return normalize_keys(keys, rows.dtype).nan_to_num_(0.0)  # a row that is not finite is all NaN
-
     def _unit_keys_of_all_ranks(self, keys: Tensor, group: dist.ProcessGroup) -> Tensor:
         synchronised = self._synchronised_in is not None and self._synchronised_in() is group
         unit, headers = _distributed.announce(
-            lambda: self._unit_keys(keys), group, size=self.size, synchronised=synchronised
+            lambda: _unit_keys(keys, self.rows), group, size=self.size, synchronised=synchronised
         )
         if not all(header.synchronised for header in headers):
             _distributed.send_from_first([self.rows, self.position, self.count], group)
@@ -240,3 +229,15 @@ class MomentumQueue(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"size={self.size}, dim={self.dim}, init={self.init!r}, dtype={self.rows.dtype}"
         return f"{sizes}, gather_distributed={self.gather_distributed}"
+
+
+def _unit_keys(keys: Tensor, rows: Tensor) -> Tensor:
+    """Checked keys as they are written into `rows`."""
+    _checks.require_float("keys", keys)
+    if keys.ndim != 2 or keys.shape[1] != rows.shape[1]:
+        hint = "; of a Projection enqueue `pooled`, one vector per image" if keys.ndim > 2 else ""
+        raise ValueError(f"keys: got shape {_checks.shape_of(keys)}, expected (n, {rows.shape[1]}){hint}")
+    _checks.require_same_device("keys", keys, "the queue", rows)
+    _checks.require_values("keys", keys)
+    keys = keys.detach() if keys.requires_grad else keys  # no_grad() takes longer
+    return normalize_keys(keys, rows.dtype).nan_to_num_(0.0)  # a row that is not finite is all NaN

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from densecl_ops._numerics import norm
 from densecl_ops.info_nce.eager import Problem, Result, gather_matches, rows_of
@@ -20,7 +21,7 @@ def serves(problem: Problem, want_rank: bool) -> bool:
     return (
         not want_rank
         and problem.is_plain
-        and query.device.type == "cpu"
+        and query.is_cpu
         and negatives.dtype == problem.matmul_dtype == problem.dtype
         and query.shape[0] * query.shape[2] * negatives.shape[0] <= MOST_LOGITS
     )
@@ -33,19 +34,20 @@ def forward(problem: Problem, want_grad: bool) -> Result:
     if problem.matches is not None:
         key, key_norm = gather_matches(key, problem.matches), key_norm.gather(1, problem.matches)
     scale, negatives = problem.inverse_temperature, problem.negatives
+    if not isinstance(scale, Tensor):  # a product with a number takes twice as long
+        scale = torch.scalar_tensor(scale, dtype=problem.dtype)
     if problem.existing is not None:
         negatives = negatives[: int(problem.existing)]
 
     unit = query / query_norm
     scaled = unit * scale
-    positive = torch.linalg.vecdot(scaled, key) / key_norm  # the key raw: its norm divides what follows
     logits = torch.mm(scaled.flatten(0, 1), negatives.t())
     if logits.shape[1] == 0:
-        log_share, log_sum_exp = logits, torch.full_like(positive, float("-inf"))
+        log_share, log_sum_exp = logits, torch.full_like(key_norm, float("-inf"))
     else:
         log_share = logits.log_softmax(1)  # one pass; logsumexp takes six, and gives the shares in another
-        log_sum_exp = (logits.amax(1) - log_share.amax(1)).view_as(positive)  # any column's, but others lose digits
-    margin = log_sum_exp - positive
+        log_sum_exp = (logits.amax(1) - log_share.amax(1)).view_as(key_norm)  # any column's, but others lose digits
+    margin = torch.addcdiv(log_sum_exp, torch.linalg.vecdot(scaled, key), key_norm, value=-1)  # less the positive
     loss = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
     pull, rank = margin.sigmoid(), loss.new_empty(0, dtype=torch.int64)
     if not want_grad:

@@ -25,12 +25,14 @@ def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> t
     want_query = problem.query.requires_grad or (learned is not None and learned.requires_grad)
     want_query = enabled and (want_query or (traced and inside_func()))
     wanted = want_query or (enabled and (problem.key.requires_grad or problem.negatives.requires_grad))
-    arguments = (*problem, want_query, want_rank, backend)
     if traced or not wanted:
         _refuse_tangents(problem, backend, traced)
     if not wanted:
-        loss, rank, *_ = _forward(*arguments)
-    elif traced:
+        rest = (False, want_rank, backend)
+        loss, rank, *_ = _forward(*problem, *rest) if traced else _solve("forward", problem, *rest)
+        return loss, rank
+    arguments = (*problem, want_query, want_rank, backend)
+    if traced:
         loss, rank, *_ = _InfoNCE.apply(*arguments, None)  # type: ignore[no-untyped-call]
     else:
         try:
@@ -45,8 +47,10 @@ def _refuse_tangents(problem: Problem, backend: str, traced: bool) -> None:
     if traced and torch.compiler.is_dynamo_compiling():
         return
     found = traced and TransformType.Jvp in _transforms()
-    for x in (problem.query, problem.key, problem.negatives, problem.learned_scale):
-        found = found or (x is not None and forward_ad.unpack_dual(x).tangent is not None)  # type: ignore[no-untyped-call]
+    unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    if unpack(problem.query).primal is not problem.query:  # else nothing has a tangent
+        for x in (problem.query, problem.key, problem.negatives, problem.learned_scale):
+            found = found or (x is not None and unpack(x).tangent is not None)
     if found:
         raise RuntimeError(
             f"dense_info_nce: the {backend!r} backend has no forward-mode derivative (jvp); use backend='eager'"
@@ -140,16 +144,20 @@ def _weigh(grad: Tensor, row: Tensor) -> Tensor:
     return (grad * row).masked_fill_(grad == 0, 0.0)
 
 
+def _solve(name: str, problem: Problem, *given: Any) -> Any:
+    """Calls the function `name` of a backend with further arguments, the last of which says which backend."""
+    *rest, backend = given
+    return _backends.call(backend, "info_nce", name, problem.query, problem.matmul_dtype, problem, *rest)
+
+
 def _operator(
     name: str, arguments: str, returns: str, fake: Callable[..., Any], **options: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The function `name` of a backend as an operator: the fields of a Problem, further arguments, which backend."""
+    """`_solve` as an operator: the fields of a Problem, further arguments, which backend."""
     fields = len(Problem._fields)
 
     def body(*given: Any) -> Any:
-        problem = Problem(*given[:fields])
-        *rest, backend = given[fields:]
-        return _backends.call(backend, "info_nce", name, problem.query, problem.matmul_dtype, problem, *rest)
+        return _solve(name, Problem(*given[:fields]), *given[fields:])
 
     def fake_body(*given: Any) -> Any:
         return fake(Problem(*given[:fields]), *given[fields:])

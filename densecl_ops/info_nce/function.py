@@ -150,7 +150,7 @@ def dense_info_nce(
     if not traced:
         if unit_rows and key.requires_grad:
             _checks.warn_once(_KEY_GRADIENT, 3)
-        if query.device.type == "cpu":  # where looking at values waits for no device
+        if query.is_cpu:  # where looking at values waits for no device
             existing = _existing(rows, count, unit_rows)
             count = None if existing == rows.shape[0] else count
             if index is not None:

@@ -59,6 +59,7 @@ class DenseInfoNCELoss(nn.Module):
         _checks.require_choice("backend", backend, BACKENDS)
         self._start = _checks.require_temperature("temperature", temperature)
         self.reduction = reduction
+        self.learnable_temperature = learnable_temperature
         self.backend = backend
         # One element, not 0-d: neither form of FSDP shards a 0-d parameter.
         self.register_parameter("logit_scale", nn.Parameter(torch.empty(1)) if learnable_temperature else None)
@@ -77,8 +78,9 @@ class DenseInfoNCELoss(nn.Module):
         Raises:
             RuntimeError: FSDP holds `logit_scale` in shards, as it does outside of the forward() that it wraps.
         """
-        if self.logit_scale is None:
+        if not self.learnable_temperature:
             return self._start
+        assert self.logit_scale is not None
         if _tracing.is_sharded(self.logit_scale):
             raise RuntimeError(
                 "temperature: got a logit_scale in shards, expected a whole one; call the loss inside the forward() of "
