@@ -15,29 +15,22 @@ class Processor(NamedTuple):
 
     Attributes:
         bfloat16: It has instructions for products of it.
-        amx: It has matrix units.
         onednn: It multiplies float32 faster in oneDNN, by a private operator, than in MKL, as torch.mm does.
-        flash: torch has its private attention operator for CPUs, which returns the log-sum-exp, too.
     """
 
     bfloat16: bool
-    amx: bool
     onednn: bool
-    flash: bool
 
 
 @functools.cache
 def processor() -> Processor:
     ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = ask()
-    amx = bool(capabilities.get("amx_bf16"))
     # MKL leaves the AVX-512 of AMD processors unused: 114 GFLOP/s a core, where oneDNN reaches 253 (EPYC, Zen 5).
     is_amd = "AMD" in str(capabilities.get("cpu_name")) and bool(capabilities.get("avx512_f"))
     return Processor(
-        bfloat16=amx or bool(capabilities.get("avx512_bf16")),
-        amx=amx,
+        bfloat16=any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16")),
         onednn=is_amd and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
-        flash=hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
     )
 
 

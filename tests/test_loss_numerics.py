@@ -178,7 +178,7 @@ def test_autocast_rounds_only_the_products_with_negatives(backend: str, autocast
             assert low <= error(loss, expected(wide).loss) < high
 
 
-@pytest.mark.parametrize("form", ["tiles", "tiles, short", "tiles, oneDNN", "flash", "flash, short", "at once"])
+@pytest.mark.parametrize("form", ["tiles", "short", "oneDNN", "at once"])
 @pytest.mark.parametrize("images", [1, 3])  # the rows of one image are its map, transposed, where nothing copies
 @pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5000, 4300)])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -187,12 +187,12 @@ def test_every_form(
 ) -> None:
     """Any processor can do what another one is given: products in float32, or in bfloat16 where the input is."""
     for product in {torch.float32, dtype} - {torch.float16}:
-        if (form == "tiles, oneDNN" and product != torch.float32) or (form == "at once" and dtype != torch.float32):
+        if (form == "oneDNN" and product != torch.float32) or (form == "at once" and dtype != torch.float32):
             continue
-        monkeypatch.setattr(blockwise, "_choose", lambda *_, product=product: (form.split(",")[0], product))
-        if "short" not in form:
+        monkeypatch.setattr(blockwise, "_product_dtype", lambda *_, product=product: product)
+        if form != "short":
             monkeypatch.setattr(blockwise, "SHORT_LOGITS", 0)
-        monkeypatch.setattr(_processor, "processor", lambda: Processor(True, False, form == "tiles, oneDNN", True))
+        monkeypatch.setattr(_processor, "processor", lambda: Processor(True, form == "oneDNN"))
         monkeypatch.setattr(at_once, "serves", lambda *_: form == "at once")
         case = make_case(21, images, channels=32, negatives=negatives, count=count).to(dtype)
         case.query[0, :, 0, 0] = case.key[-1, :, 0, 0] = case.negatives[0] = 0
@@ -200,6 +200,8 @@ def test_every_form(
         seen, usual = (run(backend, case, rank=False) for backend in ("blockwise", "eager"))
         frozen, without = (run("blockwise", case, wanted, rank=False) for wanted in (("query", "key"), ()))
         assert_close(without.loss, frozen.loss, 1e-6)
+        if product == torch.float32:  # nothing is rounded where nothing asks for it
+            assert_close(frozen.loss, truth.loss, 1e-6)
         for name in ("loss", "query", "key", "negatives"):
             wish, tolerance = getattr(truth, name), 2 * error(getattr(usual, name), getattr(truth, name))
             floor = 1e-5 if dtype == torch.float32 else 1e-3
@@ -221,37 +223,24 @@ def test_short_calls(monkeypatch: pytest.MonkeyPatch, serial: int, tile: int) ->
         check("blockwise", replace(matched, exclude=None).to(torch.float32), 2e-5, ("query",), rank=False)
 
 
-INTEL = {"cpu_name": "Intel"}
-BF16, AMX, AMD = INTEL | {"avx512_bf16": True}, INTEL | {"amx_bf16": True}, {"cpu_name": "AMD EPYC", "avx512_f": True}
-FORMS: list[tuple[dict[str, Any], torch.dtype, str, str, torch.dtype]] = [
-    (INTEL, torch.float32, "", "flash", torch.float32),
-    (INTEL, torch.float32, "rank", "tiles", torch.float32),
-    (INTEL, torch.float32, "no gradient", "tiles", torch.float32),
-    (INTEL, torch.bfloat16, "", "flash", torch.float32),
-    (INTEL, torch.float16, "", "flash", torch.float32),
-    (INTEL, torch.float64, "", "flash", torch.float64),
-    (BF16, torch.bfloat16, "", "tiles", torch.bfloat16),
-    (BF16, torch.bfloat16, "rank", "tiles", torch.bfloat16),
-    (AMX, torch.bfloat16, "", "flash", torch.bfloat16),
-    (AMX, torch.bfloat16, "exclude", "tiles", torch.bfloat16),
-    (INTEL, torch.float32, "exclude", "tiles", torch.float32),
-    (BF16, torch.bfloat16, "short", "flash", torch.float32),
-    (AMX, torch.bfloat16, "short", "flash", torch.bfloat16),
-    (AMD | BF16, torch.bfloat16, "short", "flash", torch.float32),
-    (AMD, torch.float32, "", "tiles", torch.float32),
-    (AMD, torch.bfloat16, "rank", "tiles", torch.float32),
-    ({}, torch.float32, "", "flash", torch.float32),
-]
-
-
-@pytest.mark.parametrize(("processor", "dtype", "option", "form", "product"), FORMS)
-def test_choice_of_the_form(
-    monkeypatch: pytest.MonkeyPatch, processor: Any, dtype: torch.dtype, option: str, form: str, product: torch.dtype
+@pytest.mark.parametrize(
+    ("instructions", "dtype", "short", "product"),
+    [
+        ((), torch.bfloat16, False, torch.float32),
+        (("avx512_bf16",), torch.bfloat16, False, torch.bfloat16),
+        (("amx_bf16",), torch.bfloat16, False, torch.bfloat16),
+        (("amx_bf16",), torch.bfloat16, True, torch.float32),
+        (("avx512_bf16",), torch.float16, False, torch.float32),
+        (("avx512_bf16",), torch.float32, False, torch.float32),
+        (("avx512_bf16",), torch.float64, False, torch.float64),
+    ],
+)
+def test_dtype_of_the_products(
+    monkeypatch: pytest.MonkeyPatch, instructions: tuple[str, ...], dtype: torch.dtype, short: bool, product: Any
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True), raising=False)
     monkeypatch.setattr(blockwise, "processor", blockwise.processor.__wrapped__)
-    exclude = torch.zeros(3, dtype=torch.int64) if option == "exclude" else None
-    case, exact = make_case(0, negatives=4096).to(dtype), torch.promote_types(dtype, torch.float32)
+    case, exact = make_case(0).to(dtype), torch.promote_types(dtype, torch.float32)
     maps = case.query.flatten(2), case.key.flatten(2)
-    problem = Problem(*maps, case.negatives, 5.0, None, case.index, exclude, None, True, exact, dtype)
-    assert blockwise._choose(problem, option != "no gradient", option == "rank", option == "short") == (form, product)
+    problem = Problem(*maps, case.negatives, 5.0, None, case.index, None, None, True, exact, dtype)
+    assert blockwise._product_dtype(problem, short) == product

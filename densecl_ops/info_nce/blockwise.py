@@ -52,7 +52,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
         return at_once.forward(problem, want_grad)
     batch, channels, positions = problem.query.shape
     size = batch * positions
-    plan = _plan(problem, want_grad, want_rank)
+    plan = _plan(problem, want_rank)
     scale = problem.inverse_temperature
     shifted = problem.query.device.type != "cpu" and not is_bounded_by_contract(problem)
 
@@ -97,7 +97,6 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
         most = min(SERIAL // channels, SHORT_TILE // len(plan.negatives))
         parts = _parts(batch, positions, max(1, most))
         group = max(1, SHORT_TILE // len(plan.negatives) // (parts[0].stop - parts[0].start))
-        group = len(parts) if plan.form == "flash" else group  # which holds no logits
         for first in range(0, len(parts), group):
             compute(*parts[first : first + group])
     elif problem.query.device.type == "cpu":
@@ -125,7 +124,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     scaled = (unit * problem.inverse_temperature).masked_fill(left_out, 0.0)
     weighted = scaled * weight
     # float32 products, as those of the sum were. With bfloat16 logits a single exp() would be up to 4 % off.
-    plan = _plan(problem, want_grad=True, want_rank=True)
+    plan = _plan(problem, want_rank=True)
     bounded = scaled.device.type == "cpu" and bool(log_sum_exp.abs().max() <= UNSHIFTED_LIMIT)
     base = LOG2_E if bounded else 1.0  # of larger logits the last digits would count
     operand = scaled * base
@@ -174,42 +173,32 @@ class _Plan(NamedTuple):
     problem: Problem
     negatives: Tensor  # (K', D), those that exist as far as the host can tell
     short: bool  # few operators on all threads
-    form: str  # "tiles" or "flash"
-    query: torch.dtype  # to which a query is rounded first
+    query: torch.dtype  # to which a unit query is rounded before it is scaled
     logits: torch.dtype  # of the products that give the logits
     mean: torch.dtype  # of those that give the mean row
 
 
-def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
-    negatives, rounded = problem.negatives, problem.matmul_dtype
+def _plan(problem: Problem, want_rank: bool) -> _Plan:
+    negatives, dtype = problem.negatives, problem.matmul_dtype
     exact = want_rank or negatives.requires_grad  # which look at single products, the loss at sums of many
-    if problem.query.device.type != "cpu":
-        logits = problem.dtype if exact else rounded
-        return _Plan(problem, negatives, False, "tiles", rounded, logits, rounded)
+    query = dtype if exact else problem.dtype  # as rows of the queue are rounded, or as little as can be
+    if not problem.query.is_cpu:
+        return _Plan(problem, negatives, False, query, problem.dtype if exact else dtype, dtype)
     if problem.existing is not None:
         negatives = negatives[: int(problem.existing)]
     short = not want_rank and _is_short(problem, negatives)
-    form, dtype = _choose(problem, want_grad, want_rank, short)
+    dtype = _product_dtype(problem, short)
     if short:
         negatives = _serial_copy(_serial_copy(negatives, problem.matmul_dtype), dtype)
         problem = problem._replace(matmul_dtype=dtype)
-    logits = problem.dtype if exact else dtype
-    rounded = rounded if logits == problem.dtype else logits
-    return _Plan(problem, negatives, short, form, rounded, logits, dtype)
+    return _Plan(problem, negatives, short, query, problem.dtype if exact else dtype, dtype)
 
 
-def _choose(problem: Problem, want_grad: bool, want_rank: bool, short: bool) -> tuple[str, torch.dtype]:
-    """The fastest form on this CPU and the dtype of its products; docs/design-notes.md says what decided."""
-    cpu, dtype = processor(), problem.matmul_dtype
-    # Exact, and faster where 16-bit products have no instructions, or so few that conversions would take longer.
-    if dtype == torch.float16 or (dtype == torch.bfloat16 and not (cpu.amx if short else cpu.bfloat16)):
-        dtype = problem.dtype
-    flash_can = not want_rank and problem.is_plain and cpu.flash
-    if dtype == torch.bfloat16:
-        return ("flash" if flash_can and cpu.amx else "tiles"), dtype
-    if dtype == torch.float32 and cpu.onednn:
-        return "tiles", dtype
-    return ("flash" if flash_can and want_grad else "tiles"), dtype
+def _product_dtype(problem: Problem, short: bool) -> torch.dtype:
+    """The fastest on this CPU; docs/design-notes.md says what decided."""
+    # float32 is exact, and faster where 16-bit products have no instructions, or so few that conversions take longer.
+    low = problem.matmul_dtype == torch.bfloat16 and processor().bfloat16 and not short
+    return torch.bfloat16 if low else problem.dtype
 
 
 def _is_short(problem: Problem, negatives: Tensor) -> bool:
@@ -268,13 +257,11 @@ def _attend(blocks: list[_Rows], want_mean: bool, want_rank: bool, plan: _Plan, 
     """The rows of all blocks over all negatives. Without `shifted` None if exp2() may have overflowed or vanished."""
     problem, on_cpu = plan.problem, plan.negatives.device.type == "cpu"
     # Powers of 2 where no logit is so large that its last digits would count.
-    scale = problem.inverse_temperature * (1.0 if shifted or plan.form == "flash" else LOG2_E)
+    scale = problem.inverse_temperature * (1.0 if shifted else LOG2_E)
     units = [rows.unit.to(plan.query).to(problem.dtype) for rows in blocks]
     scaled = units[0].new_empty(sum(map(len, units)), units[0].shape[1])
     for unit, mine in zip(units, scaled.split([len(unit) for unit in units]), strict=True):  # type: ignore[no-untyped-call]
         torch.mul(unit, scale, out=mine)
-    if plan.form == "flash":
-        return _attend_by_flash(scaled, want_mean, plan)
     excluded = None if problem.exclude is None else torch.cat([cast(Tensor, rows.excluded) for rows in blocks])
     total = scaled.new_zeros(len(scaled), 1)
     mean: Tensor | None = None
@@ -349,29 +336,6 @@ def _leave_out(logits: Tensor, first: int, excluded: Tensor | None, plan: _Plan)
         inside = (column >= 0) & (column < width)
         column = column.clamp(0, width - 1)
         logits.scatter_(1, column, logits.gather(1, column).masked_fill(inside, float("-inf")))
-
-
-def _attend_by_flash(scaled: Tensor, want_mean: bool, plan: _Plan) -> _Attention:
-    """By torch's attention operator, whose tiles never leave the registers; what it returns of each part is merged."""
-    log_sum_exp = scaled.new_full((len(scaled), 1), float("-inf"))
-    mean: Tensor | None = None
-    heads = torch.get_num_threads()  # of even size, since the operator gives each thread whole blocks of 256 rows
-    heads = heads if len(scaled) % heads == 0 else 1
-    operand = scaled.to(plan.logits).contiguous()  # it reads rows, and keys, as if they were
-    operand = operand.view(1, heads, -1, scaled.shape[1])
-    one_dtype = plan.negatives.dtype == plan.logits == scaled.dtype
-    width = len(plan.negatives) if plan.short or one_dtype else 4096  # for small copies
-    for start in range(0, len(plan.negatives), max(1, width)):
-        rows = plan.negatives[start : start + width].to(plan.problem.matmul_dtype).to(plan.logits)
-        rows = rows.contiguous().expand(1, heads, -1, -1)
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        part_mean, part_sum = attention(operand, rows, rows, 0.0, False, scale=1.0)
-        part_mean, part_sum = part_mean.reshape(scaled.shape).to(scaled.dtype), part_sum.reshape(-1, 1)
-        both = torch.logaddexp(log_sum_exp, part_sum)
-        mean = part_mean if mean is None else mean.lerp_(part_mean, (part_sum - both).exp_())
-        log_sum_exp = both
-    mean = torch.zeros_like(scaled) if mean is None else mean
-    return _Attention(log_sum_exp, torch.ones_like(log_sum_exp), mean if want_mean else None, None)
 
 
 def _columns(rows: int, on_cpu: bool) -> int:

@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether no option is asked for that at_once.py and the flash form of blockwise.py do without."""
+        """Whether no option is asked for that at_once.py does without."""
         return self.exclude is None
 
 
