@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import gc
 import os
 import pickle
 import sys
@@ -23,7 +24,7 @@ import pytest
 import recipes
 import torch
 import torch.distributed as dist
-from helpers import EPS, check_queue, deque_of, refused, torchrun
+from helpers import EPS, check_queue, deque_of, gloo_threads, refused, torchrun
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -383,6 +384,8 @@ def main(rank: int, world: int) -> None:
     torch.save(list(CASES), Path(sys.argv[1]) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    gc.collect()  # tracebacks of refused calls hold groups: a gloo thread at exit aborted one run in about sixty
+    assert world == 2 or gloo_threads() == []  # with two, caches of FSDP hold the first group, idle by now
 
 
 @pytest.fixture(scope="module", params=[2, 4])
