@@ -20,18 +20,18 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _divisor(lengths: Tensor, least: float) -> Tensor:
+def divisor(lengths: Tensor, least: float) -> Tensor:
     """Lengths to divide by: infinite where one is below `least`, NaN where its square overflowed."""
     # inf + 0 inf is NaN. Two operations, where masks take five: small calls are bound by their number.
-    return torch.threshold(lengths.add(lengths, alpha=0), least, float("inf"))
+    return torch.threshold_(lengths.add(lengths, alpha=0), least, float("inf"))
 
 
 def norm(x: Tensor, dim: int, keepdim: bool = True) -> Tensor:
     """|x| along `dim` as a divisor. F.normalize would write a normalised copy of the whole map besides."""
     if x.stride(dim) == 1:  # along other strides it takes 4 times as long as the squares
-        return _divisor(torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim), NORM_EPS)
+        return divisor(torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim), NORM_EPS)
     # The threshold comes first: a root's gradient is infinite at 0.
-    return _divisor(x.square().sum(dim, keepdim=keepdim), NORM_EPS**2).sqrt_()
+    return divisor(x.square().sum(dim, keepdim=keepdim), NORM_EPS**2).sqrt_()
 
 
 def inverse_norm(x: Tensor, dim: int) -> Tensor:

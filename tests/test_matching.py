@@ -104,12 +104,18 @@ def test_few_images_with_many_channels_in_many_tiles(monkeypatch: pytest.MonkeyP
         check_match("blockwise", *pair(batch=7), mutual)
 
 
-def test_a_short_call_of_rows() -> None:
-    """On a CPU in few operators, the scores scaled by some images at a time."""
-    maps = pair(batch=40, channels=24, query=(7, 7), key=(7, 7))
-    query, key = (x.float().contiguous(memory_format=torch.channels_last) for x in maps)
+@pytest.mark.parametrize("key_grid", [(7, 7), (5, 6)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_short_call(dtype: torch.dtype, layout: str, key_grid: tuple[int, int]) -> None:
+    """On a CPU in few operators, the scores scaled by some images at a time; zero, overflow and NaN stay themselves."""
+    query, key = (lay_out(x.to(dtype), layout) for x in pair(batch=40, channels=24, query=(7, 7), key=key_grid))
     query[3, :, 2, 2] = key[7, :, 1, 1] = 0
+    query[6, 2, 0, 3] = float("nan")
     check_match("blockwise", query, key)
+    query[4, :, 0, 1] = key[5, :, 0, 1] = 1e200 if dtype == torch.float64 else 3e38
+    seen, usual = (helpers.match(backend, query, key) for backend in ("blockwise", "eager"))
+    assert torch.equal(seen.score.isnan(), usual.score.isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,7 +6,7 @@ from torch import Tensor
 from densecl_ops import _backends, _checks, _maps
 from densecl_ops._numerics import accumulation_dtype, no_autocast
 from densecl_ops._tracing import is_traced, operator
-from densecl_ops._types import BackendName, Correspondence, with_grids
+from densecl_ops._types import BackendName, Correspondence, Grids, with_grids
 from densecl_ops.correspondence import eager
 
 
@@ -64,27 +64,25 @@ def dense_correspondence(
     if min_score is not None:
         min_score = _checks.require_cosine("min_score", min_score)
     traced = is_traced(query_features)
-    dtype = (_check if traced else _check_once)(query_features, key_features)
+    dtype, grids = (_check if traced else _check_once)(query_features, key_features)
     query, key = _prepare("query_features", query_features, grid), _prepare("key_features", key_features, grid)
     chosen = _backends.choose(backend, query, dtype, 0, traced)
     if chosen == "eager":  # left open to compilers, which fuse it
         with no_autocast(query):
             index, score, agreed = eager.match(query, key, mutual)
     else:
-        index, score, agreed = _match(query, key, mutual, chosen)
+        index, score, agreed = (_match if traced else _solve)(query, key, mutual, chosen)
     valid = agreed if min_score is None else agreed & ~(score < min_score)
     match = Correspondence(index, score, valid)
-    if query_features.ndim == key_features.ndim == 4:
-        match = with_grids(match, (grid, grid) if grid else (query_features.shape[2:], key_features.shape[2:]))
-    return match
+    return match if grids is None else with_grids(match, (grid, grid) if grid else grids)
 
 
-def _check(query: Tensor, key: Tensor) -> torch.dtype:
-    """Checks shapes, dtypes and devices; returns the accumulation dtype."""
+def _check(query: Tensor, key: Tensor) -> tuple[torch.dtype, Grids | None]:
+    """Checks shapes, dtypes and devices; returns the accumulation dtype and the grids of two maps."""
     _maps.require_map("query_features", query)
     _maps.require_map("key_features", key)
     _maps.require_paired_maps("query_features", query, "key_features", key)
-    return accumulation_dtype(query, key)
+    return accumulation_dtype(query, key), (query.shape[2:], key.shape[2:]) if query.ndim == key.ndim == 4 else None
 
 
 _check_once = _checks.once(_check)
@@ -96,6 +94,12 @@ def _prepare(name: str, features: Tensor, grid: tuple[int, int] | None) -> Tenso
     return _maps.flatten(features if grid is None else _maps.pool_to_grid(name, features, grid))
 
 
+def _solve(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    match: tuple[Tensor, Tensor, Tensor]
+    match = _backends.call(backend, "correspondence", "match", query, key.dtype, query, key, mutual)
+    return match
+
+
 def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     index = query.new_empty((query.shape[0], query.shape[2]), dtype=torch.int64)
     return index, torch.empty_like(index, dtype=torch.float32), torch.empty_like(index, dtype=torch.bool)
@@ -104,9 +108,7 @@ def _fake_match(query: Tensor, key: Tensor, mutual: bool, backend: str) -> tuple
 _match = operator(
     "match",
     "(Tensor query, Tensor key, bool mutual, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda query, key, mutual, backend: _backends.call(
-        backend, "correspondence", "match", query, key.dtype, query, key, mutual
-    ),
+    _solve,
     _fake_match,
     flops=lambda query, key, *_: 2 * query.numel() * key.shape[2],
 )
