@@ -38,7 +38,7 @@ def gather_matches(key: Tensor, correspondence: Correspondence | Tensor) -> Tens
     _checks.require_index(name, _checks.require_tensor(name, index), (k.shape[0], positions), "key", k)
     if _tracing.host_may_look(index):
         _checks.require_range(name, index, k.shape[2])
-    return _gather(k, index)
+    return _gather(*_tracing.outside_inference(k, index))
 
 
 def _gather(key: Tensor, index: Tensor | None) -> Tensor:

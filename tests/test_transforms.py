@@ -10,7 +10,7 @@ from helpers import NoFloat64, assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,6 +32,7 @@ def pair(x: Tensor, y: Tensor, dim: int = 0) -> Tensor:
 TRANSFORMS: dict[str, Any] = {
     "grad": lambda f, q, k, n: grad(f, argnums=(0, 1, 2))(q, k, n),
     "jacrev": lambda f, q, k, n: jacrev(f)(q, k, n),
+    "vjp": lambda f, q, k, n: vjp(f, q, k, n)[1](q.new_ones(())),
     "vmap": lambda f, q, k, n: vmap(f, in_dims=(0, None, None))(pair(q, k), k, n),
     "vmap over keys": lambda f, q, k, n: vmap(f, in_dims=(None, 1, None))(q, pair(k, q, 1), n),
     "vmap of grad": lambda f, q, k, n: vmap(grad(f, argnums=1), in_dims=(0, None, None))(pair(q, k), k, n),
@@ -79,7 +80,9 @@ def test_eager_alone_has_a_forward_derivative(fused: str, forward: Any, inputs: 
         forward(partial(loss, backend=fused), query, key)
 
 
-@pytest.mark.parametrize("twice", [hessian, lambda f: grad(lambda x: grad(f)(x).square().sum())])
+@pytest.mark.parametrize(
+    "twice", [hessian, lambda f: jacrev(jacrev(f)), lambda f: grad(lambda x: grad(f)(x).square().sum())]
+)
 def test_second_derivatives_name_the_way_out(fused: str, twice: Any, inputs: tuple[Tensor, ...]) -> None:
     query, key, negatives = inputs
     with pytest.raises(RuntimeError, match=r"differentiated once only|backend='eager'"):

@@ -73,6 +73,7 @@ class _InfoNCE(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *fields, _, _, ctx.backend, ctx.version = inputs
         ctx.query_dtype = fields[0].dtype
+        ctx.may_be_last = inside_func() and max(map(_times_followed, fields)) < 2
         _, rank, *saved = output
         ctx.mark_non_differentiable(rank, *saved)
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
@@ -91,7 +92,7 @@ class _InfoNCE(torch.autograd.Function):
         version, *saved = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             compare(ctx.version, version)
-            if _wants_a_graph():
+            if torch.is_grad_enabled() and not ctx.may_be_last:
                 raise RuntimeError(
                     f"dense_info_nce: the {ctx.backend!r} backend can be differentiated once only, got "
                     "create_graph=True; use backend='eager' for second derivatives"
@@ -125,17 +126,21 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
 
 
-def _wants_a_graph() -> bool:
-    """Whether backward is to be differentiated in turn: create_graph=True, or one torch.func gradient in another."""
-    transforms = _transforms()
-    return transforms.count(TransformType.Grad) > 1 if transforms else torch.is_grad_enabled()
+def _times_followed(x: object) -> int:
+    """How many gradients of torch.func follow a tensor, one around the other.
+
+    Each takes its own with create_graph=True, so that grad mode, which tells of it elsewhere, is always on. Waits for a
+    public question whether a backward pass is to be differentiated.
+    """
+    times = 0
+    while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        times += torch._C._functorch.is_gradtrackingtensor(x) and x.requires_grad
+        x = torch._C._functorch.get_unwrapped(x)
+    return times
 
 
 def _transforms() -> list[TransformType]:
-    """What torch.func has under way, outermost first; inside a gradient of its own, gradients are always on.
-
-    Waits for a public question whether a backward pass is to be differentiated: torch.is_grad_enabled() is True there.
-    """
+    """What torch.func has under way, outermost first."""
     return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
