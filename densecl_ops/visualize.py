@@ -94,6 +94,7 @@ def plot_correspondence(
     """
     score, valid = score_and_valid(correspondence)
     index = _checks.require_index("correspondence.index", correspondence.index, tuple(score.shape), "score", score)
+    _checks.require_values("correspondence", index)
     if not isinstance(sample, int) or not 0 <= sample < len(index):
         raise ValueError(f"sample: got {sample!r}, expected an int from 0 to {len(index) - 1}")
     index, score, valid = (x[sample].detach().cpu() for x in (index.long(), score.float(), valid))
@@ -159,6 +160,7 @@ def _pixels(name: str, image: Any) -> Tensor:
     """(H, W, 3) float32 in [0, 1] on the host."""
     expected = "(3, H, W), (1, H, W) or (H, W)"
     if isinstance(image, Tensor):
+        _checks.require_values(name, image)
         pixels = _checks.require_real(name, image).detach().cpu()
         pixels = pixels.movedim(0, 2) if pixels.ndim == 3 else pixels
     elif type(image).__module__ == "numpy" and hasattr(image, "shape"):

@@ -109,6 +109,7 @@ def replay(*steps: dict[str, Any], kind: str = "ReplayCompose") -> dict[str, Any
 
 CROPPED = step("RandomResizedCrop", shape=(120, 160, 3), interpolation=1, crop_coords=(24, 52, 88, 104))
 FLIPPED = step("HorizontalFlip", shape=(24, 30, 3))
+DROPPED = CROPPED | {"applied": False, "params": None, "p": 1.0}  # of ReplayCompose.replay
 
 
 def test_recorded_replays() -> None:
@@ -265,6 +266,7 @@ albumentations = partial(boxes_from_albumentations, image_size=(120, 160))
         (albumentations, replay(step("CenterCrop", shape=(120, 160), pad_params={})), "replay: got a CenterCrop with"),
         (albumentations, replay(step("Crop", shape=(120, 160), crop_coords=(9, 0, 9, 9))), "replay: got a Crop to (9,"),
         (albumentations, replay(step("Crop", shape=(120, 160), crop_coords=(0, 0, 9, 121))), "replay: got a Crop to"),
+        (albumentations, replay(DROPPED) | {"applied": False, "p": 1.0}, "replay: got one that applied nothing"),
         (albumentations, replay(FLIPPED), "image_size: got (120, 160), expected (24, 30)"),
         (boxes_from_kornia, [("RandomCrop_0", {})], "augmentation: got list, expected the kornia"),
         (boxes_from_kornia, SimpleNamespace(_params=[]), "augmentation: got SimpleNamespace before its call"),

@@ -127,6 +127,8 @@ def test_needs_matplotlib_but_not_pyplot(monkeypatch: pytest.MonkeyPatch) -> Non
         ("image_q: got list, expected a torch.Tensor or a numpy array", {"image_q": [[0.0]]}),
         ("image_q: got shape (3, 8, 6), expected (H, W, 3)", {"image_q": RGB.transpose(2, 0, 1)}),
         ("image_q: got shape (8, 6, 3), expected (3, H, W)", {"image_q": torch.tensor(RGB)}),
+        ("image_q: got a tensor on meta, expected a device that", {"image_q": IMAGE_Q.to("meta")}),
+        ("correspondence: got a tensor on meta", {name: x.to("meta") for name, x in SQUARE._asdict().items()}),
         ("image_q: got dtype torch.int64, expected uint8 or a float dtype", {"image_q": IMAGE_Q.long()}),
     ],
 )

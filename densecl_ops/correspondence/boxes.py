@@ -262,7 +262,7 @@ def boxes_from_albumentations(replay: Mapping[str, Any], image_size: Size) -> Te
     albumentations 2.0.8 and albumentationsx 2.5.1.
 
     Args:
-        replay: What the composed call returns under "replay".
+        replay: What the composed call returns under "replay"; not what `ReplayCompose.replay` does, which is empty.
         image_size: (height, width) of the image before the call.
 
     Returns:
@@ -283,6 +283,11 @@ def boxes_from_albumentations(replay: Mapping[str, Any], image_size: Size) -> Te
     """
     if not isinstance(replay, Mapping) or "transforms" not in replay:
         raise TypeError(f'replay: got {type(replay).__name__}, expected what ReplayCompose returns under "replay"')
+    if not replay.get("applied") and replay.get("p") == 1 and any(one.get("p") == 1 for one in replay["transforms"]):
+        raise ValueError(
+            "replay: got one that applied nothing, not even a step of p=1, as ReplayCompose.replay() returns it, "
+            "expected what the call that drew has returned"
+        )
     before: Size | None = None
     height, width = _image_sizes(image_size, 1).reshape(2).tolist()
     x0, y0, x1, y1 = 0.0, 0.0, width, height
