@@ -14,8 +14,9 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from densecl_ops import _backends
+from densecl_ops._parallel import SERIAL
 from densecl_ops._recomputation import compare, note_compiled, version_of
-from densecl_ops._tracing import inside_func, operator
+from densecl_ops._tracing import inside_func, is_traced, operator
 from densecl_ops.info_nce.eager import SCHEMA, Problem, Result
 
 
@@ -76,6 +77,7 @@ class _InfoNCE(torch.autograd.Function):
         ctx.may_be_last = inside_func() and max(map(_times_followed, fields)) < 2
         _, rank, *saved = output
         ctx.mark_non_differentiable(rank, *saved)
+        ctx.set_materialize_grads(False)  # of those, as large as the query's
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
@@ -120,7 +122,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
         if needs_key:
             to_key = _grad_key(*problem, row_weight, ctx.backend).mT.to(problem.key.dtype)
     if needs_query:
-        to_query = _weigh(grad_loss[:, :, None], grad_query).mT.to(ctx.query_dtype)
+        to_query = _weigh(grad_loss[:, :, None], grad_query, ctx.query_dtype).mT
     if needs_scale:
         to_scale = _weigh(grad_loss, grad_scale).sum()
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
@@ -144,9 +146,15 @@ def _transforms() -> list[TransformType]:
     return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
-def _weigh(grad: Tensor, row: Tensor) -> Tensor:
-    """Upstream gradient times row; a row of weight 0 is left out even if it holds NaN."""
-    return (grad * row).masked_fill_(grad == 0, 0.0)
+def _weigh(grad: Tensor, row: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Upstream gradient times row, by default in its dtype; a row of weight 0 is left out even if it holds NaN."""
+    if not grad.is_cpu or row.numel() <= SERIAL or is_traced(grad):
+        return (grad * row).masked_fill_(grad == 0, 0.0).to(dtype or row.dtype)
+    out = torch.empty_like(row, dtype=dtype)
+    images = max(1, SERIAL // row[0].numel())  # in pieces, which wait for no other thread
+    for ours, theirs, rows in zip(out.split(images), grad.split(images), row.split(images), strict=True):  # type: ignore[no-untyped-call]
+        torch.mul(theirs, rows, out=ours).masked_fill_(theirs == 0, 0.0)
+    return out
 
 
 def _solve(name: str, problem: Problem, *given: Any) -> Any:

@@ -313,7 +313,9 @@ def _attend(blocks: list[_Rows], want_mean: bool, want_rank: bool, plan: _Plan, 
         del logits  # so that the next tile takes its place: fresh memory costs a third of the time in page faults
     if not shifted and on_cpu:
         least, most = total.nan_to_num(1.0, posinf=float("inf")).aminmax()
-        if least < LEAST_SUM or most > MOST_SUM or (mean is not None and not bool(mean.sum().isfinite())):
+        # One sum would be shared out to all threads.
+        pieces = () if mean is None else mean.split(max(1, SERIAL // mean.shape[1]))  # type: ignore[no-untyped-call]
+        if least < LEAST_SUM or most > MOST_SUM or not math.isfinite(sum(float(piece.sum()) for piece in pieces)):
             return None
     log_sum_exp = torch.xlogy(1.0, total)  # log() is MKL's, which shares out any number of values to all threads
     if top is not None:
