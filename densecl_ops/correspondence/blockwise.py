@@ -37,8 +37,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
     agreed = torch.ones_like(index, dtype=torch.bool)
 
     def compute(part: slice) -> None:
-        k = key[part].to(dtype)
-        q = (_as_rows(query[part]) if by_onednn(k) else query[part]).to(dtype)
+        q, k = query[part].to(dtype), key[part].to(dtype)
         query_norm[part], key_norm = norm(q, 1, keepdim=False), norm(k, 1)
         back: tuple[Tensor, Tensor] | None = None  # the nearest query position of every key position so far
         per_strip = max(1, budget // (len(q) * keys))
@@ -68,16 +67,6 @@ def _better(before: tuple[Tensor, Tensor] | None, score: Tensor, index: Tensor) 
     better = score > before[0]  # strictly: the lowest index keeps a tie
     better |= score.isnan() & ~before[0].isnan()
     return torch.where(better, score, before[0]), torch.where(better, index, before[1])
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """The same (T, C, Q), but (T, Q, C) in memory. oneDNN would copy it so for its product, and it serves the norm."""
-    if x.stride(1) == 1:
-        return x
-    rows = x.new_empty(len(x), x.shape[2], x.shape[1])
-    for image, out in zip(x, rows, strict=True):  # one by one, since torch transposes matrices twice as fast
-        out.copy_(image.t())
-    return rows.mT
 
 
 def _products(rows: Tensor, columns: Tensor) -> Tensor:
