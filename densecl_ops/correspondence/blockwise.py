@@ -54,7 +54,7 @@ def match(query: Tensor, key: Tensor, mutual: bool) -> tuple[Tensor, Tensor, Ten
 
     per_tile = max(1, budget // (queries * keys))
     if on_cpu:
-        for_blocks(compute, images, min(per_tile, max(1, TILE_FEATURES // features)))
+        for_blocks(compute, images, min(per_tile, max(1, TILE_FEATURES // features)), max(1, at_once.SMALL // features))
     else:
         for first in range(0, images, per_tile):
             compute(slice(first, first + per_tile))
