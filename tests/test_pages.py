@@ -26,7 +26,7 @@ def test_links_paths_and_tables(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(((?!http|#)[^)#]+)", text):
         assert (page.parent / target).exists(), target
-    for path in re.findall(r"(?<![\w/.])(?:docs|tests|benchmarks|densecl_ops)/[\w./-]+\.\w+", text):
+    for path in re.findall(r"(?<![\w/.])(?:docs|tests|benchmarks|densecl_ops|findings)/[\w./-]+\.\w+", text):
         assert (ROOT / path).exists(), path
     assert text.count(":begin -->") == text.count(":end -->") == len(render.MARKED.findall(text))
     assert render.rendered(name_of(page)) == text, "run `python -m benchmarks render`"
