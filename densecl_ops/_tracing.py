@@ -60,16 +60,23 @@ def operator(
     unroll. Eager calls go to the function itself, since a registered operator costs them some 60 us of host time.
 
     All take the same arguments: `fake` returns empty tensors like the results, which alias no argument; `flops` counts
-    the products' operations for FlopCounterMode; the registered operator alone calls `when_traced` first.
+    the products' operations for FlopCounterMode; the registered operator alone calls `when_traced` first. Of several
+    results some may be None, which the registered operator returns as (0,).
     """
+
+    def tensors(function: Callable[..., Any], *arguments: Any) -> Any:
+        found = function(*arguments)
+        if isinstance(found, Tensor):
+            return found
+        return tuple(arguments[0].new_empty(0) if x is None else x for x in found)
 
     def traced(*arguments: Any) -> Any:
         if when_traced is not None:
             when_traced(*arguments)
-        return body(*arguments)
+        return tensors(body, *arguments)
 
     registered = torch.library.custom_op(f"densecl_ops::{name}", traced, mutates_args=(), schema=schema)
-    registered.register_fake(fake)
+    registered.register_fake(functools.partial(tensors, fake))
     registered.register_vmap(functools.partial(_one_by_one, registered))
     packet = getattr(torch.ops.densecl_ops, name)
 

@@ -49,10 +49,10 @@ def forward(problem: Problem, want_grad: bool) -> Result:
         log_sum_exp = (logits.amax(1) - log_share.amax(1)).view_as(key_norm)  # any column's, but others lose digits
     margin = torch.addcdiv(log_sum_exp, torch.linalg.vecdot(scaled, key), key_norm, value=-1)  # less the positive
     loss = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
-    pull, rank = margin.sigmoid(), loss.new_empty(0, dtype=torch.int64)
+    pull = margin.sigmoid()
     if not want_grad:
-        return Result(loss, rank, log_sum_exp, pull, loss.new_empty(0), loss.new_empty(0))
+        return Result(loss, None, log_sum_exp, pull, None, None)
     grad = torch.mm(log_share.exp_(), negatives).view_as(unit).addcdiv_(key, key_norm.unsqueeze(2), value=-1)
     along = torch.linalg.vecdot(grad, unit)
     grad.addcmul_(unit, along.unsqueeze(2), value=-1).mul_((pull * scale).unsqueeze(2) / query_norm)
-    return Result(loss, rank, log_sum_exp, pull, grad, along * pull)
+    return Result(loss, None, log_sum_exp, pull, grad, along * pull)

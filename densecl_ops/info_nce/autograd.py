@@ -20,7 +20,7 @@ from densecl_ops._tracing import inside_func, is_traced, operator
 from densecl_ops.info_nce.eager import SCHEMA, Problem, Result
 
 
-def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> tuple[Tensor, Tensor]:
+def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> tuple[Tensor, Tensor | None]:
     """As eager.row_loss, without its memory, by a fused backend; `traced` as `_tracing.is_traced` says of the call."""
     enabled, learned = torch.is_grad_enabled(), problem.learned_scale
     want_query = problem.query.requires_grad or (learned is not None and learned.requires_grad)
@@ -76,7 +76,7 @@ class _InfoNCE(torch.autograd.Function):
         ctx.query_dtype = fields[0].dtype
         ctx.may_be_last = inside_func() and max(map(_times_followed, fields)) < 2
         _, rank, *saved = output
-        ctx.mark_non_differentiable(rank, *saved)
+        ctx.mark_non_differentiable(*(x for x in (rank, *saved) if x is not None))
         ctx.set_materialize_grads(False)  # of those, as large as the query's
         # Inputs are kept only for the gradients that need them, above all never a frozen queue or its count:
         # enqueueing into it before backward() is harmless.
@@ -183,14 +183,13 @@ def _operator(
 def _fake_forward(problem: Problem, want_grad: bool, want_rank: bool, backend: str) -> Result:
     batch, channels, positions = problem.query.shape
     row = problem.query.new_empty((batch, positions), dtype=problem.dtype)
-    none = (0,)
     return Result(
         loss=row,
-        rank=row.new_empty(row.shape if want_rank else none, dtype=torch.int64),
+        rank=row.new_empty(row.shape, dtype=torch.int64) if want_rank else None,
         log_sum_exp=torch.empty_like(row),
         pull=torch.empty_like(row),
-        grad_query=row.new_empty((batch, positions, channels) if want_grad else none),
-        grad_scale=row.new_empty(row.shape if want_grad else none),
+        grad_query=row.new_empty((batch, positions, channels)) if want_grad else None,
+        grad_scale=torch.empty_like(row) if want_grad else None,
     )
 
 

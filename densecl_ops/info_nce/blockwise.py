@@ -104,14 +104,13 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
     else:
         compute(slice(0, size))
 
-    none = empty(0)
     return Result(
         loss=loss.view(batch, positions),
-        rank=none.long() if rank is None else rank.view(batch, positions),
+        rank=None if rank is None else rank.view(batch, positions),
         log_sum_exp=log_sum_exp.view(batch, positions),
         pull=pull.view(batch, positions),
-        grad_query=none if grad_query is None else grad_query.view(batch, positions, channels),
-        grad_scale=none.clone() if grad_scale is None else grad_scale.view(batch, positions),
+        grad_query=None if grad_query is None else grad_query.view(batch, positions, channels),
+        grad_scale=None if grad_scale is None else grad_scale.view(batch, positions),
     )
 
 

@@ -64,8 +64,8 @@ _snapshot = operator(
 )
 
 
-def row_loss(problem: Problem, want_rank: bool) -> tuple[Tensor, Tensor]:
-    """Returns loss (B, P_q) and rank (B, P_q) int64, (0,) if not wanted."""
+def row_loss(problem: Problem, want_rank: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns loss (B, P_q) and rank (B, P_q) int64, None if not wanted."""
     query, _ = unit_vectors(problem.query, problem.dtype)
     key = gather_matches(unit_vectors(problem.key, problem.dtype)[0], problem.matches)
     negatives = problem.negatives
@@ -80,7 +80,7 @@ def row_loss(problem: Problem, want_rank: bool) -> tuple[Tensor, Tensor]:
     logits = rearrange(torch.cat([positive[:, :, None], negative], dim=2), "b p k -> (b p) k")
     loss = F.cross_entropy(logits, logits.new_zeros(logits.shape[0], dtype=torch.int64), reduction="none")
     if not want_rank:
-        return loss.view_as(positive), torch.empty(0, dtype=torch.int64, device=loss.device)
+        return loss.view_as(positive), None
     return loss.view_as(positive), _rank(query.detach(), key.detach(), negatives.detach(), problem)
 
 
@@ -112,14 +112,14 @@ def _leave_out(logits: Tensor, problem: Problem) -> Tensor:
 
 
 class Result(NamedTuple):
-    """What one pass over the negatives yields for every query position; tensors that are not asked for are (0,)."""
+    """What one pass over the negatives yields for every query position; what is not asked for is None."""
 
     loss: Tensor  # (B, P_q)
-    rank: Tensor  # (B, P_q) int64, as `_rank` defines it
+    rank: Tensor | None  # (B, P_q) int64, as `_rank` defines it
     log_sum_exp: Tensor  # (B, P_q) over the negatives' logits alone
     pull: Tensor  # (B, P_q), 1 - p+, the probability that the negatives take; it scales every gradient
-    grad_query: Tensor  # (B, P_q, D) d loss_i / d query_i (raw)
-    grad_scale: Tensor  # (B, P_q) d loss_i / d scale
+    grad_query: Tensor | None  # (B, P_q, D) d loss_i / d query_i (raw)
+    grad_scale: Tensor | None  # (B, P_q) d loss_i / d scale
 
 
 class Backend(Protocol):

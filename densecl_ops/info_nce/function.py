@@ -184,7 +184,7 @@ def dense_info_nce(
     else:
         loss, rank = autograd.row_loss(problem, return_rank, chosen, traced)
     loss = _pairs.reduce(loss, weight, valid, reduction)
-    return (loss, rank) if return_rank else loss
+    return (loss, rank) if return_rank and rank is not None else loss
 
 
 def _negatives(negatives: Tensor | NegativeQueue) -> tuple[Tensor, Tensor | None, bool]:

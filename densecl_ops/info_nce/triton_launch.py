@@ -52,14 +52,13 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
             "numerator_ptr": new((plan.splits, rows, channels), dtype=torch.float32) if want_grad else None,
             "above_ptr": torch.empty_like(denominator, dtype=torch.int32) if want_rank else None,
         }
-        none = (0,)
         result = Result(
             loss=torch.empty_like(positive),
-            rank=new((batch, positions) if want_rank else none, dtype=torch.int64),
+            rank=torch.empty_like(positive, dtype=torch.int64) if want_rank else None,
             log_sum_exp=torch.empty_like(positive),
             pull=torch.empty_like(positive),
-            grad_query=new((batch, positions, channels) if want_grad else none, dtype=torch.float32),
-            grad_scale=new((batch, positions) if want_grad else none, dtype=torch.float32),
+            grad_query=new((batch, positions, channels), dtype=torch.float32) if want_grad else None,
+            grad_scale=torch.empty_like(positive) if want_grad else None,
         )
         negatives = _operand(problem)
         kernels.attend_kernel[plan.attend_grid](
@@ -75,11 +74,11 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
         )
         kernels.combine_kernel[plan.combine_grid](
             loss_ptr=result.loss,
-            rank_ptr=result.rank if want_rank else None,
+            rank_ptr=result.rank,
             log_sum_exp_ptr=result.log_sum_exp,
             pull_ptr=result.pull,
-            grad_query_ptr=result.grad_query if want_grad else None,
-            grad_scale_ptr=result.grad_scale if want_grad else None,
+            grad_query_ptr=result.grad_query,
+            grad_scale_ptr=result.grad_scale,
             **prepared,
             **parts,
             **scale,
