@@ -317,7 +317,7 @@ REFUSED = [
     (read({"teacher": {}}), f"{NESTED}none of them holds weights"),
     (read(3), "source: got int, expected a path or a mapping"),
     (read({"state_dict": 3}), "state_dict: got int"),
-    (read({}), "prefix: got ''"),
+    (read({}), "source: got content without entries, expected a state dict"),
     (read({}, "mmcv"), "format: got 'mmcv'"),
     (read({}, prefix=3), "prefix: got int"),
     (lambda: read_checkpoint(theirs("moco")).load_into(**modules()), r"(?s)nothing.*keep_dense.*queue: got.*\(moco\)"),

@@ -148,7 +148,8 @@ class DenseInfoNCELoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Returns the loss, or with return_rank the pair of the loss and the rank (B, P_q) of each positive.
 
-        Options are `weight` (B, P_q) and `exclude` (B,). All is as :func:`densecl_ops.functional.dense_info_nce` says.
+        Options of a call, such as `weight` (B, P_q) and `exclude` (B,), are as
+        :func:`densecl_ops.functional.dense_info_nce` says.
         """
         for name in ("temperature", "reduction", "backend"):
             if name in options:

@@ -103,6 +103,8 @@ def read_checkpoint(
 
 
 def _require_flat(state: Mapping[Any, Any], path: str) -> None:
+    if not state:
+        raise ValueError(f"source: got {path} without entries, expected a state dict")
     if any(isinstance(value, Mapping) for value in state.values()):
         raise ValueError(
             "source: got a mapping of mappings, expected one state dict. With content = torch.load(path), pass the one "
