@@ -226,10 +226,12 @@ def test_what_a_resumed_run_may_change(
     seen.mkdir()
     (seen / "linked").symlink_to(folder)
     Image.fromarray(noise(60, 60)).save(seen / "new.png")
-    arguments = ["--resume", "--workers", "0", "--accumulate", "2", "--images", seen, "--steps"]
+    weights = "--weights", finished / "backbone.pth"
+    arguments = ["--resume", "--workers", "0", "--accumulate", "2", *weights, "--images", seen, "--steps"]
     state = train(out, *arguments, "6")
     told = capfd.readouterr().err
-    for line in ("accumulate 1, now 2", "images folder, 10, now folder, 11", "steps 4, now 6: the learning rate"):
+    changes = "accumulate 1, now 2", "weights None, now", "images folder, 10, now folder, 11", "steps 4, now 6: the"
+    for line in changes:
         assert f"resumed at step 4 with {line}" in told
     assert torch.equal(state["history"][:4], before["history"])
     assert bool((state["history"][4:, :2] > 0).all())
@@ -271,6 +273,9 @@ FORMS = (PIXELS, PIXELS / 255, PIXELS.permute(1, 2, 0).numpy(), Image.fromarray(
 def test_forms_of_an_image_in_a_dataset() -> None:
     for form in FORMS:
         assert np.array_equal(np.asarray(streams.as_picture(form)), FORMS[2])
+    for form in (2 * FORMS[1] - 1, FORMS[2][..., 0].astype(np.uint16), FORMS[2][..., 0].astype(np.float32)):
+        with pytest.raises(ValueError, match=r"before they are normalised|expected 8 bits"):
+            streams.as_picture(form)
 
 
 def test_collapse(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,8 @@ CHANGES = {
 
 
 def settings_of(args: argparse.Namespace, lambda_: float) -> dict[str, Any]:
-    return {"lambda": lambda_, "images": args.images_seen} | {name: getattr(args, name) for name in SETTINGS}
+    settings = {"lambda": lambda_, "images": args.images_seen} | {name: getattr(args, name) for name in SETTINGS}
+    return settings | {"weights": args.weights and str(args.weights)}  # neither torch.load nor json takes a Path
 
 
 def previous(path: Path) -> Path:

@@ -84,9 +84,13 @@ def as_picture(image: Any) -> Image.Image:
     if isinstance(image, bytes):
         return decode(io.BytesIO(image))
     if isinstance(image, Tensor):
+        if image.is_floating_point() and not 0 <= image.min() <= image.max() <= 1:
+            raise ValueError("a float tensor beyond [0, 1]; give images before they are normalised")
         image = image.movedim(0, 2).mul(255 if image.is_floating_point() else 1).byte().numpy()
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image.squeeze())
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of mode {image.mode}, expected 8 bits, or the bytes of the file")
     return image.convert("RGB")  # type: ignore[no-any-return]
 
 
