@@ -1,7 +1,7 @@
 """Feature matching of a short call on a CPU: all scores at once, in as few operations as there can be.
 
-A small call is bound by their number. A larger one (32 x 2048 x 7 x 7, NCHW) takes 4 ms so where blocks of images take
-8: threads of our own share the cores with torch's, which spin for some 6 ms after their last operator. At most four
+A small call is bound by their number. A larger one (32 x 2048 x 7 x 7, NCHW) takes 5 ms so where blocks of images take
+9: threads of our own share the cores with torch's, which spin for some 6 ms after their last operator. At most four
 operators run on all threads, and the others on the calling one.
 """
 
