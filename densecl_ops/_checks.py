@@ -119,7 +119,7 @@ def require_bool(name: str, value: object) -> bool:
     """A flag; "no", 0 and None are refused rather than taken for what Python makes of them."""
     if value is True or value is False:
         return value
-    if type(value).__name__ != "bool_":  # numpy's before numpy 2
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's, and that before numpy 2
         raise TypeError(f"{name}: got {_shown(value)}, expected a bool")
     return bool(value)
 

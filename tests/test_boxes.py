@@ -119,7 +119,9 @@ def test_recorded_replays() -> None:
     nested = [{**one, "params": {"params": one["params"] or {}}} for one in steps]
     for recorded in (replay(*steps, last), replay(*nested, last)):
         assert boxes_from_albumentations(recorded, (120, 160)).tolist() == [[88, 65, 56, 104]]
-    assert boxes_from_albumentations(replay(), (120, 160)).tolist() == [[0, 0, 160, 120]]
+    missed = {"applied": False, "p": 1.0}  # a group that is always entered, none of whose steps was drawn
+    for recorded in (replay(), replay(replay(step("HorizontalFlip", False), kind="Sequential") | missed) | missed):
+        assert boxes_from_albumentations(recorded, (120, 160)).tolist() == [[0, 0, 160, 120]]
 
 
 def composed(steps: Callable[[Any], list[Any]], seed: int) -> tuple[Tensor, dict[str, Any]]:

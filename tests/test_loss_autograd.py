@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import GRADIENTS, assert_close, expected, make_case
+from torch.utils.checkpoint import checkpoint
 
 from densecl_ops import MomentumQueue
 
@@ -80,13 +81,23 @@ def test_backward_is_linear_and_may_come_twice(backend: str) -> None:
         assert_close(leaf.grad, (1 + 2.0**16) * getattr(expected(case), name), 1e-9)
 
 
+def test_backward_without_a_gradient(backend: str) -> None:
+    """What follows the loss may have none for it, as a reentrant checkpoint that leaves it unused."""
+    case, scale = make_case(26), torch.ones((), requires_grad=True)
+    query = case.query.clone().requires_grad_()
+    loss = helpers.info_nce(backend, query, case.key, case.negatives, case.index)
+    checkpoint(lambda unused, x: 2 * x, loss, scale, use_reentrant=True).backward()
+    assert scale.grad == 2
+    assert query.grad is None or not query.grad.any()
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_gradient_modes(backend: str, mode: type) -> None:
     """Around the loss; or around all that has no gradient, whose tensors torch saves for no backward."""
     case = make_case(25)
     query, truth = case.query.clone().requires_grad_(), expected(case)
     with mode():
-        loss, rank = helpers.info_nce(backend, query, case.key, case.negatives, case.index, return_rank=True)
+        loss, rank = helpers.info_nce(backend, query, case.key, case.negatives, case.index, return_rank=np.True_)
         made = {name: getattr(case, name).clone() for name in ("negatives", "index")}
         made |= {
             "weight": torch.rand(3, 6).double(),

@@ -31,6 +31,7 @@ def pair(x: Tensor, y: Tensor, dim: int = 0) -> Tensor:
 
 TRANSFORMS: dict[str, Any] = {
     "grad": lambda f, q, k, n: grad(f, argnums=(0, 1, 2))(q, k, n),
+    "grad of a square": lambda f, q, k, n: grad(lambda *x: f(*x).square(), argnums=(0, 1, 2))(q, k, n),
     "jacrev": lambda f, q, k, n: jacrev(f)(q, k, n),
     "vjp": lambda f, q, k, n: vjp(f, q, k, n)[1](q.new_ones(())),
     "vmap": lambda f, q, k, n: vmap(f, in_dims=(0, None, None))(pair(q, k), k, n),
@@ -80,13 +81,22 @@ def test_eager_alone_has_a_forward_derivative(fused: str, forward: Any, inputs: 
         forward(partial(loss, backend=fused), query, key)
 
 
-@pytest.mark.parametrize(
-    "twice", [hessian, lambda f: jacrev(jacrev(f)), lambda f: grad(lambda x: grad(f)(x).square().sum())]
-)
+TWICE: list[Any] = [
+    hessian,
+    lambda f: jacrev(jacrev(f)),
+    lambda f: grad(lambda x: grad(f)(x).square().sum()),
+    lambda f: lambda q: grad(lambda k: grad(f)(q, k).square().sum())(q),
+    lambda f: lambda q: grad(lambda w: grad(lambda x: w * f(x))(q).square().sum())(q.new_ones(())),
+    lambda f: lambda q: (lambda back: grad(lambda w: back(w)[0].sum())(q.new_ones(())))(vjp(f, q)[1]),
+    lambda f: lambda q: vjp(f, q)[1](q.new_ones(()).requires_grad_()),
+]
+
+
+@pytest.mark.parametrize("twice", TWICE)
 def test_second_derivatives_name_the_way_out(fused: str, twice: Any, inputs: tuple[Tensor, ...]) -> None:
     query, key, negatives = inputs
     with pytest.raises(RuntimeError, match=r"differentiated once only|backend='eager'"):
-        twice(lambda q: dense_info_nce(q, key, negatives, backend=fused))(query)
+        twice(lambda q, k=key: dense_info_nce(q, k, negatives, backend=fused))(query)
 
 
 def parts() -> tuple[Any, ...]:
@@ -107,6 +117,7 @@ def everything(backend: str, head: Any, queue: Any, features: Tensor, boxes: Ten
     loss, rank = DenseInfoNCELoss(backend=backend)(query.dense, key.dense.detach(), queue, match, return_rank=True)
     negatives, own = in_batch_negatives(key.pooled.detach())
     others = dense_info_nce(query.image, key.image, negatives, exclude=own, backend=backend)
+    others = others + dense_info_nce(query.image, key.image.detach(), queue, backend=backend)
     (loss + others).backward()
     queue.enqueue(key.pooled.detach())
     logged = match_score(match), contrastive_accuracy(rank, 2, match.valid), mutual_share(*features, backend=backend)

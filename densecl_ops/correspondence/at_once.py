@@ -52,7 +52,7 @@ def match(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key = (out.copy_(x.mT).mT for x, out in copies)
         query_scale, key_scale = inverse_norm(rows, 2).mT.split_with_sizes([queries, keys], 2)
     products = torch.bmm(query.mT, key)
-    index = torch.empty(images, queries, dtype=torch.int64)
+    index = products.new_empty(images, queries, dtype=torch.int64)
     step = max(1, SERIAL // (queries * keys))
     for start in range(0, images, step):  # max would run on all threads, whatever the size
         part = slice(start, start + step)

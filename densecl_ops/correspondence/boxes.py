@@ -283,7 +283,8 @@ def boxes_from_albumentations(replay: Mapping[str, Any], image_size: Size) -> Te
     """
     if not isinstance(replay, Mapping) or "transforms" not in replay:
         raise TypeError(f'replay: got {type(replay).__name__}, expected what ReplayCompose returns under "replay"')
-    if not replay.get("applied") and replay.get("p") == 1 and any(one.get("p") == 1 for one in replay["transforms"]):
+    certain = [one for one in replay["transforms"] if one.get("p") == 1 and "transforms" not in one]
+    if certain and not replay.get("applied") and replay.get("p") == 1:
         raise ValueError(
             "replay: got one that applied nothing, not even a step of p=1, as ReplayCompose.replay() returns it, "
             "expected what the call that drew has returned"

@@ -35,7 +35,7 @@ def forward(problem: Problem, want_grad: bool) -> Result:
         key, key_norm = gather_matches(key, problem.matches), key_norm.gather(1, problem.matches)
     scale, negatives = problem.inverse_temperature, problem.negatives
     if not isinstance(scale, Tensor):  # a product with a number takes twice as long
-        scale = torch.scalar_tensor(scale, dtype=problem.dtype)
+        scale = torch.scalar_tensor(scale, dtype=problem.dtype, device="cpu")
     if problem.existing is not None:
         negatives = negatives[: int(problem.existing)]
 

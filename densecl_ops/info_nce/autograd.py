@@ -74,7 +74,7 @@ class _InfoNCE(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *fields, _, _, ctx.backend, ctx.version = inputs
         ctx.query_dtype = fields[0].dtype
-        ctx.may_be_last = inside_func() and max(map(_times_followed, fields)) < 2
+        ctx.followers = _followers(*fields) if inside_func() else None
         _, rank, *saved = output
         ctx.mark_non_differentiable(*(x for x in (rank, *saved) if x is not None))
         ctx.set_materialize_grads(False)  # of those, as large as the query's
@@ -91,10 +91,12 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # what follows the loss gave no gradient
+            return (None,) * len(ctx.needs_input_grad)
         version, *saved = ctx.saved_tensors
         if not torch.compiler.is_compiling():
             compare(ctx.version, version)
-            if torch.is_grad_enabled() and not ctx.may_be_last:
+            if torch.is_grad_enabled() and not _is_last(ctx.followers, grad_loss, saved[0]):
                 raise RuntimeError(
                     f"dense_info_nce: the {ctx.backend!r} backend can be differentiated once only, got "
                     "create_graph=True; use backend='eager' for second derivatives"
@@ -128,17 +130,27 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
 
 
-def _times_followed(x: object) -> int:
-    """How many gradients of torch.func follow a tensor, one around the other.
+def _followers(*values: object) -> set[int]:
+    """The levels of the gradients of torch.func that follow any of the values, one around the other."""
+    levels = set()
+    for x in values:
+        while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            if torch._C._functorch.is_gradtrackingtensor(x) and x.requires_grad:
+                levels.add(torch._C._functorch.maybe_get_level(x))
+            x = torch._C._functorch.get_unwrapped(x)
+    return levels
 
-    Each takes its own with create_graph=True, so that grad mode, which tells of it elsewhere, is always on. Waits for a
-    public question whether a backward pass is to be differentiated.
+
+def _is_last(followers: set[int] | None, grad_loss: Tensor, saved: Tensor) -> bool:
+    """Whether a backward pass with grad mode on, as every one of torch.func is, cannot be differentiated in turn.
+
+    Waits for a public question. `followers` are those of what the loss was computed from, None outside of torch.func.
     """
-    times = 0
-    while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
-        times += torch._C._functorch.is_gradtrackingtensor(x) and x.requires_grad
-        x = torch._C._functorch.get_unwrapped(x)
-    return times
+    if followers is None or len(followers) != 1:
+        return False
+    if torch._C._functorch.unwrap_if_dead(saved) is not saved:  # vjp's function, whose gradient is over
+        return not (grad_loss.requires_grad or _followers(grad_loss))
+    return _followers(grad_loss) <= followers
 
 
 def _transforms() -> list[TransformType]:
