@@ -114,7 +114,7 @@ def plot_correspondence(
     shift = (0.0, height_q + gap) if vertical else (width_q + gap, 0.0)
     width, height = max(width_q, shift[0] + width_k), max(height_q, shift[1] + height_k)
     if ax is None:
-        wide = min(10.0, 10.0 * width / height)
+        wide = min(7.0, 7.0 * width / height)
         size = max(wide, 5.0), wide * height / width + 1.0  # title, and colour bar or legend
         ax = _Picture(figsize=size, layout="constrained").add_subplot()
     drawn = torch.where(valid, score.nan_to_num(-math.inf), -math.inf).argsort(descending=True, stable=True)
