@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from densecl_ops.info_nce.triton_kernels import inverse_norm
+from densecl_ops._triton_kernels import inverse_norm
 
 
 @triton.jit

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NORM_EPS_SQUARED = tl.constexpr(1e-24)  # densecl_ops._numerics.NORM_EPS squared
+from densecl_ops._triton_kernels import inverse_norm
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 TIE = tl.constexpr(2.0**-18)  # of a cosine: the order of summation changes sums of 512 products by about 1e-6
@@ -92,13 +93,6 @@ def _sum(values, IMAGE: tl.constexpr):
     else:
         total = tl.sum(values, 0)
     return total
-
-
-@triton.jit
-def inverse_norm(squares):
-    """1 / |vector| from the sum of its squares, 0 for one with no direction, NaN for one whose square overflows."""
-    inverse = tl.where(squares > NORM_EPS_SQUARED, 1.0 / tl.sqrt(squares), 0.0)
-    return tl.where(squares == float("inf"), float("nan"), inverse)
 
 
 @triton.jit
