@@ -249,6 +249,7 @@ LAYOUTS = ("", "tokens", "learned", "unaligned", "vectors", "size 1")
 # Every row of the configuration tables, and the variants of the kernels that change their loops.
 CASES: tuple[tuple[str, tuple[str, ...], tuple[int, ...], tuple[str, ...]], ...] = (
     ("attend_kernel", BOTH, (64, 128, 256, 512), FORMS),
+    ("attend_kernel", BFLOAT16, (64, 128, 256, 512), ("exclude", "rank, exclude")),
     ("grad_negatives_kernel", BOTH, (64, 128, 256, 512), ("exclude",)),
     ("attend_kernel", BFLOAT16, (128,), (*LOOPS, "unaligned", "vectors, exclude", "size 1")),
     ("attend_kernel", BFLOAT16, (128, 512), ("autocast", "columns", "slice")),  # a copy as good as a queue of its own

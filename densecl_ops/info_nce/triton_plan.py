@@ -75,10 +75,13 @@ GRAD_NEGATIVES = {
 }
 
 
-def choose(architecture: str, dtype: torch.dtype, channels: int, lean: bool = True) -> Config:
-    """The row for attend_kernel. `lean`: no `exclude` is asked for and D is a power of two; masks take registers."""
-    config = ATTEND[_triton.family(architecture), dtype.itemsize][_width(channels)]
-    halved = not lean and config.block_k > 32 and dtype != torch.float32
+def choose(architecture: str, dtype: torch.dtype, channels: int, exclude: bool = False) -> Config:
+    """The row for attend_kernel, with half of its tile where masks take the registers: for a D that is no power of two,
+    and for `exclude` with mfma (whole, 14 registers spill on gfx942 at D = 128)."""
+    family = _triton.family(architecture)
+    config = ATTEND[family, dtype.itemsize][_width(channels)]
+    masked = channels != block_d(channels) or (exclude and family == "mfma")
+    halved = masked and config.block_k > 32 and dtype != torch.float32
     return config._replace(block_k=config.block_k // 2) if halved else config
 
 
@@ -99,14 +102,13 @@ def plan_forward(problem: Problem, splits: int | None) -> Plan:
     """The plan of a call; `splits` overrides it."""
     query, key, negatives = problem.query, problem.key, problem.negatives
     device, channels = _triton.describe(query.device), query.shape[1]
-    lean = problem.exclude is None and channels == block_d(channels)
     return _plan_forward(
         ((query.shape, query.stride()), (key.shape, key.stride())),
         negatives.shape[0],
         negatives.dtype,
         problem.matmul_dtype,
         device,
-        choose(device.architecture, problem.matmul_dtype, channels, lean),
+        choose(device.architecture, problem.matmul_dtype, channels, problem.exclude is not None),
         precision(problem),
         splits,
     )

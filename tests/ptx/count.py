@@ -9,6 +9,7 @@ N = 392 (8 images of 7 x 7), K = 4,096, D = 128. One line per launch goes to ben
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ FORMS = {  # dtype, layout, whether the rows are known to be unit rows (no shift
     "bfloat16, shift, rank": (torch.bfloat16, torch.contiguous_format, False, True),
     "bfloat16, channels_last": (torch.bfloat16, torch.channels_last, True, False),
     "float32, no shift": (torch.float32, torch.contiguous_format, True, False),
+    "bfloat16, no shift, exclude": (torch.bfloat16, torch.contiguous_format, True, False),
+    "bfloat16, shift, rank, exclude": (torch.bfloat16, torch.contiguous_format, False, True),
     "bfloat16, K = 65,536": (torch.bfloat16, torch.contiguous_format, True, False),
 }
 
@@ -36,12 +39,12 @@ def loss() -> Calls:
     for name, (dtype, layout, unit, rank) in FORMS.items():
         torch.manual_seed(0)
         query, key = (torch.randn(8, 128, 7, 7).to(dtype, memory_format=layout) for _ in range(2))
-        size = 65536 if "K" in name else 4096
-        rows = normalize(torch.randn(size, 128), dim=1).to(dtype)
-        queue = SimpleNamespace(rows=rows, count=torch.tensor(size), unit_rows=True) if unit else rows
+        rows = normalize(torch.randn(65536 if "K" in name else 4096, 128), dim=1).to(dtype)
+        queue = SimpleNamespace(rows=rows, count=torch.tensor(len(rows)), unit_rows=True) if unit else rows
         index = torch.randint(49, (8, 49))
         arguments = (query.requires_grad_(), key, queue, index)
-        yield name, lambda a=arguments, rank=rank: dense_info_nce(*a, return_rank=rank, backend="triton")
+        options = {"return_rank": rank, "exclude": torch.arange(8) if "exclude" in name else None}
+        yield name, lambda a=arguments, o=options: dense_info_nce(*a, **o, backend="triton")
 
 
 def matching() -> Calls:
@@ -59,12 +62,17 @@ def matching() -> Calls:
 SUITES = {"loss": loss, "matching": matching}
 
 
+def machine_loop(sass: str) -> int:
+    """Instructions of the first loop of the machine code that has the most products; 0 without products."""
+    bodies = [found[2] for found in re.finditer(r"^(?=(\w+):\n(.*?BRA \1;))", sass, re.M | re.S)]
+    return max(["", *bodies], key=lambda body: len(re.findall(r"HG?MMA", body))).count(";")
+
+
 def counts(launch: executor.Launch) -> dict[str, Any]:
     """Of one launch; bytes are those of the sectors that the instructions touch, before any cache."""
-    names = launch.program.names
 
     def total(column: str, *starts: str) -> int:
-        rows = [i for i, name in enumerate(names) if name.startswith(starts)]
+        rows = [i for i, name in enumerate(launch.program.names) if name.startswith(starts)]
         return int(launch.stats[rows, executor.STATS.index(column)].sum())
 
     read = ("ld.global", "cp.async.c")
@@ -78,6 +86,7 @@ def counts(launch: executor.Launch) -> dict[str, Any]:
         "bytes asked for": total("bytes", *read),
         "wavefronts": total("waves", ""),
         "without conflicts": total("ideal", ""),
+        "machine loop": machine_loop(launch.compiled.asm["sass"]),
     }
 
 

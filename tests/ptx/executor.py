@@ -35,6 +35,7 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     warps: int
     stats: np.ndarray
+    compiled: Any = None
 
 
 LAUNCHES: list[Launch] = []
@@ -149,7 +150,8 @@ def installed() -> Iterator[None]:
         arguments += [0] * (len(program.params) - len(arguments))  # scratch memory, which no kernel here asks for
         grid = grid(bound) if callable(grid) else grid
         memory = kernel.metadata.shared
-        LAUNCHES.append(execute(program, arguments, grid, kernel.metadata.num_warps, memory, tensors, maps))
+        launch = execute(program, arguments, grid, kernel.metadata.num_warps, memory, tensors, maps)
+        LAUNCHES.append(launch._replace(compiled=kernel))
         return kernel
 
     with in_place_of(f"sm_{TARGET}", run):

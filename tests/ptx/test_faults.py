@@ -34,7 +34,7 @@ PLANTED = {  # in the source: module, text, what takes its place, what is seen
         "load of .* outside every tensor",
     ),
     "a load without other=": (matching, "mask=mask, other=0.0)", "mask=mask)", ""),  # Triton 3.7 writes zeros there
-    "an index off by one": (loss, "== excluded[:, None]", "== excluded[:, None] + 1", NUMBERS),
+    "an index off by one": (loss, "== (excluded - first)", "== (excluded - first + 1)", NUMBERS),
     "a bound that forgets the count": (
         loss,
         "stop = tl.minimum(start + per_split, existing)",
