@@ -31,6 +31,7 @@ SPILLS = {
         (f"sm_{n}", "attend_kernel", "bfloat16", 128, "descriptor, running max, rank, exclude"): 768 for n in (100, 103)
     },
     ("gfx90a", "attend_kernel", "bfloat16", 512, "running max, rank, exclude"): 4,
+    **{("gfx942", "attend_kernel", "bfloat16", 512, v): 13 for v in ("exclude", "rank, exclude")},
     ("gfx950", "attend_kernel", "bfloat16", 128, "unaligned"): 2,
     ("sm_90", "match_kernel", "bfloat16", 2048, "7x7 mutual"): 24,  # on Triton 3.6; 3.7.1 and 3.9 spill nothing there
     # Only on Triton 3.9; 3.6 and 3.7.1 spill nothing there.
