@@ -88,7 +88,7 @@ TWICE: list[Any] = [
     lambda f: lambda q: grad(lambda k: grad(f)(q, k).square().sum())(q),
     lambda f: lambda q: grad(lambda w: grad(lambda x: w * f(x))(q).square().sum())(q.new_ones(())),
     lambda f: lambda q: (lambda back: grad(lambda w: back(w)[0].sum())(q.new_ones(())))(vjp(f, q)[1]),
-    lambda f: lambda q: vjp(f, q)[1](q.new_ones(()).requires_grad_()),
+    lambda f: lambda q: vjp(f, q)[1](q.new_ones(()).requires_grad_())[0].sum().backward(),
 ]
 
 

@@ -74,7 +74,6 @@ class _InfoNCE(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *fields, _, _, ctx.backend, ctx.version = inputs
         ctx.query_dtype = fields[0].dtype
-        ctx.followers = _followers(*fields) if inside_func() else None
         _, rank, *saved = output
         ctx.mark_non_differentiable(*(x for x in (rank, *saved) if x is not None))
         ctx.set_materialize_grads(False)  # of those, as large as the query's
@@ -87,6 +86,11 @@ class _InfoNCE(torch.autograd.Function):
                 problem = problem._replace(**dict.fromkeys(("negatives", "exclude", "existing")))
             saved += [x if isinstance(x, Tensor) else None for x in problem]
             ctx.others = [None if isinstance(x, Tensor) else x for x in problem]
+        ctx.links = None
+        if inside_func():  # empty, but followed as far as the inputs are, and with a version of their own
+            with torch.enable_grad():
+                links = [x.flatten()[:0].clone() for x in fields if isinstance(x, Tensor) and x.is_floating_point()]
+            ctx.links, saved = len(links), [*saved, *links]
         ctx.save_for_backward(ctx.version, *saved)
 
     @staticmethod
@@ -94,15 +98,42 @@ class _InfoNCE(torch.autograd.Function):
         if grad_loss is None:  # what follows the loss gave no gradient
             return (None,) * len(ctx.needs_input_grad)
         version, *saved = ctx.saved_tensors
+        links = [saved.pop() for _ in range(ctx.links or 0)]
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if not torch.compiler.is_compiling():
             compare(ctx.version, version)
-            if torch.is_grad_enabled() and not _is_last(ctx.followers, grad_loss, saved[0]):
-                raise RuntimeError(
-                    f"dense_info_nce: the {ctx.backend!r} backend can be differentiated once only, got "
-                    "create_graph=True; use backend='eager' for second derivatives"
-                )
+        if again and ctx.links is None:
+            raise _once_only(ctx.backend, "create_graph=True")
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            return _gradients(ctx, grad_loss, *saved)
+            found = _gradients(ctx, grad_loss, *saved)
+        if again:  # torch.func always has grad mode on: whether a derivative follows shows only when it is taken
+            found = tuple(x if x is None else _Once.apply(ctx.backend, x, grad_loss, *links) for x in found)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, whose derivative by what it was computed from raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backend: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.backend = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise _once_only(ctx.backend, "a second derivative")
+
+
+def _once_only(backend: str, got: str) -> RuntimeError:
+    return RuntimeError(
+        f"dense_info_nce: the {backend!r} backend can be differentiated once only, got {got}; "
+        "use backend='eager' for second derivatives"
+    )
 
 
 # What Function.apply calls in the end. Before, it binds the arguments to the signature of forward() and unwraps dead
@@ -128,29 +159,6 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
     if needs_scale:
         to_scale = _weigh(grad_loss, grad_scale).sum()
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
-
-
-def _followers(*values: object) -> set[int]:
-    """The levels of the gradients of torch.func that follow any of the values, one around the other."""
-    levels = set()
-    for x in values:
-        while isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x):
-            if torch._C._functorch.is_gradtrackingtensor(x) and x.requires_grad:
-                levels.add(torch._C._functorch.maybe_get_level(x))
-            x = torch._C._functorch.get_unwrapped(x)
-    return levels
-
-
-def _is_last(followers: set[int] | None, grad_loss: Tensor, saved: Tensor) -> bool:
-    """Whether a backward pass with grad mode on, as every one of torch.func is, cannot be differentiated in turn.
-
-    Waits for a public question. `followers` are those of what the loss was computed from, None outside of torch.func.
-    """
-    if followers is None or len(followers) != 1:
-        return False
-    if torch._C._functorch.unwrap_if_dead(saved) is not saved:  # vjp's function, whose gradient is over
-        return not (grad_loss.requires_grad or _followers(grad_loss))
-    return _followers(grad_loss) <= followers
 
 
 def _transforms() -> list[TransformType]:
