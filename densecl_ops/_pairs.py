@@ -1,5 +1,6 @@
 """What the losses over matched positions share: which positions pair, what each row weighs, the reduction."""
 
+import torch
 from torch import Tensor
 
 from densecl_ops import _checks, _maps
@@ -20,7 +21,8 @@ def parts(match: Correspondence | Tensor | None) -> Parts:
         raise TypeError(
             f"correspondence: got {type(match).__name__}, expected a Correspondence, an integer tensor or None"
         )
-    return index, valid, "correspondence.index", getattr(match, "grids", None)
+    known = not torch.compiler.is_dynamo_compiling()  # to which a tuple is its items
+    return index, valid, "correspondence.index", getattr(match, "grids", None) if known else None
 
 
 def require_pairs(query: Tensor, key: Tensor, weight: Tensor | None, match: Parts) -> None:

@@ -14,7 +14,7 @@ from helpers import assert_close
 from test_step import Step, views
 from torch import Tensor
 
-from densecl_ops import DenseInfoNCELoss, MomentumQueue
+from densecl_ops import Correspondence, DenseInfoNCELoss, MomentumQueue
 from densecl_ops.functional import dense_correspondence, dense_info_nce
 
 
@@ -62,7 +62,7 @@ def test_everything_learns(backend: str, dtype: torch.dtype) -> None:
 
     def loss(query: Tensor, key: Tensor, negatives: Tensor, weight: Tensor) -> Any:
         match = dense_correspondence(query, key, mutual=True, backend=backend)
-        match = match._replace(valid=match.valid | valid)
+        match = Correspondence(match.index, match.score, match.valid | valid)
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             return criterion(query, key, negatives, match, weight=weight, exclude=exclude, return_rank=True)
 

@@ -81,11 +81,10 @@ class _InfoNCE(torch.autograd.Function):
         # enqueueing into it before backward() is harmless.
         _, needs_key, needs_negatives, *_ = ctx.needs_input_grad
         if needs_key or needs_negatives:
-            problem: Any = Problem(*fields)
-            if not needs_negatives:
-                problem = problem._replace(**dict.fromkeys(("negatives", "exclude", "existing")))
-            saved += [x if isinstance(x, Tensor) else None for x in problem]
-            ctx.others = [None if isinstance(x, Tensor) else x for x in problem]
+            dropped = () if needs_negatives else ("negatives", "exclude", "existing")
+            kept = [None if name in dropped else x for name, x in zip(Problem._fields, fields, strict=True)]
+            saved = [*saved, *(x if isinstance(x, Tensor) else None for x in kept)]
+            ctx.others = [None if isinstance(x, Tensor) else x for x in kept]
         ctx.links = None
         if inside_func():  # empty, but followed as far as the inputs are, and with a version of their own
             with torch.enable_grad():
@@ -147,11 +146,13 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
     to_query = to_key = to_negatives = to_scale = None
     if needs_key or needs_negatives:
         row_weight = _weigh(grad_loss, pull)
-        problem = Problem(*(other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)))
+        kept = [other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)]
+        query, key, negatives, *rest = kept
+        if negatives is None:  # the key's gradient reads none
+            kept = [query, key, query.new_empty(0, query.shape[1]), *rest]
+        problem = Problem(*kept)
         if needs_negatives:
             to_negatives = _grad_negatives(*problem, log_sum_exp, row_weight, ctx.backend).to(problem.negatives.dtype)
-        else:  # the key's gradient reads none
-            problem = problem._replace(negatives=problem.query.new_empty(0, problem.query.shape[1]))
         if needs_key:
             to_key = _grad_key(*problem, row_weight, ctx.backend).mT.to(problem.key.dtype)
     if needs_query:
