@@ -4,7 +4,7 @@ row_loss() defines what the other backends compute: all N x K logits, then cross
 autograd alone. Benchmarks compare with it.
 """
 
-from typing import NamedTuple, Protocol, get_type_hints
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +72,11 @@ def row_loss(problem: Problem, want_rank: bool) -> tuple[Tensor, Tensor | None]:
     if not negatives.requires_grad and not inside_func():
         negatives = _snapshot(negatives)
 
-    positive = einsum(query, key, "b p d, b p d -> b p")
+    # Not by the property, which the compiler of torch 2.8 cannot read.
+    scale: Any = problem.scale if problem.learned_scale is None else problem.learned_scale
+    positive = einsum(query, key, "b p d, b p d -> b p") * scale
     negative = einsum(query.to(problem.matmul_dtype), negatives.to(problem.matmul_dtype), "b p d, k d -> b p k")
-    positive = positive * problem.inverse_temperature
-    negative = _leave_out(negative.to(problem.dtype) * problem.inverse_temperature, problem)
+    negative = _leave_out(negative.to(problem.dtype) * scale, problem)
 
     logits = rearrange(torch.cat([positive[:, :, None], negative], dim=2), "b p k -> (b p) k")
     loss = F.cross_entropy(logits, logits.new_zeros(logits.shape[0], dtype=torch.int64), reduction="none")
