@@ -132,7 +132,10 @@ def gather(keys: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
 def send_from_first(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     """Overwrites the tensors of every rank with those of the group's first rank."""
     for tensor in tensors:
-        dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+        sent = tensor.contiguous()  # gloo sends memory as it lies, which ranks may have in other orders
+        dist.broadcast(sent, src=dist.get_global_rank(group, 0), group=group)
+        if sent is not tensor:
+            tensor.copy_(sent)
 
 
 def _all_headers(header: Header, group: dist.ProcessGroup) -> list[Header]:

@@ -118,12 +118,13 @@ def resume(rank: int, world: int) -> None:
         both = Both(range(world))
         both.feed(range(2))
         state = copy.deepcopy(both.queue.state_dict())
+        state["rows"] = state["rows"].t().contiguous().t()  # as MoCo's lie, which assign=True takes over
         if keys is None:
             both.queue = new_queue(rank)
         else:
             both.queue.enqueue(keys)
         if loads:
-            both.queue.load_state_dict(state)
+            both.queue.load_state_dict(state, assign=rank == 0)
         both.feed(range(2, 4))
 
 
