@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 from densecl_ops import _backends
@@ -47,7 +46,8 @@ def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> t
 def _refuse_tangents(problem: Problem, backend: str, traced: bool) -> None:
     if traced and torch.compiler.is_dynamo_compiling():
         return
-    found = traced and TransformType.Jvp in _transforms()
+    under_way = torch._C._functorch.get_interpreter_stack() if traced else None
+    found = any(transform.key().name == "Jvp" for transform in under_way or ())
     unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
     if unpack(problem.query).primal is not problem.query:  # else nothing has a tangent
         for x in (problem.query, problem.key, problem.negatives, problem.learned_scale):
@@ -160,11 +160,6 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
     if needs_scale:
         to_scale = _weigh(grad_loss, grad_scale).sum()
     return to_query, to_key, to_negatives, None, to_scale, *(None,) * len(not_differentiable)
-
-
-def _transforms() -> list[TransformType]:
-    """What torch.func has under way, outermost first."""
-    return [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 def _weigh(grad: Tensor, row: Tensor, dtype: torch.dtype | None = None) -> Tensor:
