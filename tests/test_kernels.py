@@ -21,6 +21,7 @@ PRODUCTS = ("attend_kernel", "grad_negatives_kernel", "match_kernel")
 # so that twice as many programs fit; they lie outside the loop over channels or queue. On AMD registers are counted.
 SPILLS = {
     **{(f"sm_{n}", "attend_kernel", "bfloat16", 100, "no shift"): 24 for n in (120, 121)},  # 200-byte rows, masked
+    ("sm_103", "attend_kernel", "bfloat16", 128, "rank, exclude"): 8,
     # Rows that only the loss benchmark tries: rank and exclude need some registers more.
     ("sm_90", "attend_kernel", "bfloat16", 128, "pointers, rank"): 32,
     ("sm_90", "attend_kernel", "bfloat16", 128, "pointers, vectors, exclude"): 84,
