@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,8 +116,15 @@ def torchrun(script: str | Path, *arguments: str | Path, processes: int = 2) -> 
 
 def gloo_threads() -> list[str]:
     """Of this process: one that waits for the interpreter's lock when that ends takes the process down."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return [name for name in names if "gloo" in name]
+    names = ["unknown"]
+    for _ in range(100):  # one that has been joined is listed for a moment more
+        with suppress(OSError):  # and may go while its name is read
+            names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+            names = [name for name in names if "gloo" in name]
+        if not names:
+            break
+        time.sleep(0.05)
+    return names
 
 
 class NoFloat64(TorchDispatchMode):
