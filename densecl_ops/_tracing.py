@@ -28,7 +28,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def inside_func() -> bool:
     """Whether torch.func runs the call. Its vmap hides who asks for a gradient: there every tensor may."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.get_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and bool(transforms())
+
+
+def transforms() -> list[str]:
+    """What torch.func has under way, outermost first: "Grad", "Jvp", "Vmap"."""
+    return [level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()]
 
 
 def host_may_look(tensor: Tensor) -> bool:

@@ -67,8 +67,9 @@ class Model:
 def test_enqueue_after_and_before_backward(backend: str, how: str) -> None:
     steps = "forward backward enqueue " * 3
     assert_close(Model(WRAPS[how], backend).do(steps), Model(backend="eager").do(steps), 1e-12)
-    # Compiled as a whole, the checkpoint saves the queue itself, and from torch 2.9 on its own check of that raises.
-    words = r"call enqueue after backward\(\), or leave" + "|modified by an inplace operation" * (how == "compiled")
+    # Compiled as a whole, the checkpoint saves the queue itself, and torch's own check of it raises; in 2.8 ours does.
+    by_torch = how == "compiled" and not torch.__version__.startswith("2.8.")
+    words = "modified by an inplace operation" if by_torch else r"call enqueue after backward\(\), or leave"
     # The last of two losses has seen the queue as it is in backward(), the first has not.
     for step in ("forward enqueue backward", "forward enqueue forward backward", "forward enqueue forward accumulate"):
         with pytest.raises(RuntimeError, match=words):

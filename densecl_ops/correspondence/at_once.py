@@ -14,7 +14,7 @@ from densecl_ops._numerics import NORM_EPS, accumulation_dtype, cast, divisor, i
 from densecl_ops._parallel import SERIAL
 
 SMALL = 2**14  # features and scores
-MOST_FEATURES = 2**23  # 32 MiB: malloc gives larger pieces back to the system, and fresh pages cost as much as the rest
+MOST_FEATURES = 2**23  # 32 MiB in float32: malloc gives larger pieces back, and fresh pages cost as much as the rest
 MOST_SCORES = 2**17  # 32 images of 8 x 8 positions
 
 

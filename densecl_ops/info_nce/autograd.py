@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from densecl_ops import _backends
 from densecl_ops._parallel import SERIAL
 from densecl_ops._recomputation import compare, note_compiled, version_of
-from densecl_ops._tracing import inside_func, is_traced, operator
+from densecl_ops._tracing import inside_func, is_traced, operator, transforms
 from densecl_ops.info_nce.eager import SCHEMA, Problem, Result
 
 
@@ -46,8 +46,7 @@ def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> t
 def _refuse_tangents(problem: Problem, backend: str, traced: bool) -> None:
     if traced and torch.compiler.is_dynamo_compiling():
         return
-    under_way = torch._C._functorch.get_interpreter_stack() if traced else None
-    found = any(transform.key().name == "Jvp" for transform in under_way or ())
+    found = traced and "Jvp" in transforms()
     unpack: Callable[[Tensor], Any] = forward_ad.unpack_dual
     if unpack(problem.query).primal is not problem.query:  # else nothing has a tangent
         for x in (problem.query, problem.key, problem.negatives, problem.learned_scale):
@@ -98,8 +97,9 @@ class _InfoNCE(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         version, *saved = ctx.saved_tensors
         links = [saved.pop() for _ in range(ctx.links or 0)]
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        again = torch.is_grad_enabled() and not compiling
+        if not compiling:
             compare(ctx.version, version)
         if again and ctx.links is None:
             raise _once_only(ctx.backend, "create_graph=True")
