@@ -96,26 +96,39 @@ def test_many_tiles(backend: str, images: int, query: tuple[int, int], key: tupl
     check_match(backend, *pair(batch=images, channels=3, query=query, key=key), mutual)
 
 
+CPU_FORMS: dict[str, dict[str, int]] = {
+    "at once": {"SMALL": 2**40},
+    "operators on all threads": {"SMALL": 0, "LEAST_FEATURES": 2**40},
+    "images on threads": {"SMALL": 0, "LEAST_FEATURES": 1},
+    "groups": {"SMALL": 0, "LEAST_FEATURES": 1, "GROUP_FEATURES": 3 * 24 * (49 + 30)},
+    "images of a group, one by one": {"SMALL": 0, "GROUP_FEATURES": 1, "ONEDNN_PRODUCT": 0},
+    "no group holds an image": {"SMALL": 0, "PART_FEATURES": 1, "GROUP_FEATURES": 1},
+}
+
+
 @pytest.mark.parametrize("mutual", [False, True])
-def test_few_images_with_many_channels_in_many_tiles(monkeypatch: pytest.MonkeyPatch, mutual: bool) -> None:
-    """On a CPU a tile holds so many features at most: here those of two images of seven, then of none."""
-    for features_per_tile in (2 * 5 * (12 + 8), 1):
-        monkeypatch.setattr("densecl_ops.correspondence.blockwise.TILE_FEATURES", features_per_tile)
-        check_match("blockwise", *pair(batch=7), mutual)
-
-
 @pytest.mark.parametrize("key_grid", [(7, 7), (5, 6)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_short_call(dtype: torch.dtype, layout: str, key_grid: tuple[int, int]) -> None:
-    """On a CPU in few operators, the scores scaled by some images at a time; zero, overflow and NaN stay themselves."""
-    query, key = (lay_out(x.to(dtype), layout) for x in pair(batch=40, channels=24, query=(7, 7), key=key_grid))
+@pytest.mark.parametrize("form", CPU_FORMS)
+def test_forms_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    dtype: torch.dtype,
+    layout: str,
+    key_grid: tuple[int, int],
+    mutual: bool,
+) -> None:
+    """Zero, overflow and NaN stay themselves in each."""
+    for name, value in CPU_FORMS[form].items():
+        monkeypatch.setattr(f"densecl_ops.correspondence.blockwise.{name}", value)
+    query, key = (lay_out(x.to(dtype), layout) for x in pair(batch=13, channels=24, query=(7, 7), key=key_grid))
     query[3, :, 2, 2] = key[7, :, 1, 1] = 0
     query[6, 2, 0, 3] = float("nan")
     with torch.device("meta"):  # another default
-        check_match("blockwise", query, key)
+        check_match("blockwise", query, key, mutual)
     query[4, :, 0, 1] = key[5, :, 0, 1] = 1e200 if dtype == torch.float64 else 3e38
-    seen, usual = (helpers.match(backend, query, key) for backend in ("blockwise", "eager"))
+    seen, usual = (helpers.match(backend, query, key, mutual=mutual) for backend in ("blockwise", "eager"))
     assert torch.equal(seen.score.isnan(), usual.score.isnan())
 
 
