@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether more than values runs a call: a compiler, torch.func, a mode (make_fx, FlopCounterMode), a fake tensor.
+    """Whether more than values runs a call: a compiler, torch.func, a mode (make_fx, FlopCounterMode), a fake tensor,
+    torch.jit.trace.
 
     One question for a whole call. torch tells compilers alone in public; of the others two stacks do.
     """
@@ -18,6 +19,7 @@ def is_traced(tensor: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.get_interpreter_stack() is not None
         or (type(tensor) is not Tensor and hasattr(tensor, "fake_mode"))
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 

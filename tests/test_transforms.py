@@ -143,6 +143,18 @@ def test_a_size_from_a_traced_shape() -> None:
     assert torch.equal(make_fx(match, tracing_mode="symbolic")(*features)(*features), match(*features))
 
 
+@pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning", "ignore:.*jit.trace.*:DeprecationWarning")
+def test_a_traced_match() -> None:
+    """torch.jit.trace records the writes into a tile as copies of the first call's values."""
+
+    def match(*features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return dense_correspondence(*features, mutual=True)[:3]
+
+    first, second = torch.randn(2, 2, 256, 14, 14), torch.randn(2, 2, 256, 14, 14)
+    for seen, usual in zip(torch.jit.trace(match, (*first,))(*second), match(*second), strict=True):
+        assert torch.equal(seen, usual)
+
+
 def test_other_defaults(backend: str, defaults: None) -> None:
     with torch.device("cpu"):
         given = [x.float() for x in parts()]
