@@ -8,6 +8,7 @@ import gc
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import time
@@ -43,8 +44,8 @@ def compare(
 ) -> dict[str, Row]:
     """Times all contestants in rounds, so that a slow spell of the machine hits all alike.
 
-    Every contestant gets the same share of the time, so a fast one takes part in more rounds. Who starts a round
-    changes from round to round: the first one meets the memory that the last one left.
+    Every contestant gets the same share of the time, so a fast one takes part in more rounds. The order of a round is
+    drawn: each meets the caches, the memory and the spinning threads that the one before left.
 
     Args:
         contestants: Each takes one element of `inputs`.
@@ -82,11 +83,10 @@ def compare(
     for name, (once,) in samples.items():
         if once <= slow:
             rounds[name] = min(25, max(3, round(share / max(once, 1e-9))))
-    names = list(rounds)
+    draw = random.Random(0)
     for index in range(max(rounds.values(), default=0)):
         gc.collect()
-        start = index % len(names)
-        for name in names[start:] + names[:start]:
+        for name in draw.sample(list(rounds), len(rounds)):
             if index < rounds[name]:
                 run = functools.partial(contestants[name], inputs[index % len(inputs)])
                 samples[name].append(_seconds(run, device, cold))
