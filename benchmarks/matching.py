@@ -1,9 +1,13 @@
-"""Matching: for every query position the best key position of the same image, against the usual ways to write it."""
+"""Matching: for every query position the best key position of the same image, against the usual ways to write it.
+
+`--maps` measures how exact they are on the maps of a trained network.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +54,13 @@ def contestants() -> dict[str, Callable[[Maps], Tensor]]:
 
 
 def shapes(arguments: argparse.Namespace) -> Iterator[Shape]:
+    if arguments.maps:
+        for path in sorted(arguments.maps.glob("*.pt")):
+            _, b, c, grid, _ = torch.load(path).shape
+            for dtype in ("float32", "bfloat16"):
+                fixed = {"layout": "NCHW", "cache": "warm", "maps": path.stem}
+                yield {"b": b, "c": c, "grid": grid, "dtype": dtype, **fixed}
+        return
     gpu = arguments.device.type == "cuda"
     sizes = [(2, 16, 5)] if arguments.toy else [s for s in SHAPES if gpu or s[0] * s[1] * s[2] ** 4 <= 2**36]
     for b, c, grid in sizes:
@@ -72,22 +83,28 @@ def make_inputs(shape: Shape, device: torch.device, seed: int) -> Maps:
 
 
 @torch.no_grad()
-def gap(maps: Maps, index: Tensor) -> tuple[float, float]:
-    """Share of indices other than float64's, and the largest cosine similarity lost by one."""
-    differ, lost = 0, 0.0
+def gap(maps: Maps, index: Tensor) -> tuple[float, float, float]:
+    """Shares of indices with a score below float64's best, and with the same as its index; the largest score lost."""
+    below, tied, lost = 0, 0, 0.0
     for query, key, found in zip(*(x.flatten(2) for x in maps), index, strict=True):
         unit_q, unit_k = (F.normalize(x.double(), dim=0) for x in (query, key))
         for rows, chosen in zip(unit_q.t().split(1024), found.split(1024), strict=True):  # type: ignore[no-untyped-call]
             scores = rows @ unit_k
             best = scores.max(1)
-            differ += int((best.indices != chosen).sum())
-            lost = max(lost, float((best.values - scores.gather(1, chosen[:, None])[:, 0]).max()))
-    return differ / index.numel(), max(0.0, lost)
+            less = best.values - scores.gather(1, chosen[:, None])[:, 0]
+            below += int((less > 1e-15).sum())  # what rounding in float64 can do
+            tied += int(((less <= 1e-15) & (best.indices != chosen)).sum())
+            lost = max(lost, float(less.max()))
+    return below / index.numel(), tied / index.numel(), max(0.0, lost)
 
 
 def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
     device: torch.device = arguments.device
-    inputs = [make_inputs(shape, device, seed) for seed in range(2)]
+    if arguments.maps:
+        saved = torch.load(arguments.maps / f"{shape['maps']}.pt", device)
+        inputs = [tuple(saved.to(getattr(torch, shape["dtype"])))]
+    else:
+        inputs = [make_inputs(shape, device, seed) for seed in range(2)]
     b, c, positions, size = shape["b"], shape["c"], shape["grid"] ** 2, inputs[0][0].element_size()
     entries, cold = contestants(), shape["cache"] == "cold"
     needs = {name: 3 * b * positions**2 * size for name in entries if name != OURS}
@@ -97,9 +114,14 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> dict[str, Row]:
             if "failed" not in row:
                 row["tflops"] = significant(2e-9 * b * positions**2 * c / row["milliseconds"][1])
                 row["gb_per_s"] = significant(2e-6 * b * c * positions * size / row["milliseconds"][1])
-                differ, lost = gap(inputs[0], entries[name](inputs[0]))
-                row["error_index"], row["error_score"] = significant(differ, 3), significant(lost, 3)
+                errors = gap(inputs[0], entries[name](inputs[0]))
+                for error, value in zip(("error_index", "error_tie", "error_score"), errors, strict=True):
+                    row[error] = significant(value, 3)
     return rows
 
 
-SUITE = Suite("matching", "{b} x {c} x {grid} x {grid}, {dtype}, {layout}", shapes, measure)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--maps", type=Path, metavar="FOLDER", help="of (2, B, C, S, S) tensors, of two views, as *.pt")
+
+
+SUITE = Suite("matching", "{b} x {c} x {grid} x {grid}, {dtype}, {layout}", shapes, measure, add_options)

@@ -53,6 +53,7 @@ def check(record: dict) -> None:
     [
         ("loss", 2, ["--dtypes", "float32"]),
         ("matching", 4, []),
+        ("matching", 2, ["--maps"]),
         ("queue", 1, ["--busy", "1"]),
         ("step", 1, []),
         ("host", 5, []),
@@ -60,6 +61,9 @@ def check(record: dict) -> None:
 )
 def test_suite(tmp_path: Path, suite: str, cases: int, options: list[str]) -> None:
     command = [suite, "--toy", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", *options]
+    if "--maps" in options:
+        command.append(str(tmp_path))
+        torch.save(torch.randn(2, 3, 16, 4, 4), tmp_path / "maps.pt")
     main(command)
     path = tmp_path / f"{suite}{'-busy1' * (suite == 'queue')}.json"
     record = json.loads(path.read_text())
@@ -77,15 +81,17 @@ def test_suite(tmp_path: Path, suite: str, cases: int, options: list[str]) -> No
     assert json.loads(path.read_text()) == record, "a finished case is not measured again"
 
 
-def test_a_wrong_match_is_counted() -> None:
+def test_a_wrong_match_is_counted_and_a_tie_apart() -> None:
     shape = {"b": 2, "c": 16, "grid": 5, "dtype": "float32", "layout": "NCHW"}
     maps = matching.make_inputs(shape, CPU, 0)
     index = matching.ours(maps)
-    assert matching.gap(maps, index) == (0, 0)
+    assert matching.gap(maps, index) == (0, 0, 0)
     index[1, 3] = (index[1, 3] + 1) % 25
-    share, lost = matching.gap(maps, index)
-    assert share == 1 / 50
+    share, tied, lost = matching.gap(maps, index)
+    assert (share, tied) == (1 / 50, 0)
     assert lost > 0
+    maps[1][1] = 1.0  # whichever is chosen, its score is the same
+    assert matching.gap(maps, torch.tensor([[0], [24]]).expand(2, 25))[1] == 1 / 2
 
 
 def test_both_ways_of_a_dense_step_give_the_same_loss() -> None:
