@@ -11,8 +11,9 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,20 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
         raise errors[0]
 
 
+@contextmanager
+def serial() -> Iterator[None]:
+    """torch's operators run on the calling thread alone, as those of few numbers should: they wait for no other one."""
+    threads, set_threads = torch.get_num_threads(), _library_function("omp_set_num_threads")
+    if threads == 1 or set_threads is None:
+        yield
+        return
+    set_threads(1)  # of this thread alone
+    try:
+        yield
+    finally:
+        set_threads(threads)
+
+
 def _next(left: deque[slice]) -> slice | None:
     try:
         return left.popleft()
@@ -74,19 +89,26 @@ def _next(left: deque[slice]) -> slice | None:
 
 
 @functools.cache
-def _openmp() -> Callable[..., None] | None:
+def _openmp() -> Any:
     """GOMP_parallel(body, data, threads, flags) of the OpenMP that torch runs on, None where it has no such function.
 
     GNU's and LLVM's have it on Linux. Inside of a region torch's operators run on the thread that calls them. Threads
     of our own would share the cores with those of torch, which spin for some 6 ms after each operator: beside other
     operators they take 18.7 ms for a matching of 32 x 1,024 x 14 x 14, and these take 12.8.
     """
+    region = _library_function("GOMP_parallel")
+    if region is not None:
+        region.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    return region
+
+
+@functools.cache
+def _library_function(name: str) -> Any:
     for library in (None, torch._C.__file__):  # as the linker searches: what was preloaded, then what torch loads
-        function: Any = getattr(ctypes.CDLL(library), "GOMP_parallel", None)
+        function = getattr(ctypes.CDLL(library), name, None)
         if function is not None:
-            function.restype, function.argtypes = None, [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            region: Callable[..., None] = function
-            return region
+            function.restype = None
+            return function
     return None
 
 

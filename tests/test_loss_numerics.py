@@ -14,9 +14,8 @@ import torch
 from helpers import GRADIENTS, assert_close, check, error, expected, make_case, run
 
 from densecl_ops import _processor
-from densecl_ops._parallel import SERIAL
 from densecl_ops._processor import Processor
-from densecl_ops.info_nce import at_once, autograd, blockwise
+from densecl_ops.info_nce import at_once, blockwise
 from densecl_ops.info_nce.eager import Problem
 
 LOW = (torch.float16, torch.bfloat16)
@@ -98,12 +97,8 @@ def test_nan_and_inf_reach_exactly_their_rows(backend: str, bad: float, where: s
 
 @pytest.mark.parametrize("how", ["weight", "valid", "index"])
 @pytest.mark.parametrize("wanted", [("query",), ("query", "key"), ("query", "negatives"), ("temperature",)])
-def test_nan_in_a_left_out_row(
-    monkeypatch: pytest.MonkeyPatch, backend: str, how: str, wanted: tuple[str, ...]
-) -> None:
+def test_nan_in_a_left_out_row(backend: str, how: str, wanted: tuple[str, ...]) -> None:
     """Loss and gradients are those of the rows that count; the eager backend promises that of the loss alone."""
-    if how == "weight":
-        monkeypatch.setattr(autograd, "SERIAL", 40)  # gradients are scaled in pieces
     case = make_case(13, dtype=torch.float32)
     used = torch.ones(3, 6)
     used[0, 2] = used[2, 5] = 0
@@ -130,18 +125,10 @@ for narrow in (torch.float32, *LOW):  # any float64 makes the loss float64
 
 
 @pytest.mark.parametrize(("query", "key", "negatives", "autocast"), MIXTURES)
-@pytest.mark.parametrize("longest", [blockwise.SHORT_LOGITS, 0], ids=["short", "long"])
 def test_low_precision(
-    monkeypatch: pytest.MonkeyPatch,
-    fused: str,
-    query: torch.dtype,
-    key: torch.dtype,
-    negatives: torch.dtype,
-    autocast: torch.dtype | None,
-    longest: int,
+    fused: str, query: torch.dtype, key: torch.dtype, negatives: torch.dtype, autocast: torch.dtype | None
 ) -> None:
     """Products run in the wider dtype of query and negatives: float32 unless both have the same narrow one."""
-    monkeypatch.setattr(blockwise, "SHORT_LOGITS", longest)
     dtypes = {"loss": torch.float64 if torch.float64 in (query, key, negatives) else torch.float32}
     dtypes |= {"query": query, "key": key, "negatives": negatives}
     for temperature, size in ((0.005, 300), (0.02, 100), (0.2, 2500), (1.0, 300)):
@@ -183,7 +170,7 @@ def test_autocast_rounds_only_the_products_with_negatives(backend: str, autocast
             assert low <= error(loss, expected(wide).loss) < high
 
 
-@pytest.mark.parametrize("form", ["tiles", "short", "oneDNN", "at once"])
+@pytest.mark.parametrize("form", ["few rows", "many rows", "oneDNN", "at once"])
 @pytest.mark.parametrize("images", [1, 3])  # the rows of one image are its map, transposed, where nothing copies
 @pytest.mark.parametrize(("negatives", "count"), [(70, None), (70, 37), (70, 0), (16, None), (5000, 4300)])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
@@ -195,11 +182,11 @@ def test_every_form(
         if (form == "oneDNN" and product != torch.float32) or (form == "at once" and dtype != torch.float32):
             continue
         monkeypatch.setattr(blockwise, "_product_dtype", lambda *_, product=product: product)
-        if form != "short":
-            monkeypatch.setattr(blockwise, "SHORT_LOGITS", 0)
+        monkeypatch.setattr(blockwise, "LEAST_LOGITS", 1)
+        if form == "many rows":
+            monkeypatch.setattr(blockwise, "FEW_ROWS", 0)
         monkeypatch.setattr(_processor, "processor", lambda: Processor(True, form == "oneDNN"))
         monkeypatch.setattr(at_once, "serves", lambda *_: form == "at once")
-        monkeypatch.setattr(autograd, "SERIAL", 40 if form == "short" else SERIAL)
         case = make_case(21, images, channels=32, negatives=negatives, count=count).to(dtype)
         case.query[0, :, 0, 0] = case.key[-1, :, 0, 0] = case.negatives[0] = 0
         truth = expected(case)
@@ -215,38 +202,39 @@ def test_every_form(
                 assert_close(getattr(given, name), wish, tolerance + floor, name)
 
 
-@pytest.mark.parametrize("serial", [5, 30, 80], ids=["pieces of an image", "images", "all"])
-@pytest.mark.parametrize("tile", [1, 4000, 2**22])
-def test_short_calls(monkeypatch: pytest.MonkeyPatch, serial: int, tile: int) -> None:
-    """In parts that stay on one thread, several parts for a product; one row needs a shift."""
-    monkeypatch.setattr(blockwise, "SERIAL", 16 * serial)
-    monkeypatch.setattr(blockwise, "SHORT_TILE", tile)
-    case = make_case(3, batch=5, channels=16, query_grid=(3, 4), key_grid=(3, 4), negatives=300)
-    case.negatives[7] *= 1e3
-    case = replace(case, exclude=torch.arange(5))
-    for matched in (case, replace(case, index=None)):
-        check("blockwise", matched, wanted=("query", "key"), rank=False)
-        check("blockwise", replace(matched, exclude=None).to(torch.float32), 2e-5, ("query",), rank=False)
+@pytest.mark.parametrize("few", [0, 1024], ids=["many rows", "few rows"])
+@pytest.mark.parametrize(("block", "spans", "tile"), [(1, 1, 1), (25, 3, 4000), (512, 300, 2**18)])
+def test_every_division(monkeypatch: pytest.MonkeyPatch, few: int, block: int, spans: int, tile: int) -> None:
+    """Of rows, among them pieces of an image, and of negatives; rows that meet a long one need a shift."""
+    limits = {"FEW_ROWS": few, "LEAST_LOGITS": 1, "SPANS": spans, "BLOCK_ROWS": block, "TILE_LOGITS": tile}
+    for name, value in limits.items():
+        monkeypatch.setattr(blockwise, name, value)
+    for length in (1, 1e3):
+        case = make_case(3, batch=5, channels=16, query_grid=(3, 4), key_grid=(3, 4), negatives=300)
+        case.negatives[7] *= length
+        case = replace(case, exclude=torch.arange(5))
+        for matched in (case, replace(case, index=None)):
+            check("blockwise", matched, wanted=("query", "key"))
+            check("blockwise", replace(matched, exclude=None).to(torch.float32), 2e-5, ("query",), rank=False)
 
 
 @pytest.mark.parametrize(
-    ("instructions", "dtype", "short", "product"),
+    ("instructions", "dtype", "product"),
     [
-        ((), torch.bfloat16, False, torch.float32),
-        (("avx512_bf16",), torch.bfloat16, False, torch.bfloat16),
-        (("amx_bf16",), torch.bfloat16, False, torch.bfloat16),
-        (("amx_bf16",), torch.bfloat16, True, torch.float32),
-        (("avx512_bf16",), torch.float16, False, torch.float32),
-        (("avx512_bf16",), torch.float32, False, torch.float32),
-        (("avx512_bf16",), torch.float64, False, torch.float64),
+        ((), torch.bfloat16, torch.float32),
+        (("avx512_bf16",), torch.bfloat16, torch.bfloat16),
+        (("amx_bf16",), torch.bfloat16, torch.bfloat16),
+        (("avx512_bf16",), torch.float16, torch.float32),
+        (("avx512_bf16",), torch.float32, torch.float32),
+        (("avx512_bf16",), torch.float64, torch.float64),
     ],
 )
 def test_dtype_of_the_products(
-    monkeypatch: pytest.MonkeyPatch, instructions: tuple[str, ...], dtype: torch.dtype, short: bool, product: Any
+    monkeypatch: pytest.MonkeyPatch, instructions: tuple[str, ...], dtype: torch.dtype, product: Any
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True), raising=False)
     monkeypatch.setattr(blockwise, "processor", blockwise.processor.__wrapped__)
     case, exact = make_case(0).to(dtype), torch.promote_types(dtype, torch.float32)
     maps = case.query.flatten(2), case.key.flatten(2)
     problem = Problem(*maps, case.negatives, 5.0, None, case.index, None, None, True, exact, dtype)
-    assert blockwise._product_dtype(problem, short) == product
+    assert blockwise._product_dtype(problem) == product

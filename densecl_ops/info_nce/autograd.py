@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from densecl_ops import _backends
-from densecl_ops._parallel import SERIAL
+from densecl_ops._parallel import SERIAL, serial
 from densecl_ops._recomputation import compare, note_compiled, version_of
 from densecl_ops._tracing import inside_func, is_traced, operator, transforms
 from densecl_ops.info_nce.eager import SCHEMA, Problem, Result
@@ -164,13 +164,8 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
 
 def _weigh(grad: Tensor, row: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Upstream gradient times row, by default in its dtype; a row of weight 0 is left out even if it holds NaN."""
-    if not grad.is_cpu or row.numel() <= SERIAL or is_traced(grad):
+    with serial() if grad.is_cpu and row.numel() > SERIAL and not is_traced(grad) else nullcontext():
         return (grad * row).masked_fill_(grad == 0, 0.0).to(dtype or row.dtype)
-    out = torch.empty_like(row, dtype=dtype)
-    images = max(1, SERIAL // row[0].numel())  # in pieces, which wait for no other thread
-    for ours, theirs, rows in zip(out.split(images), grad.split(images), row.split(images), strict=True):  # type: ignore[no-untyped-call]
-        torch.mul(theirs, rows, out=ours).masked_fill_(theirs == 0, 0.0)
-    return out
 
 
 def _solve(name: str, problem: Problem, *given: Any) -> Any:

@@ -10,15 +10,16 @@ so one pass gives both, logits are held a tile at a time, and a small loss keeps
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from densecl_ops._numerics import inverse_norm
-from densecl_ops._parallel import SERIAL, for_blocks
+from densecl_ops._numerics import cast, inverse_norm, norm
+from densecl_ops._parallel import for_blocks, serial
 from densecl_ops._processor import matmul, processor
 from densecl_ops.info_nce import at_once
 from densecl_ops.info_nce.eager import (
@@ -34,84 +35,74 @@ from densecl_ops.info_nce.eager import (
     unit_vectors,
 )
 
-# On a CPU a thread takes up to BLOCK_ROWS query rows at a time. The logits of a tile, 1 MiB in float32, stay in its
-# cache from one pass to the next; a tile twice as large saves 5 % of the time, one half as large loses 5 to 10 %.
-BLOCK_ROWS, FEWEST_ROWS, TILE_LOGITS, MOST_COLUMNS = 512, 16, 2**18, 4096
-# A call of up to SHORT_LOGITS runs in operators on all threads, four for each SHORT_TILE. Threads of our own would
-# share the cores with torch's, which spin for some 6 ms after their last operator.
-SHORT_LOGITS, SHORT_TILE, SHORT_SERIAL = 2**23, 2**22, 2**20
+# On a CPU up to FEW_ROWS query rows are one block, whose negatives the threads share: SPANS parts, two for each of two
+# threads, as other work may hold one. A part has LEAST_LOGITS at least. Of more rows a thread takes blocks.
+FEW_ROWS, SPANS, LEAST_LOGITS = 1024, 4, 2**16
+BLOCK_ROWS, FEWEST_ROWS = 512, 16
+# The logits of a tile, 1 MiB in float32, stay in the cache of a core from one pass to the next. A tile twice as large
+# saves 2 % of the time, one half as large loses 5 %.
+TILE_LOGITS, MOST_COLUMNS = 2**18, 4096
 LOG2_E = math.log2(math.e)  # exp2() of 2^19 values takes 0.07 ms where exp() takes 0.30 (MKL on Zen 5)
 # What the sum of exp2() of a row may be without a shift: above, the mean could overflow, below, terms may vanish. The
-# mean is looked at besides: of rows longer than 1e8 it overflows before.
+# gradient is looked at besides: of rows longer than 1e8 the mean overflows before.
 LEAST_SUM, MOST_SUM = 1e-24, 1e30
 
 
 def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
-    """As in Backend. From normalisation to gradient, a block of query rows is computed by one thread."""
+    """As in Backend. Which form serves a call is decided here."""
     if at_once.serves(problem, want_rank):
         return at_once.forward(problem, want_grad)
-    batch, channels, positions = problem.query.shape
-    size = batch * positions
-    plan = _plan(problem, want_rank)
-    scale = problem.inverse_temperature
-    shifted = problem.query.device.type != "cpu" and not is_bounded_by_contract(problem)
-
-    def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return problem.query.new_empty(shape, dtype=dtype)
-
-    loss, log_sum_exp, pull = (empty(size, 1) for _ in range(3))
-    rank = empty(size, 1, dtype=torch.int64) if want_rank else None
-    grad_query, grad_scale = (empty(size, channels), empty(size, 1)) if want_grad else (None, None)
-
-    def prepare(part: slice) -> _Rows:
-        raw, match, excluded = _block(problem, part)
-        inverse = inverse_norm(raw, 1)
-        unit = raw * inverse
-        match = match * inverse_norm(match, 1)
-        positive = (unit * match).sum(1, keepdim=True) * scale
-        return _Rows(part, unit, inverse, match, positive, excluded)
-
-    def finish(rows: _Rows, seen: _Attention) -> None:
-        margin = seen.log_sum_exp - rows.positive
-        weight = margin.sigmoid()
-        log_sum_exp[rows.part], pull[rows.part] = seen.log_sum_exp, weight
-        loss[rows.part] = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
-        if rank is not None and seen.twice_rank is not None:
-            rank[rows.part] = seen.twice_rank // 2
-        if grad_query is not None and grad_scale is not None and seen.mean is not None:
-            grad = seen.mean.div_(seen.total).sub_(rows.match)  # o - k^, then what lies across q^ of it
-            along = (grad * rows.unit).sum(1, keepdim=True)
-            grad_query[rows.part] = grad.addcmul_(rows.unit, along, value=-1).mul_(rows.inverse * weight * scale)
-            grad_scale[rows.part] = along * weight
-
-    def compute(*parts: slice) -> None:
-        blocks = [prepare(part) for part in parts]
-        seen = None if shifted else _attend(blocks, want_grad, want_rank, plan, shifted=False)
-        seen = _attend(blocks, want_grad, want_rank, plan, shifted=True) if seen is None else seen
-        assert seen is not None
-        for rows in blocks:
-            mine = slice(rows.part.start - parts[0].start, rows.part.stop - parts[0].start)
-            finish(rows, _Attention._make(None if x is None else x[mine] for x in seen))
-
-    if plan.short:
-        most = min(SERIAL // channels, SHORT_TILE // len(plan.negatives))
-        parts = _parts(batch, positions, max(1, most))
-        group = max(1, SHORT_TILE // len(plan.negatives) // (parts[0].stop - parts[0].start))
-        for first in range(0, len(parts), group):
-            compute(*parts[first : first + group])
-    elif problem.query.device.type == "cpu":
-        for_blocks(compute, size, BLOCK_ROWS, FEWEST_ROWS)
+    batch, _, positions = problem.query.shape
+    size, plan = batch * positions, _plan(problem, want_grad, want_rank)
+    if not problem.query.is_cpu:
+        result = _block(plan, slice(0, size), shifted=not is_bounded_by_contract(problem))
+    elif size <= FEW_ROWS:
+        result = _few_rows(plan, size) or _many_rows(plan, size, shifted=True)
     else:
-        compute(slice(0, size))
+        result = _many_rows(plan, size, shifted=False)
+    assert result is not None
+    return Result._make(None if x is None else x.view(batch, positions, *x.shape[1:]) for x in result)
 
-    return Result(
-        loss=loss.view(batch, positions),
-        rank=None if rank is None else rank.view(batch, positions),
-        log_sum_exp=log_sum_exp.view(batch, positions),
-        pull=pull.view(batch, positions),
-        grad_query=None if grad_query is None else grad_query.view(batch, positions, channels),
-        grad_scale=None if grad_scale is None else grad_scale.view(batch, positions),
+
+def _few_rows(plan: _Plan, size: int) -> Result | None:
+    """One block of all rows. Sums over parts of the negatives add up, as they need no shift."""
+    with serial():
+        rows = _prepare(plan, slice(0, size), shifted=False)
+    sums: dict[int, _Sums] = {}
+
+    def attend(span: slice) -> None:
+        sums[span.start] = _attend(plan, rows, span)
+
+    most = max(1, -(-len(plan.negatives) // SPANS))
+    for_blocks(attend, len(plan.negatives), most, -(-LEAST_LOGITS // size))
+    with serial():
+        return _finish(plan, rows, functools.reduce(_add, (sums[start] for start in sorted(sums)))) if sums else None
+
+
+def _many_rows(plan: _Plan, size: int, shifted: bool) -> Result:
+    """From normalisation to gradient, a block of rows is computed by one thread: with a shift where it must be."""
+    channels = plan.problem.query.shape[1]
+
+    def empty(*shape: int, dtype: torch.dtype = plan.problem.dtype) -> Tensor:
+        return plan.problem.query.new_empty(shape, dtype=dtype)
+
+    result = Result(
+        loss=empty(size),
+        rank=empty(size, dtype=torch.int64) if plan.want_rank else None,
+        log_sum_exp=empty(size),
+        pull=empty(size),
+        grad_query=empty(size, channels) if plan.want_grad else None,
+        grad_scale=empty(size) if plan.want_grad else None,
     )
+
+    def compute(part: slice) -> None:
+        found = _block(plan, part, shifted) or _block(plan, part, shifted=True)
+        for whole, piece in zip(result, found or (), strict=True):
+            if whole is not None and piece is not None:
+                whole[part] = piece
+
+    for_blocks(compute, size, BLOCK_ROWS, FEWEST_ROWS)
+    return result
 
 
 def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) -> Tensor:
@@ -123,7 +114,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
     scaled = (unit * problem.inverse_temperature).masked_fill(left_out, 0.0)
     weighted = scaled * weight
     # float32 products, as those of the sum were. With bfloat16 logits a single exp() would be up to 4 % off.
-    plan = _plan(problem, want_rank=True)
+    plan = _plan(problem, want_grad=False, want_rank=True)
     bounded = scaled.device.type == "cpu" and bool(log_sum_exp.abs().max() <= UNSHIFTED_LIMIT)
     base = LOG2_E if bounded else 1.0  # of larger logits the last digits would count
     operand = scaled * base
@@ -144,7 +135,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
             grad[span] += matmul(share.t(), weighted[part])
             del logits, share
 
-    width = _columns(min(rows, len(scaled)), scaled.device.type == "cpu")
+    width = _width(min(rows, len(scaled)), len(plan.negatives), scaled.device.type == "cpu")
     if scaled.device.type == "cpu":
         for_blocks(compute, len(plan.negatives), width, FEWEST_ROWS)
     else:
@@ -170,65 +161,29 @@ class _Plan(NamedTuple):
     """What all blocks of a call share."""
 
     problem: Problem
+    want_grad: bool
+    want_rank: bool
     negatives: Tensor  # (K', D), those that exist as far as the host can tell
-    short: bool  # few operators on all threads
     query: torch.dtype  # to which a unit query is rounded before it is scaled
     logits: torch.dtype  # of the products that give the logits
     mean: torch.dtype  # of those that give the mean row
 
 
-def _plan(problem: Problem, want_rank: bool) -> _Plan:
+def _plan(problem: Problem, want_grad: bool, want_rank: bool) -> _Plan:
     negatives, dtype = problem.negatives, problem.matmul_dtype
     exact = want_rank or negatives.requires_grad  # which look at single products, the loss at sums of many
     query = dtype if exact else problem.dtype  # as rows of the queue are rounded, or as little as can be
-    if not problem.query.is_cpu:
-        return _Plan(problem, negatives, False, query, problem.dtype if exact else dtype, dtype)
-    if problem.existing is not None:
-        negatives = negatives[: int(problem.existing)]
-    short = not want_rank and _is_short(problem, negatives)
-    dtype = _product_dtype(problem, short)
-    if short:
-        negatives = _serial_copy(_serial_copy(negatives, problem.matmul_dtype), dtype)
-        problem = problem._replace(matmul_dtype=dtype)
-    return _Plan(problem, negatives, short, query, problem.dtype if exact else dtype, dtype)
+    if problem.query.is_cpu:
+        dtype = _product_dtype(problem)
+        if problem.existing is not None:
+            negatives = negatives[: int(problem.existing)]
+    return _Plan(problem, want_grad, want_rank, negatives, query, problem.dtype if exact else dtype, dtype)
 
 
-def _product_dtype(problem: Problem, short: bool) -> torch.dtype:
+def _product_dtype(problem: Problem) -> torch.dtype:
     """The fastest on this CPU; docs/design-notes.md says what decided."""
     # float32 is exact, and faster where 16-bit products have no instructions, or so few that conversions take longer.
-    low = problem.matmul_dtype == torch.bfloat16 and processor().bfloat16 and not short
-    return torch.bfloat16 if low else problem.dtype
-
-
-def _is_short(problem: Problem, negatives: Tensor) -> bool:
-    """Whether threads of our own would cost more than they save."""
-    batch, channels, positions = problem.query.shape
-    copied = negatives.dtype != problem.dtype or problem.matmul_dtype != problem.dtype
-    if batch * positions * channels > SHORT_SERIAL or (copied and negatives.numel() > SHORT_SERIAL):
-        return False  # one thread takes these, and few negatives leave the others little
-    return 0 < batch * positions * len(negatives) <= SHORT_LOGITS
-
-
-def _parts(batch: int, positions: int, most: int) -> list[slice]:
-    """Whole images, or pieces of one, of up to `most` rows."""
-    parts = -(-batch // max(1, most // positions))  # of images
-    step = -(-batch // parts) * positions
-    return [
-        slice(start, min(start + most, image + step, batch * positions))
-        for image in range(0, batch * positions, step)
-        for start in range(image, min(image + step, batch * positions), most)
-    ]
-
-
-def _serial_copy(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """`rows` in `dtype`, copied by the calling thread alone: torch's copy would wait for all of them."""
-    if rows.dtype == dtype:
-        return rows
-    rows = rows.resolve_neg()  # torch's copy of a negated float32 view to float16 forgets the sign
-    copy, step = torch.empty_like(rows, dtype=dtype), max(1, SERIAL // rows.shape[1])
-    for ours, theirs in zip(copy.split(step), rows.split(step), strict=True):  # type: ignore[no-untyped-call]
-        ours.copy_(theirs)
-    return copy
+    return torch.bfloat16 if problem.matmul_dtype == torch.bfloat16 and processor().bfloat16 else problem.dtype
 
 
 # ---- one block of query rows ----------------------------------------------------------------------------------------
@@ -237,93 +192,128 @@ def _serial_copy(rows: Tensor, dtype: torch.dtype) -> Tensor:
 class _Rows(NamedTuple):
     """Of a block of R query rows, in the dtype of the loss."""
 
-    part: slice  # of B P_q
     unit: Tensor  # (R, D)
     inverse: Tensor  # (R, 1), the inverse norms
-    match: Tensor  # (R, D), unit vectors
-    positive: Tensor  # (R, 1), the positives' logits
+    match: Tensor  # (R, D), raw
+    length: Tensor  # (R,), of the matches
+    positive: Tensor  # (R,), the positives' logits
     excluded: Tensor | None  # (R,)
+    shifted: bool  # exp() relative to the running maximum, where exp2() may overflow or vanish
+    scale: float | Tensor  # 1 / t, for exp2() over ln 2
+    operand: Tensor  # (R, D), whose products with the negatives are the logits in that unit
+    compared: Tensor | None  # (R, 1), the positive as the rank compares it, in that unit
 
 
-class _Attention(NamedTuple):
-    log_sum_exp: Tensor  # (R, 1)
-    total: Tensor  # (R, 1), what `mean` is to be divided by
-    mean: Tensor | None  # (R, D), the weighted sum of the negatives
+class _Sums(NamedTuple):
+    """Over some negatives."""
+
+    total: Tensor  # (R, 1), of the powers of the logits
+    mean: Tensor | None  # (R, D), of the negatives weighted by them
     twice_rank: Tensor | None  # (R, 1), of which a tie counts one
+    top: Tensor | None  # (R, 1), the maximum that the logits were relative to
 
 
-def _attend(blocks: list[_Rows], want_mean: bool, want_rank: bool, plan: _Plan, shifted: bool) -> _Attention | None:
-    """The rows of all blocks over all negatives. Without `shifted` None if exp2() may have overflowed or vanished."""
-    problem, on_cpu = plan.problem, plan.negatives.device.type == "cpu"
-    # Powers of 2 where no logit is so large that its last digits would count.
+def _block(plan: _Plan, part: slice, shifted: bool) -> Result | None:
+    rows = _prepare(plan, part, shifted)
+    return _finish(plan, rows, _attend(plan, rows, slice(0, len(plan.negatives))))
+
+
+def _prepare(plan: _Plan, part: slice, shifted: bool) -> _Rows:
+    problem = plan.problem
+    raw, match, excluded = _read(problem, part)
+    inverse, length = inverse_norm(raw, 1), norm(match, 1, keepdim=False)
+    unit = raw * inverse
+    positive = torch.linalg.vecdot(unit, match).div_(length).mul_(problem.inverse_temperature)
     scale = problem.inverse_temperature * (1.0 if shifted else LOG2_E)
-    units = [rows.unit.to(plan.query).to(problem.dtype) for rows in blocks]
-    scaled = units[0].new_empty(sum(map(len, units)), units[0].shape[1])
-    for unit, mine in zip(units, scaled.split([len(unit) for unit in units]), strict=True):  # type: ignore[no-untyped-call]
-        torch.mul(unit, scale, out=mine)
-    excluded = None if problem.exclude is None else torch.cat([cast(Tensor, rows.excluded) for rows in blocks])
-    total = scaled.new_zeros(len(scaled), 1)
-    mean: Tensor | None = None
-    top = torch.full_like(total, float("-inf")) if shifted else None
-    twice_rank = positive = None
-    if want_rank:
-        (rows,), (unit,) = blocks, units
-        positive = (unit * as_negatives(rows.match, problem).to(problem.dtype)).sum(1, keepdim=True) * scale
-        twice_rank = torch.zeros_like(total, dtype=torch.int64)
-    tie = TIE_WIDTH[scaled.dtype] * scale
-    operand = scaled.to(plan.logits)
-    width = len(plan.negatives) if plan.short else min(_columns(len(scaled), on_cpu), len(plan.negatives))
+    rounded = cast(cast(unit, plan.query), problem.dtype)
+    compared = None
+    if plan.want_rank:
+        row = as_negatives(match / length[:, None], problem).to(problem.dtype)
+        compared = (rounded * row).sum(1, keepdim=True) * scale
+    operand = cast(rounded * scale, plan.logits)
+    return _Rows(unit, inverse, match, length, positive, excluded, shifted, scale, operand, compared)
+
+
+def _attend(plan: _Plan, rows: _Rows, span: slice) -> _Sums:
+    """A block of rows over some of the negatives, a tile at a time."""
+    problem, operand, compared = plan.problem, rows.operand, rows.compared
+    dtype, size, columns = problem.dtype, len(rows.unit), span.stop - span.start
+    total = mean = twice_rank = None
+    top = rows.unit.new_full((size, 1), float("-inf")) if rows.shifted else None
+    width = _width(size, columns, problem.query.is_cpu)
     spare: dict[torch.dtype, Tensor] = {}
 
     def room(like: Tensor, dtype: torch.dtype) -> Tensor:
         """For as many logits as there are rows in `like`. Kept, as fresh memory costs page faults."""
         if dtype not in spare:
-            spare[dtype] = scaled.new_empty(len(scaled) * width, dtype=dtype)
-        return spare[dtype][: len(scaled) * len(like)].view(len(scaled), len(like))
+            spare[dtype] = operand.new_empty(size * min(width, columns), dtype=dtype)
+        return spare[dtype][: size * len(like)].view(size, len(like))
 
-    for start in range(0, len(plan.negatives), max(1, width)):
-        columns = plan.negatives[start : start + width].to(problem.matmul_dtype)
-        if plan.logits == scaled.dtype:
-            logits = matmul(operand, columns.to(plan.logits).t())
+    for start in range(span.start, span.stop, width):
+        tile = cast(plan.negatives[start : min(start + width, span.stop)], problem.matmul_dtype)
+        if plan.logits == dtype:
+            logits = matmul(operand, cast(tile, dtype).t())
         else:
-            logits = torch.mm(operand, columns.t(), out=room(columns, plan.logits))
-            logits = room(columns, scaled.dtype).copy_(logits)
-        _leave_out(logits, start, excluded, plan)
-        if twice_rank is not None and positive is not None:  # a tie is in the second sum alone, so it counts half
-            above = room(columns, scaled.dtype)  # of floats: bools take 5 times as long to add
-            torch.gt(logits, positive + tie, out=above)
-            twice_rank += above.sum(1, keepdim=True).long()
-            twice_rank += torch.ge(logits, positive - tie, out=above).sum(1, keepdim=True).long()
-        if top is not None:  # running maximum: rescale what is there to the new shift
+            logits = torch.mm(operand, tile.t(), out=room(tile, plan.logits))
+            logits = room(tile, dtype).copy_(logits)
+        _leave_out(logits, start, rows.excluded, plan)
+        if compared is not None:  # a tie is in the second sum alone, so it counts half
+            tie = TIE_WIDTH[dtype] * rows.scale
+            above = room(tile, dtype)  # of floats: bools take 5 times as long to add
+            count = torch.gt(logits, compared + tie, out=above).sum(1, keepdim=True).long()
+            count += torch.ge(logits, compared - tie, out=above).sum(1, keepdim=True).long()
+            twice_rank = count if twice_rank is None else twice_rank.add_(count)
+        if top is not None:  # rescale what is there to the new maximum
             higher = torch.maximum(top, logits.amax(1, keepdim=True))
             shift = _finite(higher)
             rescale = (top - shift).exp_()
-            total *= rescale
-            if mean is not None:
-                mean *= rescale
+            total = None if total is None else total.mul_(rescale)
+            mean = None if mean is None else mean.mul_(rescale)
             logits.sub_(shift)
             top = higher
-        total += (logits.exp_() if shifted else logits.exp2_()).sum(1, keepdim=True)
-        if want_mean:
-            share = logits if plan.mean == scaled.dtype else room(columns, plan.mean).copy_(logits)
-            part_mean = matmul(share, columns.to(plan.mean)).to(scaled.dtype)
+        part_total = (logits.exp_() if rows.shifted else logits.exp2_()).sum(1, keepdim=True)
+        total = part_total if total is None else total.add_(part_total)
+        if plan.want_grad:
+            share = logits if plan.mean == dtype else room(tile, plan.mean).copy_(logits)
+            part_mean = cast(matmul(share, cast(tile, plan.mean)), dtype)
             mean = part_mean if mean is None else mean.add_(part_mean)
             del share
         del logits  # so that the next tile takes its place: fresh memory costs a third of the time in page faults
-    if not shifted and on_cpu:
-        least, most = total.nan_to_num(1.0, posinf=float("inf")).aminmax()
-        # One sum would be shared out to all threads.
-        pieces = () if mean is None else mean.split(max(1, SERIAL // mean.shape[1]))  # type: ignore[no-untyped-call]
-        if least < LEAST_SUM or most > MOST_SUM or not math.isfinite(sum(float(piece.sum()) for piece in pieces)):
+    if total is None:  # no negative at all: a mean of zero, which pull = 0 ignores
+        total, mean = rows.unit.new_zeros(size, 1), torch.zeros_like(rows.unit) if plan.want_grad else None
+        twice_rank = None if compared is None else compared.new_zeros(size, 1, dtype=torch.int64)
+    return _Sums(total, mean, twice_rank, top)
+
+
+def _add(one: _Sums, other: _Sums) -> _Sums:
+    return _Sums._make(None if x is None or y is None else x.add_(y) for x, y in zip(one, other, strict=True))
+
+
+def _finish(plan: _Plan, rows: _Rows, sums: _Sums) -> Result | None:
+    """The result of R rows, (R,) and (R, D). On a CPU None if exp2() may have overflowed or vanished."""
+    total, mean, twice_rank, top = sums
+    checked, scale = plan.problem.query.is_cpu and not rows.shifted, plan.problem.inverse_temperature
+    if checked:
+        least, most = map(float, total.aminmax())
+        if not (least >= LEAST_SUM and most <= MOST_SUM):
             return None
     log_sum_exp = torch.xlogy(1.0, total)  # log() is MKL's, which shares out any number of values to all threads
-    if top is not None:
-        log_sum_exp += _finite(top)
-    if twice_rank is not None and positive is not None:
-        twice_rank.masked_fill_(positive.isnan(), 2 * len(problem.negatives))
-    # No negative at all: a mean of zero, which pull = 0 ignores.
-    mean = torch.zeros_like(scaled) if want_mean and mean is None else mean
-    return _Attention(log_sum_exp, total.masked_fill(total == 0, 1.0), mean, twice_rank)
+    log_sum_exp = (log_sum_exp if top is None else log_sum_exp.add_(_finite(top))).squeeze(1)
+    margin = log_sum_exp - rows.positive
+    loss = F.softplus(margin, threshold=40)  # beyond which it is `margin`, to the last bit of float64
+    pull, rank, along = margin.sigmoid(), None, None
+    if twice_rank is not None and rows.compared is not None:
+        twice_rank.masked_fill_(rows.compared.isnan(), 2 * len(plan.problem.negatives))
+        rank = twice_rank.squeeze(1) // 2
+    if mean is not None:
+        mean.div_(total.masked_fill_(total == 0, 1.0)).addcdiv_(rows.match, rows.length[:, None], value=-1)  # o - k^
+        along = torch.linalg.vecdot(mean, rows.unit)
+        if checked and not math.isfinite(along.sum()):
+            return None
+        mean.addcmul_(rows.unit, along[:, None], value=-1)  # what lies across q^
+        mean.mul_(rows.inverse * (pull * scale)[:, None])
+        along *= pull
+    return Result(loss, rank, log_sum_exp, pull, grad_query=mean, grad_scale=along)
 
 
 def _leave_out(logits: Tensor, first: int, excluded: Tensor | None, plan: _Plan) -> None:
@@ -339,14 +329,15 @@ def _leave_out(logits: Tensor, first: int, excluded: Tensor | None, plan: _Plan)
         logits.scatter_(1, column, logits.gather(1, column).masked_fill(inside, float("-inf")))
 
 
-def _columns(rows: int, on_cpu: bool) -> int:
-    """Negatives in a tile."""
+def _width(rows: int, columns: int, on_cpu: bool) -> int:
+    """Negatives in a tile. Tiles of even size, but multiples of 64: others take up to a sixth longer."""
     if not on_cpu:
         return max(128, 2**24 // rows)  # 64 MiB of logits: few launches, still nothing like N x K
-    return min(MOST_COLUMNS, TILE_LOGITS // rows // 64 * 64)  # other widths take up to a sixth longer
+    tiles = max(1, -(-columns * rows // TILE_LOGITS))
+    return max(64, min(MOST_COLUMNS, -(-columns // tiles // 64) * 64))
 
 
-def _block(problem: Problem, part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+def _read(problem: Problem, part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of query rows `part` of B P_q: raw vectors and their raw matches (R, D), and the negatives to leave out (R,)."""
     positions = problem.query.shape[2]
     images = slice(part.start // positions, -(-part.stop // positions))
