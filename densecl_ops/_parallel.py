@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -42,43 +44,51 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
     blocks = max(1, min(-(-blocks // threads) * threads, size // least))
     step = max(1, -(-size // blocks))
     parts = [slice(start, min(size, start + step)) for start in range(0, size, step)]
-    if threads == 1 or len(parts) == 1:
+    if threads == 1 or (len(parts) == 1 and has_full_teams(threads)):
         for part in parts:
             work(part)
         return
     inference, left = torch.is_inference_mode_enabled(), deque(parts)
-    errors: list[BaseException] = []
+    errors: deque[BaseException] = deque(maxlen=1)
 
-    def run(_: object) -> None:
+    def run() -> Iterator[None]:
         try:
+            yield  # where a thread takes over
             with torch.inference_mode(inference), torch.no_grad():  # both are settings of a thread
                 while not errors and (part := _next(left)) is not None:
                     work(part)
         except BaseException as error:  # one that leaves a callback is printed and lost
             errors.append(error)
 
-    region = _openmp()
+    # A signal's handler may run at the first step of a function, before any `try` of it: 1 to 5 % of interrupts in the
+    # first 0.3 ms of a call were lost. A generator's next step is inside.
+    runs = [run() for _ in range(threads)]
+    for waiting in runs:
+        next(waiting)
+    region = _region(threads)
     if region is not None and os.getpid() == _IMPORTED_IN:
-        region(_BODY(run), None, threads, 0)
+        region(_BODY(partial(next, map(next, runs, repeat(None)))), None, threads, 0)
     else:
-        for _ in _pool(threads, os.getpid()).map(run, range(threads)):
+        for _ in _pool(threads, os.getpid()).map(next, runs, repeat(None)):
             pass
+    for waiting in runs:  # OpenMP may start fewer threads
+        next(waiting, None)
     if errors:
-        raise errors[0]
+        raise errors.pop()  # kept, it would keep itself and the tensors of its frames until a garbage collection
 
 
 @contextmanager
 def serial() -> Iterator[None]:
     """torch's operators run on the calling thread alone, as those of few numbers should: they wait for no other one."""
-    threads, set_threads = torch.get_num_threads(), _library_function("omp_set_num_threads")
-    if threads == 1 or set_threads is None:
+    threads, library = torch.get_num_threads(), _openmp()
+    if threads == 1 or library is None:
         yield
         return
-    set_threads(1)  # of this thread alone
     try:
+        library.omp_set_num_threads(1)  # of this thread alone
         yield
     finally:
-        set_threads(threads)
+        library.omp_set_num_threads(threads)
 
 
 def _next(left: deque[slice]) -> slice | None:
@@ -89,27 +99,36 @@ def _next(left: deque[slice]) -> slice | None:
 
 
 @functools.cache
-def _openmp() -> Any:
-    """GOMP_parallel(body, data, threads, flags) of the OpenMP that torch runs on, None where it has no such function.
+def _region(threads: int) -> Callable[..., None] | None:
+    """GOMP_parallel(body, data, threads, flags) of the OpenMP that torch runs on, None where that may not serve.
 
-    GNU's and LLVM's have it on Linux. Inside of a region torch's operators run on the thread that calls them. Threads
-    of our own would share the cores with those of torch, which spin for some 6 ms after each operator: beside other
-    operators they take 18.7 ms for a matching of 32 x 1,024 x 14 x 14, and these take 12.8.
+    GNU's and LLVM's have it on Linux. Inside of a region torch's operators run on the thread that calls them, but not
+    in a region of one thread. Threads of our own would share the cores with those of torch, which spin for some 6 ms
+    after each operator: beside other operators they take 18.7 ms for a matching of 32 x 1,024 x 14 x 14, and these take
+    12.8.
     """
-    region = _library_function("GOMP_parallel")
-    if region is not None:
-        region.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function = getattr(_openmp(), "GOMP_parallel", None)
+    if function is None or not has_full_teams(threads):
+        return None
+    function.restype, function.argtypes = None, [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    region: Callable[..., None] = function
     return region
 
 
 @functools.cache
-def _library_function(name: str) -> Any:
-    for library in (None, torch._C.__file__):  # as the linker searches: what was preloaded, then what torch loads
-        function = getattr(ctypes.CDLL(library), name, None)
-        if function is not None:
-            function.restype = None
-            return function
-    return None
+def has_full_teams(threads: int) -> bool:
+    """Whether OpenMP starts as many threads as it is asked for; else oneDNN leaves out parts of a product."""
+    library = _openmp()
+    if threads == 1 or library is None:
+        return True
+    return bool(library.omp_get_thread_limit() >= threads and not library.omp_get_dynamic())
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The library that torch's calls of OpenMP reach, as far as it can be found."""
+    names = (None, torch._C.__file__) if os.name == "posix" else ()  # None, what was preloaded, is an error on Windows
+    return next((x for x in map(ctypes.CDLL, names) if hasattr(x, "GOMP_parallel")), None)
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from densecl_ops._parallel import has_full_teams
+
 
 class Processor(NamedTuple):
     """Attributes of the CPU, all False where torch cannot tell.
@@ -36,7 +38,9 @@ def processor() -> Processor:
 
 def by_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies matrices like this one faster."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and processor().onednn
+    if x.dtype != torch.float32 or x.device.type != "cpu" or not processor().onednn:
+        return False
+    return has_full_teams(torch.get_num_threads())
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

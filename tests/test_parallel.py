@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +29,7 @@ from densecl_ops._parallel import for_blocks, serial
 def two_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Threads of OpenMP, and the pool that serves where it is missing."""
     if request.param == "pool":
-        monkeypatch.setattr(_parallel, "_openmp", lambda: None)
+        monkeypatch.setattr(_parallel, "_region", lambda threads: None)
     elif _parallel._openmp() is None:
         pytest.skip("no GOMP_parallel")
     before = torch.get_num_threads()
@@ -86,13 +90,53 @@ def test_serial() -> None:
 
 
 def test_errors_of_a_block() -> None:
+    """They reach the caller, and what the blocks held is free once they are handled."""
+    kept = []
+
     def fail(part: slice) -> None:
+        held = torch.zeros(1)
+        kept.append(weakref.ref(held))
         if part.start:
             raise ValueError("here")
 
+    gc.disable()
     for _ in range(2):
         with pytest.raises(ValueError, match="here"):
             for_blocks(fail, 8, 2)
+    assert not any(held() is not None for held in kept)
+    gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1")
+@pytest.mark.parametrize("two_threads", ["OpenMP"], indirect=True)
+def test_errors_of_signals() -> None:
+    """What a handler raises while the caller waits to start its blocks, as Ctrl-C may."""
+    caller, rounds, armed, caught = threading.get_ident(), 20, False, 0
+
+    def handle(*_: object) -> None:
+        raise InterruptedError
+
+    def interrupt() -> None:
+        nonlocal armed
+        for _ in range(rounds):
+            while not armed:  # takes the interpreter's lock when the caller leaves it to start the region
+                pass
+            armed = False
+            signal.pthread_kill(caller, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    other = threading.Thread(target=interrupt)
+    other.start()
+    for _ in range(rounds):
+        try:
+            armed = True
+            for_blocks(lambda part: None, 2, 1)
+            time.sleep(0.1)
+        except InterruptedError:
+            caught += 1
+    other.join()
+    signal.signal(signal.SIGUSR1, before)
+    assert caught == rounds
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -104,6 +148,14 @@ def test_fork() -> None:
         for_blocks(lambda part: None, 8, 2)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("limit", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"}])
+@pytest.mark.parametrize("two_threads", ["OpenMP"], indirect=True)
+def test_fewer_threads_than_asked_for(limit: dict[str, str]) -> None:
+    """oneDNN leaves out parts of a product then, on all threads and in a region of one."""
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "test_loss_on_threads and OpenMP"]
+    subprocess.run(command, env={**os.environ, **limit}, check=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
