@@ -159,6 +159,17 @@ def others(folder: str) -> str:
     return "\n\n".join(parts)
 
 
+def exactness(folder: str) -> str:
+    """Matching of bfloat16 maps: positions whose key scores lower than float64's, and the largest score lost."""
+    cases = [case for case in load(folder, "matching")["cases"] if case["shape"]["dtype"] == "bfloat16"]
+    lines = []
+    for case in cases:
+        title = "{maps}, {b} x {c} x {grid} x {grid}".format(**case["shape"])
+        errors = ((row["error_index"], row["error_score"]) for row in case["rows"].values())
+        lines.append([title, *(f"{index:.2%}, {score:.4f}" if index else "none" for index, score in errors)])
+    return table(["bfloat16 maps of", *cases[0]["rows"]], lines)
+
+
 def multiples(cases: list[Case], title: str, names: list[str]) -> list[list[str]]:
     """A row per case: ours in milliseconds, all others as multiples of it."""
     lines = []
@@ -260,7 +271,7 @@ def counts(suite: str) -> str:
     return table(["kernel", "case", *shown], lines)
 
 
-OWN = (cost, loss, grid, quiet, others, demo, curves, versions, counts)
+OWN = (cost, loss, grid, quiet, others, exactness, demo, curves, versions, counts)
 KINDS: dict[str, Callable[[str], str]] = {kind.__name__: kind for kind in OWN} | transfer.KINDS
 # Beside two processes that compute, with the number of times that all threads are waited for.
 KINDS["busy"] = partial(quiet, suite="regions-busy2", cell="{ms}, {regions}")
