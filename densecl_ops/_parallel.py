@@ -78,17 +78,17 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
 
 
 @contextmanager
-def serial() -> Iterator[None]:
-    """torch's operators run on the calling thread alone, as those of few numbers should: they wait for no other one."""
-    threads, library = torch.get_num_threads(), _openmp()
-    if threads == 1 or library is None:
+def limited(threads: int) -> Iterator[None]:
+    """torch's operators run on so many threads, of the calling thread alone: those of few numbers are best on one."""
+    before, library = torch.get_num_threads(), _openmp()
+    if threads == before or library is None:
         yield
         return
     try:
-        library.omp_set_num_threads(1)  # of this thread alone
+        library.omp_set_num_threads(threads)  # of this thread alone
         yield
     finally:
-        library.omp_set_num_threads(threads)
+        library.omp_set_num_threads(before)
 
 
 def _next(left: deque[slice]) -> slice | None:

@@ -51,13 +51,15 @@ def test_memory_of_the_published_setting(fused: str, options: str, limit: float)
     assert peak_of(step) < limit
 
 
-@pytest.mark.parametrize(("size", "negatives"), [(32, 2**18), (1024, 2**16), (2048, 4096)])
-def test_memory_of_any_number_of_rows(size: int, negatives: int) -> None:
-    """Of the tests' one thread a tile, 1 MiB, and of few rows a sum for each of four parts of the negatives."""
+@pytest.mark.parametrize(
+    ("size", "negatives", "tile"), [(16, 2**16, 4), (17, 2**16, 1), (1024, 2**16, 1), (2048, 4096, 1)]
+)
+def test_memory_of_any_number_of_rows(size: int, negatives: int, tile: int) -> None:
+    """A tile on the tests' one thread, in MiB, and of few rows a sum for each of four parts of the negatives."""
     query, rows = torch.randn(size, 64, requires_grad=True), torch.randn(negatives, 64)
     rows /= rows.norm(dim=1, keepdim=True)
     step = partial(helpers.info_nce, "blockwise", query, query.detach(), rows)
-    assert peak_of(lambda: step().backward()) < 1.2 + 12 * query.numel() * 4 / 2**20
+    assert peak_of(lambda: step().backward()) < 1.2 * tile + 12 * query.numel() * 4 / 2**20
 
 
 def test_nothing_of_size_n_by_k_is_saved(fused: str) -> None:

@@ -22,7 +22,7 @@ import torch
 from helpers import make_case
 
 from densecl_ops import _parallel
-from densecl_ops._parallel import for_blocks, serial
+from densecl_ops._parallel import for_blocks, limited
 
 
 @pytest.fixture(autouse=True, params=["OpenMP", "pool"])
@@ -47,9 +47,9 @@ def test_parallel_regions(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     subprocess.run([*command, "--out", tmp_path], env=environment, check=True)
     cases = [case["rows"] for case in json.loads((tmp_path / "regions.json").read_text())["cases"]]
-    for rows, most in zip(cases, [1, 1, 1, 1, 1, 1, 4, 4, 4, 4], strict=True):
+    for rows, most in zip(cases, [1, 1, 2, 2, 1, 1, 4, 4, 4, 4], strict=True):
         assert rows["densecl_ops"]["regions"] <= most, rows
-        assert rows.get("densecl_ops, with rank", {}).get("regions", 1) == 1, rows
+        assert rows.get("densecl_ops, with rank", {}).get("regions", 0) <= most, rows
     assert cases[0]["MoCo's lines"]["regions"] > 16  # so something is counted
 
 
@@ -82,9 +82,9 @@ def test_settings_of_threads() -> None:
     assert (numbers[-1], torch.get_num_threads()) == (2, 2)
 
 
-def test_serial() -> None:
+def test_limited() -> None:
     """Of the calling thread alone, and no longer than asked for."""
-    with ThreadPoolExecutor(1) as other, serial():
+    with ThreadPoolExecutor(1) as other, limited(1):
         assert (torch.get_num_threads(), other.submit(torch.get_num_threads).result()) == (1, 2)
     assert torch.get_num_threads() == 2
 
@@ -158,14 +158,15 @@ def test_fewer_threads_than_asked_for(limit: dict[str, str]) -> None:
     subprocess.run(command, env={**os.environ, **limit}, check=True)
 
 
+@pytest.mark.parametrize("images", [2, 10, 32], ids=["one tile", "few rows", "many rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_on_threads(dtype: torch.dtype) -> None:
+def test_loss_on_threads(dtype: torch.dtype, images: int) -> None:
     """Repeats agree bit by bit; in inference mode and beside other threads of the user, too."""
     for batch in (2, 3):  # an even number of rows for two threads, and an odd one
         odd = make_case(4, batch=batch, query_grid=(1, 3), negatives=300)
         helpers.check("blockwise", odd, wanted=("query",), rank=False)
         helpers.check("blockwise", odd)
-    case = make_case(3, batch=32, query_grid=(7, 7), key_grid=(7, 7), negatives=3000, reduction="none").to(dtype)
+    case = make_case(3, batch=images, query_grid=(7, 7), key_grid=(7, 7), negatives=3000, reduction="none").to(dtype)
     first = helpers.run("blockwise", case)
     with torch.inference_mode():
         loss = helpers.info_nce("blockwise", case.query, case.key, case.negatives, case.index, reduction="none")

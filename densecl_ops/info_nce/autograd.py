@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from densecl_ops import _backends
-from densecl_ops._parallel import SERIAL, serial
+from densecl_ops._parallel import SERIAL, limited
 from densecl_ops._recomputation import compare, note_compiled, version_of
 from densecl_ops._tracing import inside_func, is_traced, operator, transforms
-from densecl_ops.info_nce.eager import SCHEMA, Problem, Result
+from densecl_ops.info_nce.eager import SCHEMA, Problem, Result, empty_result
 
 
 def row_loss(problem: Problem, want_rank: bool, backend: str, traced: bool) -> tuple[Tensor, Tensor | None]:
@@ -164,7 +164,7 @@ def _gradients(ctx: Any, grad_loss: Tensor, *saved: Any) -> tuple[Tensor | None,
 
 def _weigh(grad: Tensor, row: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Upstream gradient times row, by default in its dtype; a row of weight 0 is left out even if it holds NaN."""
-    with serial() if grad.is_cpu and row.numel() > SERIAL and not is_traced(grad) else nullcontext():
+    with limited(1) if grad.is_cpu and row.numel() > SERIAL and not is_traced(grad) else nullcontext():
         return (grad * row).masked_fill_(grad == 0, 0.0).to(dtype or row.dtype)
 
 
@@ -191,24 +191,11 @@ def _operator(
     return operator(operator_name, schema, body, fake_body, **options)
 
 
-def _fake_forward(problem: Problem, want_grad: bool, want_rank: bool, backend: str) -> Result:
-    batch, channels, positions = problem.query.shape
-    row = problem.query.new_empty((batch, positions), dtype=problem.dtype)
-    return Result(
-        loss=row,
-        rank=row.new_empty(row.shape, dtype=torch.int64) if want_rank else None,
-        log_sum_exp=torch.empty_like(row),
-        pull=torch.empty_like(row),
-        grad_query=row.new_empty((batch, positions, channels)) if want_grad else None,
-        grad_scale=torch.empty_like(row) if want_grad else None,
-    )
-
-
 _forward = _operator(
     "forward",
     "bool want_grad, bool want_rank",
     f"(Tensor {', Tensor '.join(Result._fields)})",
-    _fake_forward,
+    lambda problem, want_grad, want_rank, backend: empty_result(problem, want_grad, want_rank),
     # Of the logits; the gradient to the queries takes as many.
     flops=lambda query, key, negatives, *rest: 2 * query.numel() * (1 + len(negatives)) * (2 if rest[-3] else 1),
     when_traced=lambda query, key, negatives, *_: note_compiled(negatives),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densecl_ops._numerics import cast, inverse_norm, norm
-from densecl_ops._parallel import for_blocks, serial
+from densecl_ops._parallel import for_blocks, has_full_teams, limited
 from densecl_ops._processor import matmul, processor
 from densecl_ops.info_nce import at_once
 from densecl_ops.info_nce.eager import (
@@ -28,6 +29,7 @@ from densecl_ops.info_nce.eager import (
     Problem,
     Result,
     as_negatives,
+    empty_result,
     gather_matches,
     is_bounded_by_contract,
     scatter_matches,
@@ -35,13 +37,14 @@ from densecl_ops.info_nce.eager import (
     unit_vectors,
 )
 
-# On a CPU up to FEW_ROWS query rows are one block, whose negatives the threads share: SPANS parts, two for each of two
-# threads, as other work may hold one. A part has LEAST_LOGITS at least. Of more rows a thread takes blocks.
-FEW_ROWS, SPANS, LEAST_LOGITS = 1024, 4, 2**16
-BLOCK_ROWS, FEWEST_ROWS = 512, 16
+# On a CPU up to FEW_LOGITS are one tile, which the caller computes alone but for the products: a second thread that
+# runs operators, too, would wait for Python's lock. 256 rows by 4,096 negatives take 2.5 ms, and shared out 2.8.
+# Beyond, up to FEW_ROWS are one block, whose negatives the threads share, in SPANS parts: other work may hold one of
+# two threads. Of more rows a thread takes blocks of up to BLOCK_ROWS, from normalisation to gradient.
+FEW_LOGITS, FEW_ROWS, SPANS, BLOCK_ROWS, FEWEST_ROWS = 2**20, 1024, 4, 512, 16
 # The logits of a tile, 1 MiB in float32, stay in the cache of a core from one pass to the next. A tile twice as large
-# saves 2 % of the time, one half as large loses 5 %.
-TILE_LOGITS, MOST_COLUMNS = 2**18, 4096
+# saves 2 % of the time, one half as large loses 5 %. On a GPU, 64 MiB: few launches, still nothing like N x K.
+TILE_LOGITS, GPU_TILE_LOGITS = 2**18, 2**24
 LOG2_E = math.log2(math.e)  # exp2() of 2^19 values takes 0.07 ms where exp() takes 0.30 (MKL on Zen 5)
 # What the sum of exp2() of a row may be without a shift: above, the mean could overflow, below, terms may vanish. The
 # gradient is looked at besides: of rows longer than 1e8 the mean overflows before.
@@ -54,52 +57,46 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
         return at_once.forward(problem, want_grad)
     batch, _, positions = problem.query.shape
     size, plan = batch * positions, _plan(problem, want_grad, want_rank)
+    result = None
     if not problem.query.is_cpu:
         result = _block(plan, slice(0, size), shifted=not is_bounded_by_contract(problem))
     elif size <= FEW_ROWS:
-        result = _few_rows(plan, size) or _many_rows(plan, size, shifted=True)
-    else:
-        result = _many_rows(plan, size, shifted=False)
-    assert result is not None
+        result = _few_rows(plan, size)
+    if result is None:
+        return _many_rows(plan, size, shifted=size <= FEW_ROWS)
     return Result._make(None if x is None else x.view(batch, positions, *x.shape[1:]) for x in result)
 
 
 def _few_rows(plan: _Plan, size: int) -> Result | None:
     """One block of all rows. Sums over parts of the negatives add up, as they need no shift."""
-    with serial():
-        rows = _prepare(plan, slice(0, size), shifted=False)
     sums: dict[int, _Sums] = {}
+    columns, threads = len(plan.negatives), torch.get_num_threads()
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        with limited(threads if has_full_teams(threads) else 1):
+            return matmul(a, b)
 
     def attend(span: slice) -> None:
-        sums[span.start] = _attend(plan, rows, span)
+        sums[span.start] = _attend(plan, rows, span, _width(plan, size, span.stop - span.start))
 
-    most = max(1, -(-len(plan.negatives) // SPANS))
-    for_blocks(attend, len(plan.negatives), most, -(-LEAST_LOGITS // size))
-    with serial():
-        return _finish(plan, rows, functools.reduce(_add, (sums[start] for start in sorted(sums)))) if sums else None
+    with limited(1):  # a call would wait for the other threads after each of its operators
+        rows = _prepare(plan, slice(0, size), shifted=False)
+        if size * columns <= FEW_LOGITS:
+            return _finish(plan, rows, _attend(plan, rows, slice(0, columns), max(1, columns), product))
+    for_blocks(attend, columns, -(-columns // SPANS), -(-TILE_LOGITS // size))
+    with limited(1):
+        return _finish(plan, rows, functools.reduce(_add, (sums[start] for start in sorted(sums))))
 
 
 def _many_rows(plan: _Plan, size: int, shifted: bool) -> Result:
     """From normalisation to gradient, a block of rows is computed by one thread: with a shift where it must be."""
-    channels = plan.problem.query.shape[1]
-
-    def empty(*shape: int, dtype: torch.dtype = plan.problem.dtype) -> Tensor:
-        return plan.problem.query.new_empty(shape, dtype=dtype)
-
-    result = Result(
-        loss=empty(size),
-        rank=empty(size, dtype=torch.int64) if plan.want_rank else None,
-        log_sum_exp=empty(size),
-        pull=empty(size),
-        grad_query=empty(size, channels) if plan.want_grad else None,
-        grad_scale=empty(size) if plan.want_grad else None,
-    )
+    result = empty_result(plan.problem, plan.want_grad, plan.want_rank)
 
     def compute(part: slice) -> None:
         found = _block(plan, part, shifted) or _block(plan, part, shifted=True)
         for whole, piece in zip(result, found or (), strict=True):
             if whole is not None and piece is not None:
-                whole[part] = piece
+                whole.flatten(0, 1)[part] = piece
 
     for_blocks(compute, size, BLOCK_ROWS, FEWEST_ROWS)
     return result
@@ -135,7 +132,7 @@ def grad_negatives(problem: Problem, log_sum_exp: Tensor, row_weight: Tensor) ->
             grad[span] += matmul(share.t(), weighted[part])
             del logits, share
 
-    width = _width(min(rows, len(scaled)), len(plan.negatives), scaled.device.type == "cpu")
+    width = _width(plan, min(rows, len(scaled)), len(plan.negatives))
     if scaled.device.type == "cpu":
         for_blocks(compute, len(plan.negatives), width, FEWEST_ROWS)
     else:
@@ -214,8 +211,8 @@ class _Sums(NamedTuple):
 
 
 def _block(plan: _Plan, part: slice, shifted: bool) -> Result | None:
-    rows = _prepare(plan, part, shifted)
-    return _finish(plan, rows, _attend(plan, rows, slice(0, len(plan.negatives))))
+    rows, columns = _prepare(plan, part, shifted), len(plan.negatives)
+    return _finish(plan, rows, _attend(plan, rows, slice(0, columns), _width(plan, len(rows.unit), columns)))
 
 
 def _prepare(plan: _Plan, part: slice, shifted: bool) -> _Rows:
@@ -234,32 +231,21 @@ def _prepare(plan: _Plan, part: slice, shifted: bool) -> _Rows:
     return _Rows(unit, inverse, match, length, positive, excluded, shifted, scale, operand, compared)
 
 
-def _attend(plan: _Plan, rows: _Rows, span: slice) -> _Sums:
-    """A block of rows over some of the negatives, a tile at a time."""
+def _attend(
+    plan: _Plan, rows: _Rows, span: slice, width: int, product: Callable[[Tensor, Tensor], Tensor] = matmul
+) -> _Sums:
+    """A block of rows over some of the negatives, in tiles of `width`."""
     problem, operand, compared = plan.problem, rows.operand, rows.compared
-    dtype, size, columns = problem.dtype, len(rows.unit), span.stop - span.start
+    dtype, size = problem.dtype, len(rows.unit)
     total = mean = twice_rank = None
     top = rows.unit.new_full((size, 1), float("-inf")) if rows.shifted else None
-    width = _width(size, columns, problem.query.is_cpu)
-    spare: dict[torch.dtype, Tensor] = {}
-
-    def room(like: Tensor, dtype: torch.dtype) -> Tensor:
-        """For as many logits as there are rows in `like`. Kept, as fresh memory costs page faults."""
-        if dtype not in spare:
-            spare[dtype] = operand.new_empty(size * min(width, columns), dtype=dtype)
-        return spare[dtype][: size * len(like)].view(size, len(like))
-
     for start in range(span.start, span.stop, width):
         tile = cast(plan.negatives[start : min(start + width, span.stop)], problem.matmul_dtype)
-        if plan.logits == dtype:
-            logits = matmul(operand, cast(tile, dtype).t())
-        else:
-            logits = torch.mm(operand, tile.t(), out=room(tile, plan.logits))
-            logits = room(tile, dtype).copy_(logits)
+        logits = cast(product(operand, cast(tile, plan.logits).t()), dtype)
         _leave_out(logits, start, rows.excluded, plan)
         if compared is not None:  # a tie is in the second sum alone, so it counts half
             tie = TIE_WIDTH[dtype] * rows.scale
-            above = room(tile, dtype)  # of floats: bools take 5 times as long to add
+            above = torch.empty_like(logits)  # of floats: bools take 5 times as long to add
             count = torch.gt(logits, compared + tie, out=above).sum(1, keepdim=True).long()
             count += torch.ge(logits, compared - tie, out=above).sum(1, keepdim=True).long()
             twice_rank = count if twice_rank is None else twice_rank.add_(count)
@@ -274,10 +260,8 @@ def _attend(plan: _Plan, rows: _Rows, span: slice) -> _Sums:
         part_total = (logits.exp_() if rows.shifted else logits.exp2_()).sum(1, keepdim=True)
         total = part_total if total is None else total.add_(part_total)
         if plan.want_grad:
-            share = logits if plan.mean == dtype else room(tile, plan.mean).copy_(logits)
-            part_mean = cast(matmul(share, cast(tile, plan.mean)), dtype)
+            part_mean = cast(product(cast(logits, plan.mean), cast(tile, plan.mean)), dtype)
             mean = part_mean if mean is None else mean.add_(part_mean)
-            del share
         del logits  # so that the next tile takes its place: fresh memory costs a third of the time in page faults
     if total is None:  # no negative at all: a mean of zero, which pull = 0 ignores
         total, mean = rows.unit.new_zeros(size, 1), torch.zeros_like(rows.unit) if plan.want_grad else None
@@ -329,12 +313,10 @@ def _leave_out(logits: Tensor, first: int, excluded: Tensor | None, plan: _Plan)
         logits.scatter_(1, column, logits.gather(1, column).masked_fill(inside, float("-inf")))
 
 
-def _width(rows: int, columns: int, on_cpu: bool) -> int:
+def _width(plan: _Plan, rows: int, columns: int) -> int:
     """Negatives in a tile. Tiles of even size, but multiples of 64: others take up to a sixth longer."""
-    if not on_cpu:
-        return max(128, 2**24 // rows)  # 64 MiB of logits: few launches, still nothing like N x K
-    tiles = max(1, -(-columns * rows // TILE_LOGITS))
-    return max(64, min(MOST_COLUMNS, -(-columns // tiles // 64) * 64))
+    tiles = max(1, columns * rows // (TILE_LOGITS if plan.problem.query.is_cpu else GPU_TILE_LOGITS))
+    return max(64, -(-columns // tiles // 64) * 64)
 
 
 def _read(problem: Problem, part: slice) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -123,6 +123,20 @@ class Result(NamedTuple):
     grad_scale: Tensor | None  # (B, P_q) d loss_i / d scale
 
 
+def empty_result(problem: Problem, want_grad: bool, want_rank: bool) -> Result:
+    """To be written into."""
+    batch, channels, positions = problem.query.shape
+    row = problem.query.new_empty((batch, positions), dtype=problem.dtype)
+    return Result(
+        loss=row,
+        rank=torch.empty_like(row, dtype=torch.int64) if want_rank else None,
+        log_sum_exp=torch.empty_like(row),
+        pull=torch.empty_like(row),
+        grad_query=row.new_empty((batch, positions, channels)) if want_grad else None,
+        grad_scale=torch.empty_like(row) if want_grad else None,
+    )
+
+
 class Backend(Protocol):
     """What a fused backend offers: loss and gradient in one pass, and the two gradients that need a pass of their own.
 

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from densecl_ops import _triton
 from densecl_ops.info_nce import blockwise, triton_plan
 from densecl_ops.info_nce import triton_kernels as kernels
-from densecl_ops.info_nce.eager import Problem, Result, is_bounded_by_contract, through_norm, unit_vectors
+from densecl_ops.info_nce.eager import Problem, Result, empty_result, is_bounded_by_contract, through_norm, unit_vectors
 
 _LOG2_E = 1.4426950408889634
 
@@ -52,14 +52,7 @@ def forward(problem: Problem, want_grad: bool, want_rank: bool, splits: int | No
             "numerator_ptr": new((plan.splits, rows, channels), dtype=torch.float32) if want_grad else None,
             "above_ptr": torch.empty_like(denominator, dtype=torch.int32) if want_rank else None,
         }
-        result = Result(
-            loss=torch.empty_like(positive),
-            rank=torch.empty_like(positive, dtype=torch.int64) if want_rank else None,
-            log_sum_exp=torch.empty_like(positive),
-            pull=torch.empty_like(positive),
-            grad_query=new((batch, positions, channels), dtype=torch.float32) if want_grad else None,
-            grad_scale=torch.empty_like(positive) if want_grad else None,
-        )
+        result = empty_result(problem, want_grad, want_rank)
         negatives = _operand(problem)
         kernels.attend_kernel[plan.attend_grid](
             scaled_ptr=scaled,
