@@ -209,7 +209,7 @@ def test_every_form(
 @pytest.mark.parametrize(("block", "spans", "tile"), [(1, 1, 1), (25, 3, 4000), (512, 300, 60)])
 def test_every_division(monkeypatch: pytest.MonkeyPatch, few: int, block: int, spans: int, tile: int) -> None:
     """Of rows, among them pieces of an image, and of negatives; rows that meet a long one need a shift."""
-    limits = {"FEW_LOGITS": 0, "FEW_ROWS": few, "SPANS": spans, "BLOCK_ROWS": block, "TILE_LOGITS": tile}
+    limits = {"FEW_LOGITS": 0, "FEW_ROWS": few, "SPANS": spans, "BLOCK_ROWS": block, "TILE_BYTES": 4 * tile}
     for name, value in limits.items():
         monkeypatch.setattr(blockwise, name, value)
     for length in (1, 1e3):

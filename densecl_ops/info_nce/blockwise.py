@@ -42,9 +42,9 @@ from densecl_ops.info_nce.eager import (
 # Beyond, up to FEW_ROWS are one block, whose negatives the threads share, in SPANS parts: other work may hold one of
 # two threads. Of more rows a thread takes blocks of up to BLOCK_ROWS, from normalisation to gradient.
 FEW_LOGITS, FEW_ROWS, SPANS, BLOCK_ROWS, FEWEST_ROWS = 2**20, 1024, 4, 512, 16
-# The logits of a tile, 1 MiB in float32, stay in the cache of a core from one pass to the next. A tile twice as large
-# saves 2 % of the time, one half as large loses 5 %. On a GPU, 64 MiB: few launches, still nothing like N x K.
-TILE_LOGITS, GPU_TILE_LOGITS = 2**18, 2**24
+# A tile of logits stays in the cache of a core from one pass to the next. One twice as large saves 2 % of the time, one
+# half as large loses 5 %. On a GPU: few launches, still nothing like N x K.
+TILE_BYTES, GPU_TILE_BYTES = 2**20, 2**26
 LOG2_E = math.log2(math.e)  # exp2() of 2^19 values takes 0.07 ms where exp() takes 0.30 (MKL on Zen 5)
 # What the sum of exp2() of a row may be without a shift: above, the mean could overflow, below, terms may vanish. The
 # gradient is looked at besides: of rows longer than 1e8 the mean overflows before.
@@ -83,7 +83,7 @@ def _few_rows(plan: _Plan, size: int) -> Result | None:
         rows = _prepare(plan, slice(0, size), shifted=False)
         if size * columns <= FEW_LOGITS:
             return _finish(plan, rows, _attend(plan, rows, slice(0, columns), max(1, columns), product))
-    for_blocks(attend, columns, -(-columns // SPANS), -(-TILE_LOGITS // size))
+    for_blocks(attend, columns, -(-columns // SPANS), -(-TILE_BYTES // (4 * size)))
     with limited(1):
         return _finish(plan, rows, functools.reduce(_add, (sums[start] for start in sorted(sums))))
 
@@ -239,13 +239,14 @@ def _attend(
     dtype, size = problem.dtype, len(rows.unit)
     total = mean = twice_rank = None
     top = rows.unit.new_full((size, 1), float("-inf")) if rows.shifted else None
+    flags = rows.unit.new_empty(0 if compared is None else size * min(width, span.stop - span.start))
     for start in range(span.start, span.stop, width):
         tile = cast(plan.negatives[start : min(start + width, span.stop)], problem.matmul_dtype)
         logits = cast(product(operand, cast(tile, plan.logits).t()), dtype)
         _leave_out(logits, start, rows.excluded, plan)
         if compared is not None:  # a tie is in the second sum alone, so it counts half
             tie = TIE_WIDTH[dtype] * rows.scale
-            above = torch.empty_like(logits)  # of floats: bools take 5 times as long to add
+            above = flags[: logits.numel()].view_as(logits)  # of floats: bools take 5 times as long to add
             count = torch.gt(logits, compared + tie, out=above).sum(1, keepdim=True).long()
             count += torch.ge(logits, compared - tie, out=above).sum(1, keepdim=True).long()
             twice_rank = count if twice_rank is None else twice_rank.add_(count)
@@ -315,7 +316,9 @@ def _leave_out(logits: Tensor, first: int, excluded: Tensor | None, plan: _Plan)
 
 def _width(plan: _Plan, rows: int, columns: int) -> int:
     """Negatives in a tile. Tiles of even size, but multiples of 64: others take up to a sixth longer."""
-    tiles = max(1, columns * rows // (TILE_LOGITS if plan.problem.query.is_cpu else GPU_TILE_LOGITS))
+    dtype = plan.problem.dtype
+    size = rows * columns * (dtype.itemsize + (plan.mean.itemsize if plan.mean != dtype else 0))  # with their copy
+    tiles = max(1, size // (TILE_BYTES if plan.problem.query.is_cpu else GPU_TILE_BYTES))
     return max(64, -(-columns // tiles // 64) * 64)
 
 
