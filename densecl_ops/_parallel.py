@@ -44,7 +44,8 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
     blocks = max(1, min(-(-blocks // threads) * threads, size // least))
     step = max(1, -(-size // blocks))
     parts = [slice(start, min(size, start + step)) for start in range(0, size, step)]
-    if threads == 1 or (len(parts) == 1 and has_full_teams(threads)):
+    forked = os.getpid() != _IMPORTED_IN  # where operators on all threads never end
+    if threads == 1 or (len(parts) == 1 and has_full_teams(threads) and not forked):
         for part in parts:
             work(part)
         return
@@ -65,8 +66,8 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
     runs = [run() for _ in range(threads)]
     for waiting in runs:
         next(waiting)
-    region = _region(threads)
-    if region is not None and os.getpid() == _IMPORTED_IN:
+    region = None if forked else _region(threads)
+    if region is not None:
         region(_BODY(partial(next, map(next, runs, repeat(None)))), None, threads, 0)
     else:
         for _ in _pool(threads, os.getpid()).map(next, runs, repeat(None)):

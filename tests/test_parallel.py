@@ -145,7 +145,8 @@ def test_fork() -> None:
     for_blocks(lambda part: None, 8, 2)
     child = os.fork()
     if child == 0:
-        for_blocks(lambda part: None, 8, 2)
+        for size in (8, 1):  # for all threads and for one
+            for_blocks(lambda part: torch.zeros(100_000).exp_(), size, 2)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 
