@@ -52,7 +52,7 @@ def test_memory_of_the_published_setting(fused: str, options: str, limit: float)
 
 
 @pytest.mark.parametrize(
-    ("size", "negatives", "tile"), [(16, 2**16, 4), (17, 2**16, 1), (1024, 2**16, 1), (2048, 4096, 1)]
+    ("size", "negatives", "tile"), [(8, 2**16, 2), (9, 2**16, 1), (1024, 2**16, 1), (2048, 4096, 1)]
 )
 def test_memory_of_any_number_of_rows(size: int, negatives: int, tile: int) -> None:
     """A tile on the tests' one thread, in MiB, and of few rows a sum for each of four parts of the negatives."""

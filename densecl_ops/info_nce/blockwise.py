@@ -38,10 +38,10 @@ from densecl_ops.info_nce.eager import (
 )
 
 # On a CPU up to FEW_LOGITS are one tile, which the caller computes alone but for the products: a second thread that
-# runs operators, too, would wait for Python's lock. 256 rows by 4,096 negatives take 2.5 ms, and shared out 2.8.
+# runs operators, too, would wait for Python's lock. 64 rows by 4,096 negatives take 0.85 ms, and shared out 1.1.
 # Beyond, up to FEW_ROWS are one block, whose negatives the threads share, in SPANS parts: other work may hold one of
 # two threads. Of more rows a thread takes blocks of up to BLOCK_ROWS, from normalisation to gradient.
-FEW_LOGITS, FEW_ROWS, SPANS, BLOCK_ROWS, FEWEST_ROWS = 2**20, 1024, 4, 512, 16
+FEW_LOGITS, FEW_ROWS, SPANS, BLOCK_ROWS, FEWEST_ROWS = 2**19, 1024, 4, 512, 16
 # A tile of logits stays in the cache of a core from one pass to the next. One twice as large saves 2 % of the time, one
 # half as large loses 5 %. On a GPU: few launches, still nothing like N x K.
 TILE_BYTES, GPU_TILE_BYTES = 2**20, 2**26
@@ -83,7 +83,7 @@ def _few_rows(plan: _Plan, size: int) -> Result | None:
         rows = _prepare(plan, slice(0, size), shifted=False)
         if size * columns <= FEW_LOGITS:
             return _finish(plan, rows, _attend(plan, rows, slice(0, columns), max(1, columns), product))
-    for_blocks(attend, columns, -(-columns // SPANS), -(-TILE_BYTES // (4 * size)))
+    for_blocks(attend, columns, -(-columns // SPANS), max(1, FEW_LOGITS // (SPANS * size)))
     with limited(1):
         return _finish(plan, rows, functools.reduce(_add, (sums[start] for start in sorted(sums))))
 
