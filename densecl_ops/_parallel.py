@@ -44,8 +44,7 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
     blocks = max(1, min(-(-blocks // threads) * threads, size // least))
     step = max(1, -(-size // blocks))
     parts = [slice(start, min(size, start + step)) for start in range(0, size, step)]
-    forked = os.getpid() != _IMPORTED_IN  # where operators on all threads never end
-    if threads == 1 or (len(parts) == 1 and has_full_teams(threads) and not forked):
+    if threads == 1 or (len(parts) == 1 and usable(threads) > 1):
         for part in parts:
             work(part)
         return
@@ -66,7 +65,7 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
     runs = [run() for _ in range(threads)]
     for waiting in runs:
         next(waiting)
-    region = None if forked else _region(threads)
+    region = _region(threads) if usable(threads) > 1 else None
     if region is not None:
         region(_BODY(partial(next, map(next, runs, repeat(None)))), None, threads, 0)
     else:
@@ -76,6 +75,11 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
         next(waiting, None)
     if errors:
         raise errors.pop()  # kept, it would keep itself and the tensors of its frames until a garbage collection
+
+
+def usable(threads: int) -> int:
+    """How many threads an operator may take of so many: one in a fork, where operators on all never end."""
+    return threads if os.getpid() == _IMPORTED_IN and has_full_teams(threads) else 1
 
 
 @contextmanager
@@ -109,7 +113,7 @@ def _region(threads: int) -> Callable[..., None] | None:
     12.8.
     """
     function = getattr(_openmp(), "GOMP_parallel", None)
-    if function is None or not has_full_teams(threads):
+    if function is None:
         return None
     function.restype, function.argtypes = None, [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     region: Callable[..., None] = function

@@ -142,11 +142,14 @@ def test_errors_of_signals() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_fork() -> None:
     """A child has no threads of its parent: it starts its own."""
+    case = make_case(0, batch=16, channels=64, query_grid=(2, 2), negatives=4096, dtype=torch.float32)
     for_blocks(lambda part: None, 8, 2)
+    helpers.run("blockwise", case, (), rank=False)
     child = os.fork()
     if child == 0:
         for size in (8, 1):  # for all threads and for one
             for_blocks(lambda part: torch.zeros(100_000).exp_(), size, 2)
+        helpers.run("blockwise", case, (), rank=False)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from densecl_ops._numerics import cast, inverse_norm, norm
-from densecl_ops._parallel import for_blocks, has_full_teams, limited
+from densecl_ops._parallel import for_blocks, limited, usable
 from densecl_ops._processor import matmul, processor
 from densecl_ops.info_nce import at_once
 from densecl_ops.info_nce.eager import (
@@ -73,7 +73,7 @@ def _few_rows(plan: _Plan, size: int) -> Result | None:
     columns, threads = len(plan.negatives), torch.get_num_threads()
 
     def product(a: Tensor, b: Tensor) -> Tensor:
-        with limited(threads if has_full_teams(threads) else 1):
+        with limited(usable(threads)):
             return matmul(a, b)
 
     def attend(span: slice) -> None:

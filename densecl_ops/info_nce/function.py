@@ -119,7 +119,7 @@ def dense_info_nce(
         Gradients flow to all of query, key, negatives, temperature and weight that require grad. The products run in
         the autocast dtype under autocast, else in the wider of the query's and the negatives' dtype. Negatives that
         need no gradient may change before backward(). Except in "eager" the logits are held a tile at a time (on a CPU
-        of up to 16 MiB), and there are no second derivatives.
+        of up to 4 MiB for each thread), and there are no second derivatives.
 
     Raises:
         TypeError: An argument has the wrong type or dtype.
