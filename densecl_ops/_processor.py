@@ -46,6 +46,8 @@ def by_onednn(x: Tensor) -> bool:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two matrices. The public form is torch.mm; oneDNN takes less than half the time where it is better."""
     if by_onednn(a):
+        if not (b.is_contiguous() or b.t().is_contiguous()):  # a tile of a (D, K) queue's .T: a thousand times as long
+            b = b.contiguous()
         product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
         return product
     return torch.mm(a, b)

@@ -23,6 +23,7 @@ from helpers import make_case
 
 from densecl_ops import _parallel
 from densecl_ops._parallel import for_blocks, limited
+from densecl_ops._processor import matmul
 
 
 @pytest.fixture(autouse=True, params=["OpenMP", "pool"])
@@ -179,3 +180,17 @@ def test_loss_on_threads(dtype: torch.dtype, images: int) -> None:
     helpers.assert_close(loss, first.loss, 1e-6 if dtype == torch.float32 else 1e-2)
     for again in results:
         helpers.assert_same(vars(again), vars(first))
+
+
+def test_products_of_strided_rows() -> None:
+    """As fast as others but for a copy: tiles of a (D, K) queue's .T, and columns of a wider matrix."""
+    queries, wide = torch.randn(64, 128), torch.randn(128, 8192)
+    for rows in (wide.t()[:4096], wide.view(8192, 128).repeat(1, 2)[:4096, :128]):
+        seconds = []
+        for other in (rows, rows.contiguous()):
+            matmul(queries, other.t())
+            start = time.perf_counter()
+            product = matmul(queries, other.t())
+            seconds.append(time.perf_counter() - start)
+            helpers.assert_close(product, queries @ rows.t(), 1e-5)
+        assert seconds[0] < 0.1 + seconds[1], seconds
