@@ -52,12 +52,19 @@ def test_memory_of_the_published_setting(fused: str, options: str, limit: float)
 
 
 @pytest.mark.parametrize(
-    ("size", "negatives", "tile"), [(8, 2**16, 2), (9, 2**16, 1), (1024, 2**16, 1), (2048, 4096, 1)]
+    ("size", "negatives", "tile", "dtype"),
+    [
+        (8, 2**16, 2, torch.float32),
+        (9, 2**16, 1, torch.float32),
+        (9, 2**17, 5, torch.float16),
+        (1024, 2**16, 1, torch.float32),
+        (2048, 4096, 1, torch.float32),
+    ],
 )
-def test_memory_of_any_number_of_rows(size: int, negatives: int, tile: int) -> None:
+def test_memory_of_any_number_of_rows(size: int, negatives: int, tile: int, dtype: torch.dtype) -> None:
     """A tile on the tests' one thread, in MiB, and of few rows a sum for each of four parts of the negatives."""
     query, rows = torch.randn(size, 64, requires_grad=True), torch.randn(negatives, 64)
-    rows /= rows.norm(dim=1, keepdim=True)
+    rows = (rows / rows.norm(dim=1, keepdim=True)).to(dtype)
     step = partial(helpers.info_nce, "blockwise", query, query.detach(), rows)
     assert peak_of(lambda: step().backward()) < 1.2 * tile + 12 * query.numel() * 4 / 2**20
 

@@ -263,7 +263,7 @@ def _attend(
         if plan.want_grad:
             part_mean = cast(product(cast(logits, plan.mean), cast(tile, plan.mean)), dtype)
             mean = part_mean if mean is None else mean.add_(part_mean)
-        del logits  # so that the next tile takes its place: fresh memory costs a third of the time in page faults
+        del logits, tile  # the next take their place: fresh memory costs a third of the time in page faults
     if total is None:  # no negative at all: a mean of zero, which pull = 0 ignores
         total, mean = rows.unit.new_zeros(size, 1), torch.zeros_like(rows.unit) if plan.want_grad else None
         twice_rank = None if compared is None else compared.new_zeros(size, 1, dtype=torch.int64)
@@ -318,6 +318,8 @@ def _width(plan: _Plan, rows: int, columns: int) -> int:
     """Negatives in a tile. Tiles of even size, but multiples of 64: others take up to a sixth longer."""
     dtype = plan.problem.dtype
     size = rows * columns * (dtype.itemsize + (plan.mean.itemsize if plan.mean != dtype else 0))  # with their copy
+    if plan.negatives.dtype != plan.logits:  # beside few rows that of the negatives is the larger one
+        size = max(size, columns * plan.negatives.shape[1] * dtype.itemsize // 4)
     tiles = max(1, size // (TILE_BYTES if plan.problem.query.is_cpu else GPU_TILE_BYTES))
     return max(64, -(-columns // tiles // 64) * 64)
 
