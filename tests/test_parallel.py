@@ -132,7 +132,7 @@ def test_errors_of_signals() -> None:
         try:
             armed = True
             for_blocks(lambda part: None, 2, 1)
-            time.sleep(0.1)
+            time.sleep(5)  # the signal ends it
         except InterruptedError:
             caught += 1
     other.join()
