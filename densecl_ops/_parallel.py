@@ -65,7 +65,7 @@ def for_blocks(work: Callable[[slice], None], size: int, most: int, least: int =
     runs = [run() for _ in range(threads)]
     for waiting in runs:
         next(waiting)
-    region = _region(threads) if usable(threads) > 1 else None
+    region = _region() if usable(threads) > 1 else None
     if region is not None:
         region(_BODY(partial(next, map(next, runs, repeat(None)))), None, threads, 0)
     else:
@@ -104,8 +104,8 @@ def _next(left: deque[slice]) -> slice | None:
 
 
 @functools.cache
-def _region(threads: int) -> Callable[..., None] | None:
-    """GOMP_parallel(body, data, threads, flags) of the OpenMP that torch runs on, None where that may not serve.
+def _region() -> Callable[..., None] | None:
+    """GOMP_parallel(body, data, threads, flags) of the OpenMP that torch runs on, None where there is none.
 
     GNU's and LLVM's have it on Linux. Inside of a region torch's operators run on the thread that calls them, but not
     in a region of one thread. Threads of our own would share the cores with those of torch, which spin for some 6 ms
@@ -138,9 +138,9 @@ def _openmp() -> Any:
 
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Without that OpenMP, and in a fork, which has none of its threads.
+    """Without that OpenMP, and in a fork, which has no threads of its parent: so by process.
 
-    Kept, since a new thread's first products cost MKL 3 ms of buffers; by process, since a fork has no threads.
+    Kept, since a new thread's first products cost MKL 3 ms of buffers.
     """
     pool = ThreadPoolExecutor(threads, "densecl_ops")
     started = threading.Barrier(threads)

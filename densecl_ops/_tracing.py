@@ -9,8 +9,7 @@ from torch import Tensor
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether more than values runs a call: a compiler, torch.func, a mode (make_fx, FlopCounterMode), a fake tensor,
-    torch.jit.trace.
+    """Whether more than values runs a call: a compiler, torch.func, torch.jit.trace, a mode, a fake tensor.
 
     One question for a whole call. torch tells compilers alone in public; of the others two stacks do.
     """

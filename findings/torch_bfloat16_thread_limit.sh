@@ -1,8 +1,8 @@
 #!/bin/bash
-# torch 2.13.0 and 2.14.1 on a CPU with AVX-512. OMP_THREAD_LIMIT is a standard variable of OpenMP: a region may then have fewer threads
-# than it asked for, as under OMP_DYNAMIC=true on a busy machine. oneDNN shares a bfloat16 product out to the threads it asked for, and
-# nobody computes the parts of those that never came: they stay as the memory was, without an error. Float32 products (MKL) and
-# convolutions were right.
+# torch 2.13.0 and 2.14.1 on a CPU with AVX-512. OMP_THREAD_LIMIT is a standard variable of OpenMP: a region may then
+# have fewer threads than it asked for, as under OMP_DYNAMIC=true on a busy machine. oneDNN shares a bfloat16 product
+# out to the threads it asked for, and nobody computes the parts of those that never came: they stay as the memory was,
+# without an error. Float32 products (MKL) and convolutions were right.
 # Output seen (of 38,416 numbers of a product of 196 x 512 and 512 x 196, how many are never written):
 # {'no limit': 0, 'OMP_NUM_THREADS=1': 0, 'OMP_THREAD_LIMIT=1': 13328}
 set -euo pipefail

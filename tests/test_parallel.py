@@ -27,15 +27,15 @@ from densecl_ops._processor import matmul
 
 
 @pytest.fixture(autouse=True, params=["OpenMP", "pool"])
-def two_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def two_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Threads of OpenMP, and the pool that serves where it is missing."""
     if request.param == "pool":
-        monkeypatch.setattr(_parallel, "_region", lambda threads: None)
+        monkeypatch.setattr(_parallel, "_region", lambda: None)
     elif _parallel._openmp() is None:
         pytest.skip("no GOMP_parallel")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
@@ -66,16 +66,18 @@ def test_blocks_cover_all_rows(threads: int, size: int, most: int, least: int) -
 
 
 def test_settings_of_threads() -> None:
-    """Modes reach the blocks; the number of threads is as it was, for the caller and for later threads."""
+    """One thread for the operators of a block; the caller, later threads and modes are as they were."""
     numbers: list[int] = []
-    modes = []
+    modes, alone = [], []
 
     def look(part: slice) -> None:
+        alone.append(torch.get_num_threads() == 1 or _parallel._openmp().omp_in_parallel() == 1)
         modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
 
     for_blocks(look, 8, 2)
     with torch.inference_mode():
         for_blocks(look, 8, 2)
+    assert alone == [True] * 8
     assert modes == [(False, False)] * 4 + [(True, False)] * 4
     later = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
     later.start()
@@ -165,7 +167,7 @@ def test_fewer_threads_than_asked_for(limit: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("images", [2, 10, 32], ids=["one tile", "few rows", "many rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_on_threads(dtype: torch.dtype, images: int) -> None:
+def test_loss_on_threads(two_threads: str, dtype: torch.dtype, images: int) -> None:
     """Repeats agree bit by bit; in inference mode and beside other threads of the user, too."""
     for batch in (2, 3):  # an even number of rows for two threads, and an odd one
         odd = make_case(4, batch=batch, query_grid=(1, 3), negatives=300)
@@ -180,6 +182,8 @@ def test_loss_on_threads(dtype: torch.dtype, images: int) -> None:
     helpers.assert_close(loss, first.loss, 1e-6 if dtype == torch.float32 else 1e-2)
     for again in results:
         helpers.assert_same(vars(again), vars(first))
+    if two_threads == "pool":
+        assert len(_parallel._pool(2, os.getpid())._threads) == 2
 
 
 def test_products_of_strided_rows() -> None:
